@@ -1,0 +1,76 @@
+# The official recipe for 8 GPUs with 16 images each, and the runtime.
+default_scope = 'mmdet'
+
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=300, val_interval=10)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    # 0.08 for every 64 images
+    optimizer=dict(type='SGD', lr=0.16, momentum=0.9, weight_decay=4e-5),
+    # Only kernels decay: no biases, norms and fusion weights.
+    paramwise_cfg=dict(
+        norm_decay_mult=0,
+        bias_decay_mult=0,
+        custom_keys=dict(fusion_weights=dict(decay_mult=0))),
+    clip_grad=dict(max_norm=10, norm_type=2))
+auto_scale_lr = dict(enable=False, base_batch_size=128)
+
+param_scheduler = [
+    dict(
+        type='LinearLR',
+        start_factor=0.05,
+        begin=0,
+        end=1,
+        convert_to_iter_based=True),
+    dict(
+        type='CosineAnnealingLR',
+        begin=1,
+        end=300,
+        T_max=299,
+        convert_to_iter_based=True)
+]
+
+# Batch norms share their statistics between GPUs.
+sync_bn = 'torch'
+
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(
+        type='CheckpointHook', interval=10, max_keep_ckpts=3,
+        save_best='auto'),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='DetVisualizationHook'))
+custom_hooks = [
+    # Official averages: decay min(0.9998, (1 + n) / (10 + n)), norms included
+    dict(
+        type='EMAHook',
+        ema_type='MomentumAnnealingEMA',
+        momentum=2e-4,
+        gamma=9,
+        update_buffers=True,
+        strict_load=True,
+        priority=49),
+    dict(type='mmdet_efficientdet.ClassCheckHook'),
+    dict(type='mmdet_efficientdet.PlainCheckpointHook')
+]
+
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'))
+
+vis_backends = [
+    dict(type='LocalVisBackend')
+    # dict(type='TensorboardVisBackend')
+    # dict(type='WandbVisBackend')
+]
+visualizer = dict(
+    type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
+log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
+log_level = 'INFO'
+load_from = None
+resume = False

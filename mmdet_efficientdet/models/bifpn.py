@@ -1,0 +1,273 @@
+"""BiFPN: weighted bi-directional feature pyramid (arXiv 1911.09070, sec. 3).
+
+Behaviour of google/automl ``efficientdet/tf2/{fpn_configs, efficientdet_keras}
+.py``. One layer for five levels, with the numbers of its nodes; levels are
+counted from the finest, so that 0 is P3::
+
+    P7   4 ----------------------> 12
+          \\                        ^
+    P6   3 ---> 5 -----------> 11 -+
+                 \\              ^
+    P5   2 -----> 6 -------> 10 +
+                   \\         ^
+    P4   1 -------> 7 --> 9 -+
+                     \\    ^
+    P3   0 ---------> 8 -+
+
+The middle levels' last nodes also read the level's input (1 -> 9, ...).
+"""
+from collections import OrderedDict
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..registry import MODELS
+from .layers import BN_CFG, SeparableConv2d, max_pool_same, resize_to
+
+FUSIONS = ('fast_normalized', 'softmax', 'sum', 'unbounded')
+
+
+def bifpn_graph(num_levels: int) -> List[Tuple[int, List[int]]]:
+    """The fusion nodes of one BiFPN layer.
+
+    Args:
+        num_levels (int): Number of pyramid levels, at least 2.
+
+    Returns:
+        list[tuple]: ``(level, inputs)`` of each node in the order in which
+        they run. Inputs are indices into the list that starts with the
+        layer's inputs, fine to coarse, and grows by each node's output.
+    """
+    latest = {level: [level] for level in range(num_levels)}
+    graph = []
+
+    def add(level: int, inputs: List[int]) -> None:
+        latest[level].append(num_levels + len(graph))
+        graph.append((level, inputs))
+
+    for level in reversed(range(num_levels - 1)):  # top-down path
+        add(level, [latest[level][-1], latest[level + 1][-1]])
+    for level in range(1, num_levels):  # bottom-up path
+        add(level, [*latest[level], latest[level - 1][-1]])
+    return graph
+
+
+def projection(in_channels: int, out_channels: int,
+               norm_cfg: Optional[dict]) -> nn.Sequential:
+    """A 1x1 convolution with bias and norm, without activation.
+
+    The bias in front of the norm is redundant, but the official network has
+    it and stores it.
+    """
+    layers = OrderedDict(conv=nn.Conv2d(in_channels, out_channels, 1))
+    if norm_cfg:
+        layers['norm'] = build_norm_layer(norm_cfg, out_channels)[1]
+    return nn.Sequential(layers)
+
+
+class FusionNode(BaseModule):
+    """Fuses features of several levels at one level.
+
+    Every input is resized to the node's level, through a 1x1 convolution and
+    a norm of its own where its width differs; then come the weighted sum, the
+    activation, a separable convolution and a norm.
+
+    Args:
+        in_channels (Sequence[int]): Width of each input.
+        out_channels (int): Width of the output.
+        fusion (str): One of ``FUSIONS``.
+        norm_cfg (dict, optional): Norm of all convolutions.
+        act_cfg (dict): Activation before the separable convolution.
+    """
+
+    eps = 1e-4  # of the fast normalised fusion
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int,
+                 fusion: str, norm_cfg: Optional[dict], act_cfg: dict) -> None:
+        super().__init__()
+        self.fusion = fusion
+        if fusion != 'sum':
+            self.fusion_weights = nn.Parameter(torch.ones(len(in_channels)))
+        self.resamples = nn.ModuleDict({
+            str(edge): projection(channels, out_channels, norm_cfg)
+            for edge, channels in enumerate(in_channels)
+            if channels != out_channels
+        })
+        self.act = build_activation_layer(act_cfg)
+        self.conv = SeparableConv2d(out_channels, out_channels)
+        self.norm = build_norm_layer(norm_cfg, out_channels)[1] \
+            if norm_cfg else nn.Identity()
+
+    def normalized_weights(self) -> Tensor:
+        """The factor of each input, ``(num_inputs, )``."""
+        weights = self.fusion_weights
+        if self.fusion == 'softmax':
+            return weights.softmax(0)
+        if self.fusion == 'fast_normalized':
+            weights = weights.relu()
+            return weights / (weights.sum() + self.eps)
+        return weights
+
+    def forward(self, inputs: Sequence[Tensor], size: tuple) -> Tensor:
+        """Returns the fused features ``(N, out_channels, *size)``.
+
+        Args:
+            inputs (Sequence[Tensor]): Features ``(N, C_i, H_i, W_i)``.
+            size (tuple[int]): Height and width of the node's level.
+        """
+        resized = []
+        for edge, x in enumerate(inputs):
+            if str(edge) in self.resamples:
+                x = self.resamples[str(edge)](x)
+            resized.append(resize_to(x, size))
+        if self.fusion != 'sum':
+            weights = self.normalized_weights().to(resized[0].dtype)
+            resized = [x * weight for x, weight in zip(resized, weights)]
+        return self.norm(self.conv(self.act(sum(resized[1:], resized[0]))))
+
+
+class BiFPNLayer(BaseModule):
+    """One top-down and one bottom-up path over all levels.
+
+    Args:
+        in_channels (Sequence[int]): Width of each level's input.
+        out_channels (int): Width of every output.
+        fusion, norm_cfg, act_cfg: See :class:`FusionNode`.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int,
+                 fusion: str, norm_cfg: Optional[dict], act_cfg: dict) -> None:
+        super().__init__()
+        self.graph = bifpn_graph(len(in_channels))
+        channels = list(in_channels)
+        self.nodes = nn.ModuleList()
+        for _, inputs in self.graph:
+            self.nodes.append(
+                FusionNode([channels[i] for i in inputs], out_channels, fusion,
+                           norm_cfg, act_cfg))
+            channels.append(out_channels)
+
+    def forward(self, feats: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+        """Returns one fused feature map for each of ``feats``."""
+        sizes = [feat.shape[-2:] for feat in feats]
+        feats = list(feats)
+        for node, (level, inputs) in zip(self.nodes, self.graph):
+            feats.append(node([feats[i] for i in inputs], sizes[level]))
+        return tuple(feats[-len(sizes):])
+
+
+@MODELS.register_module()
+class BiFPN(BaseModule):
+    """Bi-directional feature pyramid network, with FPN's call signature.
+
+    Levels above the backbone's are made from its last one: a 1x1 convolution
+    and a norm where the width changes, then 3x3 SAME max-pooling; each
+    further level is pooled from the one below it.
+
+    Args:
+        in_channels (Sequence[int]): Widths of the backbone's outputs.
+        out_channels (int): Width of all levels inside and after the neck.
+        num_outs (int): Number of levels to return, at least 2.
+        start_level (int): First of the inputs to use. Defaults to 0.
+        end_level (int): Last of the inputs to use, inclusive; -1 for the
+            last. Defaults to -1.
+        stack_times (int): Number of BiFPN layers. Defaults to 3.
+        fusion (str): 'fast_normalized' (the default; D0-D5), 'softmax',
+            'sum' (D6, D7, D7x, Lite) or 'unbounded' (paper, section 3.3).
+        norm_cfg (dict, optional): Defaults to batch norm with TensorFlow's
+            constants; None for no norm.
+        act_cfg (dict): Defaults to SiLU (swish).
+        init_cfg (dict, optional): With ``None``, the official initialisers.
+
+    Raises:
+        ValueError: If ``fusion`` is unknown or the levels do not fit.
+    """
+
+    def __init__(self,
+                 in_channels: Sequence[int],
+                 out_channels: int,
+                 num_outs: int,
+                 start_level: int = 0,
+                 end_level: int = -1,
+                 stack_times: int = 3,
+                 fusion: str = 'fast_normalized',
+                 norm_cfg: Optional[dict] = BN_CFG,
+                 act_cfg: dict = dict(type='SiLU'),
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        num_ins = len(in_channels)
+        last = num_ins - 1 if end_level == -1 else end_level
+        if fusion not in FUSIONS:
+            raise ValueError(f'fusion={fusion!r} must be one of {FUSIONS}')
+        if not 0 <= start_level <= last < num_ins:
+            raise ValueError(
+                f'start_level={start_level} and end_level={end_level} must '
+                f'name a range of the {num_ins} inputs {list(in_channels)}')
+        used = list(in_channels)[start_level:last + 1]
+        extra = num_outs - len(used)
+        if num_outs < 2 or extra < 0 or (extra and last != num_ins - 1):
+            allowed = f'exactly {len(used)}' if last != num_ins - 1 \
+                else f'at least {len(used)}'
+            raise ValueError(
+                f'num_outs={num_outs} does not fit: inputs {start_level} to '
+                f'{last} of {list(in_channels)} are used, so num_outs must '
+                f'be {allowed} (and at least 2)')
+        if stack_times < 1:
+            raise ValueError(f'stack_times={stack_times} must be at least 1')
+        self.in_channels = list(in_channels)
+        self.out_channels = out_channels
+        self.num_outs = num_outs
+        self.start_level = start_level
+        self.last_level = last
+        self.extra_levels = nn.ModuleList()
+        for _ in range(extra):
+            self.extra_levels.append(
+                projection(used[-1], out_channels, norm_cfg)
+                if used[-1] != out_channels else nn.Identity())
+            used.append(out_channels)
+        self.layers = nn.ModuleList()
+        for _ in range(stack_times):
+            self.layers.append(
+                BiFPNLayer(used, out_channels, fusion, norm_cfg, act_cfg))
+            used = [out_channels] * num_outs
+
+    def init_weights(self) -> None:
+        """Draws all kernels from Glorot's uniform distribution."""
+        if self.init_cfg:
+            return super().init_weights()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._is_init = True
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+        """Fuses the backbone's features.
+
+        Args:
+            inputs (Sequence[Tensor]): One ``(N, C_i, H_i, W_i)`` for each of
+                ``in_channels``, fine to coarse.
+
+        Returns:
+            tuple[Tensor]: ``num_outs`` maps ``(N, out_channels, H_i, W_i)``.
+
+        Raises:
+            ValueError: If the number of inputs is wrong, or a level is larger
+                than the one below it.
+        """
+        if len(inputs) != len(self.in_channels):
+            raise ValueError(
+                f'BiFPN got {len(inputs)} feature maps, but in_channels='
+                f'{self.in_channels} names {len(self.in_channels)}')
+        feats = list(inputs[self.start_level:self.last_level + 1])
+        for extra_level in self.extra_levels:
+            # An axis of one pixel cannot shrink further.
+            stride = [2 if n > 1 else 1 for n in feats[-1].shape[-2:]]
+            feats.append(max_pool_same(extra_level(feats[-1]), stride))
+        for layer in self.layers:
+            feats = layer(feats)
+        return tuple(feats)

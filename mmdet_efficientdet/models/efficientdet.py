@@ -1,0 +1,48 @@
+"""EfficientDet (arXiv 1911.09070)."""
+from typing import Tuple
+
+from mmdet.models.detectors import SingleStageDetector
+from torch import Tensor
+
+from ..checkpoints import StrictLoading
+from ..registry import MODELS
+
+MIN_INPUT = 64  # pixels; below, the upper levels say nothing any more
+
+
+@MODELS.register_module()
+class EfficientDet(StrictLoading, SingleStageDetector):
+    """EfficientNet, BiFPN and the shared heads.
+
+    A checkpoint that does not fit raises when it is loaded, also by the stock
+    tools, which by themselves would only log what is missing.
+    """
+
+    def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
+        """Returns the neck's features of images ``(N, 3, H, W)``.
+
+        Raises:
+            ValueError: If a side is below 64 pixels.
+        """
+        height, width = batch_inputs.shape[-2:]
+        if min(height, width) < MIN_INPUT:
+            raise ValueError(
+                f'input of {height}x{width} pixels is too small: both sides '
+                f'must be at least {MIN_INPUT}. Pad the images '
+                '(data_preprocessor.pad_size_divisor) or enlarge image_size')
+        return super().extract_feat(batch_inputs)
+
+    def explain_mismatch(self, shapes: dict) -> str:
+        """Says it plainly when only the number of classes differs.
+
+        Args:
+            shapes (dict): Key to (checkpoint's shape, model's shape).
+        """
+        key = 'bbox_head.conv_cls.pointwise.bias'
+        given, own = shapes.get(key, ((), ()))
+        if not given or any('conv_cls.pointwise' not in k for k in shapes):
+            return ''
+        num_priors = self.bbox_head.num_base_priors
+        return (f'The checkpoint predicts {given[0] / num_priors:g} classes, '
+                f'this model {own[0] / num_priors:g}. Use a checkpoint of '
+                'the same classes. ')

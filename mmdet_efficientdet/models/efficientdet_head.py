@@ -1,0 +1,270 @@
+"""The head of EfficientDet: class net, box net, loss and post-processing.
+
+Behaviour of google/automl ``efficientdet/tf2/efficientdet_keras.py`` (nets),
+``det_model_fn.py`` (loss), ``tf2/postprocess.py`` and ``nms_np.py``.
+"""
+import math
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmdet.models.dense_heads import AnchorHead
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from ..registry import MODELS
+from .anchors import anchor_targets
+from .layers import BN_CFG, SeparableConv2d
+from .postprocess import decode, select, suppress
+
+
+@MODELS.register_module()
+class EfficientDetHead(AnchorHead):
+    """Two nets of separable convolutions that all levels share.
+
+    Each level has norms of its own after every convolution; there are no
+    residual connections. Convolutions and norms stand in separate lists, so
+    that a checkpoint holds each tensor once.
+
+    Args:
+        num_classes (int): Number of classes, without background.
+        in_channels (int): Width of the features, and of both nets.
+        stacked_convs (int): Convolutions before the predictor. Defaults to 3.
+        num_levels (int): Number of pyramid levels. Defaults to 5.
+        norm_cfg (dict, optional): Defaults to batch norm with TensorFlow's
+            constants; None for no norm.
+        act_cfg (dict): Defaults to SiLU (swish).
+        anchor_generator (dict): Defaults to the anchors of D0.
+        bbox_coder (dict): Defaults to the coder without clamps.
+        loss_cls (dict): Summed over all anchors and classes, then divided by
+            the number of positive anchors of the local batch plus 1.
+        loss_bbox (dict): Likewise, over the targets that are not zero. The
+            default equals the official ``50 * Huber(0.1) / 4``.
+        train_cfg (dict, optional): Not used.
+        test_cfg (dict): ``nms_pre`` pairs of anchor and class are selected
+            from the whole image (5000), ``nms`` is ``dict(type='soft_nms',
+            sigma=0.5, min_score=0.001)`` or ``dict(type='nms',
+            iou_threshold=0.5)``, both within each class, and ``max_per_img``
+            boxes are kept (100); ``score_thr`` (0) drops weaker ones.
+        init_cfg (dict, optional): With ``None``, the official initialisers.
+    """
+
+    prior_probability = 0.01  # of an anchor being any one class, at the start
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        stacked_convs: int = 3,
+        num_levels: int = 5,
+        norm_cfg: Optional[dict] = BN_CFG,
+        act_cfg: dict = dict(type='SiLU'),
+        anchor_generator: dict = dict(
+            type='mmdet_efficientdet.AnchorGenerator'),
+        bbox_coder: dict = dict(type='mmdet_efficientdet.AnchorBoxCoder'),
+        loss_cls: dict = dict(
+            type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.25),
+        loss_bbox: dict = dict(
+            type='mmdet.SmoothL1Loss', beta=0.1, loss_weight=1.25),
+        train_cfg: Optional[dict] = None,
+        test_cfg: Optional[dict] = None,
+        init_cfg: Optional[dict] = None) -> None:
+        self.stacked_convs = stacked_convs
+        self.num_levels = num_levels
+        self.norm_cfg = norm_cfg
+        self.act_cfg = act_cfg
+        super().__init__(
+            num_classes,
+            in_channels,
+            feat_channels=in_channels,
+            anchor_generator=anchor_generator,
+            bbox_coder=bbox_coder,
+            loss_cls=loss_cls,
+            loss_bbox=loss_bbox,
+            train_cfg=None,
+            test_cfg=test_cfg,
+            init_cfg=init_cfg)
+
+    def _init_layers(self) -> None:
+        """Builds both nets."""
+
+        def conv(out_channels: int) -> SeparableConv2d:
+            return SeparableConv2d(self.feat_channels, out_channels)
+
+        def norm() -> nn.Module:
+            if self.norm_cfg is None:
+                return nn.Identity()
+            return build_norm_layer(self.norm_cfg, self.feat_channels)[1]
+
+        def norms() -> nn.ModuleList:
+            return nn.ModuleList(
+                nn.ModuleList(norm() for _ in range(self.num_levels))
+                for _ in range(self.stacked_convs))
+
+        repeats = range(self.stacked_convs)
+        self.act = build_activation_layer(self.act_cfg)
+        self.cls_convs = nn.ModuleList(
+            conv(self.feat_channels) for _ in repeats)
+        self.reg_convs = nn.ModuleList(
+            conv(self.feat_channels) for _ in repeats)
+        self.cls_norms = norms()
+        self.reg_norms = norms()
+        self.conv_cls = conv(self.num_base_priors * self.cls_out_channels)
+        self.conv_reg = conv(self.num_base_priors * 4)
+
+    def init_weights(self) -> None:
+        """Draws kernels from variance scaling, scale 1, fan-in, truncated.
+
+        The fan-in of a depthwise kernel is counted over all channels, as
+        TensorFlow does.
+        """
+        if self.init_cfg:
+            return super().init_weights()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                area = module.kernel_size[0] * module.kernel_size[1]
+                # Truncation at two deviations leaves 0.8796 of one.
+                std = 1 / math.sqrt(area * module.in_channels) / .87962566
+                nn.init.trunc_normal_(
+                    module.weight, std=std, a=-2 * std, b=2 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        bias = -math.log((1 - self.prior_probability) / self.prior_probability)
+        nn.init.constant_(self.conv_cls.pointwise.bias, bias)
+        self._is_init = True
+
+    def forward(self,
+                feats: Sequence[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
+        """Predicts on every level.
+
+        Args:
+            feats (Sequence[Tensor]): One ``(N, C, H_i, W_i)`` for each level.
+
+        Returns:
+            tuple[list]: ``cls_scores``, logits ``(N, A * K, H_i, W_i)``, and
+            ``bbox_preds``, deltas ``(N, A * 4, H_i, W_i)`` as (dx, dy, dw,
+            dh) of each anchor.
+
+        Raises:
+            ValueError: If the number of levels is not ``num_levels``.
+        """
+        if len(feats) != self.num_levels:
+            raise ValueError(
+                f'the head got {len(feats)} levels but was built with '
+                f'num_levels={self.num_levels}; set num_levels of the head '
+                'to num_outs of the neck')
+        cls_scores, bbox_preds = [], []
+        for level, feat in enumerate(feats):
+            for convs, norms, predictor, outs in (
+                (self.cls_convs, self.cls_norms, self.conv_cls, cls_scores),
+                (self.reg_convs, self.reg_norms, self.conv_reg, bbox_preds)):
+                x = feat
+                for conv, norm in zip(convs, norms):
+                    x = self.act(norm[level](conv(x)))
+                outs.append(predictor(x))
+        return cls_scores, bbox_preds
+
+    def _anchors(self, cls_scores: List[Tensor], img_metas: List[dict]):
+        """The anchors ``(A, 4)`` of all levels."""
+        return torch.cat(
+            self.prior_generator.grid_priors(
+                [scores.shape[-2:] for scores in cls_scores],
+                img_metas[0]['batch_input_shape'],
+                device=cls_scores[0].device))
+
+    def _flatten(self, maps: List[Tensor], width: int) -> Tensor:
+        """Joins level maps ``(N, A * width, H, W)`` to ``(N, *, width)``."""
+        return torch.cat([
+            x.permute(0, 2, 3, 1).reshape(len(x), -1, width).float()
+            for x in maps
+        ], 1)
+
+    def loss_by_feat(self,
+                     cls_scores: List[Tensor],
+                     bbox_preds: List[Tensor],
+                     batch_gt_instances: List[InstanceData],
+                     batch_img_metas: List[dict],
+                     batch_gt_instances_ignore: Optional[list] = None) -> dict:
+        """The two losses of a batch.
+
+        Args:
+            cls_scores, bbox_preds (list[Tensor]): See :meth:`forward`.
+            batch_gt_instances (list): ``bboxes`` and ``labels`` of each image.
+            batch_img_metas (list[dict]): With ``batch_input_shape``.
+            batch_gt_instances_ignore (list, optional): Not used: crowds are
+                background, as in the official code.
+
+        Returns:
+            dict: Scalars ``loss_cls`` and ``loss_bbox``.
+        """
+        cls_scores_flat = self._flatten(cls_scores, self.cls_out_channels)
+        bbox_preds_flat = self._flatten(bbox_preds, 4)
+        labels, deltas, num_positive = anchor_targets(
+            self._anchors(cls_scores, batch_img_metas),
+            [gt.bboxes for gt in batch_gt_instances],
+            [gt.labels for gt in batch_gt_instances], self.num_classes,
+            self.bbox_coder)
+        avg_factor = num_positive + 1.0
+        loss_cls = self.loss_cls(
+            cls_scores_flat.flatten(0, 1),
+            labels.flatten(),
+            avg_factor=avg_factor)
+        # The official mask is by value, not by anchor: a coordinate that is
+        # right by chance costs nothing.
+        loss_bbox = self.loss_bbox(
+            bbox_preds_flat,
+            deltas,
+            weight=(deltas != 0).float(),
+            avg_factor=avg_factor)
+        return dict(loss_cls=loss_cls, loss_bbox=loss_bbox)
+
+    def predict_by_feat(self,
+                        cls_scores: List[Tensor],
+                        bbox_preds: List[Tensor],
+                        score_factors: Optional[list] = None,
+                        batch_img_metas: Optional[List[dict]] = None,
+                        cfg: Optional[dict] = None,
+                        rescale: bool = False,
+                        with_nms: bool = True) -> List[InstanceData]:
+        """Turns predictions into boxes.
+
+        Args:
+            cls_scores, bbox_preds (list[Tensor]): See :meth:`forward`.
+            score_factors (None): Not used.
+            batch_img_metas (list[dict]): With ``batch_input_shape`` and, for
+                ``rescale``, ``scale_factor``.
+            cfg (dict, optional): Used instead of ``test_cfg``.
+            rescale (bool): Maps boxes back to the original image.
+            with_nms (bool): With False, all selected boxes are returned.
+
+        Returns:
+            list[InstanceData]: ``bboxes`` ``(n, 4)`` xyxy in pixels, which may
+            reach beyond the image, ``scores`` and ``labels`` ``(n, )``, best
+            first.
+        """
+        cfg = cfg or self.test_cfg or {}
+        anchors = self._anchors(cls_scores, batch_img_metas)
+        logits, index, labels = select(
+            self._flatten(cls_scores, self.cls_out_channels),
+            cfg.get('nms_pre', 5000))
+        bboxes = decode(
+            self._flatten(bbox_preds, 4), anchors, index, self.bbox_coder)
+        scores = logits.sigmoid()
+        if with_nms:
+            bboxes, scores, labels = suppress(bboxes, scores, labels,
+                                              cfg.get('max_per_img', 100),
+                                              **cfg.get('nms', {}))
+        results = []
+        for i, img_meta in enumerate(batch_img_metas):
+            keep = scores[i] > cfg.get('score_thr', 0.0)
+            image_bboxes = bboxes[i, keep]
+            if rescale:
+                # (w, h) of the host; ours are one and the same scalar.
+                image_bboxes = image_bboxes / image_bboxes.new_tensor(
+                    img_meta['scale_factor']).repeat(2)
+            results.append(
+                InstanceData(
+                    bboxes=image_bboxes,
+                    scores=scores[i, keep],
+                    labels=labels[i, keep]))
+        return results

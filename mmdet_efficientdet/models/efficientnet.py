@@ -1,0 +1,237 @@
+"""EfficientNet B0-B7 and EfficientNet-Lite0-4 (arXiv 1905.11946).
+
+Behaviour of google/automl ``efficientdet/backbone``: SAME padding, squeeze
+ratio of the block's input, survival probability that falls linearly with the
+block's index.
+"""
+import math
+from typing import List, Optional, Sequence, Tuple
+
+from mmcv.cnn import ConvModule
+from mmdet.models.layers import InvertedResidual
+from mmengine.model import BaseModule
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+from ..checkpoints import StrictLoading
+from ..registry import MODELS
+from .layers import BN_CFG, checkpoint
+
+# Rows of the stages of B0: repeats, kernel, stride, expansion, channels.
+STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40),
+          (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
+          (1, 3, 1, 6, 320))
+
+# Width and depth coefficients.
+ARCHS = {
+    'b0': (1.0, 1.0),
+    'b1': (1.0, 1.1),
+    'b2': (1.1, 1.2),
+    'b3': (1.2, 1.4),
+    'b4': (1.4, 1.8),
+    'b5': (1.6, 2.2),
+    'b6': (1.8, 2.6),
+    'b7': (2.0, 3.1),
+    'lite0': (1.0, 1.0),
+    'lite1': (1.0, 1.1),
+    'lite2': (1.1, 1.2),
+    'lite3': (1.2, 1.4),
+    'lite4': (1.4, 1.8)
+}
+
+
+def _round_channels(channels: float) -> int:
+    """Rounds to a multiple of 8, never below 90 % of the exact width."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def block_table(arch: str) -> Tuple[int, List[dict]]:
+    """The stem's width and one row for every block of an architecture.
+
+    Args:
+        arch (str): A key of ``ARCHS``.
+
+    Returns:
+        tuple: Channels of the stem, and a list of dicts with ``kernel_size``,
+        ``stride``, ``expansion``, ``in_channels``, ``out_channels`` and
+        ``stage`` (row, repeat) of each block.
+
+    Raises:
+        KeyError: If the architecture is unknown.
+    """
+    if arch not in ARCHS:
+        raise KeyError(f'unknown EfficientNet {arch!r}; known: {list(ARCHS)}')
+    width, depth = ARCHS[arch]
+    lite = arch.startswith('lite')
+    stem = 32 if lite else _round_channels(32 * width)  # Lite fixes the stem
+    blocks, channels = [], stem
+    for row, (repeats, kernel, stride, expansion, out) in enumerate(STAGES):
+        # Lite fixes the depth of the first and the last stage, too.
+        if not (lite and row in (0, len(STAGES) - 1)):
+            repeats = math.ceil(repeats * depth)
+        for repeat in range(repeats):
+            blocks.append(
+                dict(
+                    stage=(row, repeat),
+                    kernel_size=kernel,
+                    stride=stride if repeat == 0 else 1,
+                    expansion=expansion,
+                    in_channels=channels,
+                    out_channels=_round_channels(out * width)))
+            channels = blocks[-1]['out_channels']
+    return stem, blocks
+
+
+@MODELS.register_module()
+class EfficientNet(StrictLoading, BaseModule):
+    """EfficientNet without its classifier.
+
+    Level ``i`` is the last feature map before the resolution falls below
+    ``1 / 2**i`` of the input; a B0 gives levels 1-5 with 16, 24, 40, 112 and
+    320 channels. Input sizes are free: each level is half the previous one,
+    rounded up.
+
+    Args:
+        arch (str): 'b0' ... 'b7' or 'lite0' ... 'lite4'. The Lite networks
+            have no squeeze-and-excitation. Defaults to 'b0'.
+        out_indices (Sequence[int]): Levels to return, of 1 to 5. Blocks above
+            the highest are not built. Defaults to (3, 4, 5).
+        frozen_stages (int): Freezes the stem (0) and all blocks up to this
+            level (1-5), their batch norms included. Defaults to -1: nothing.
+        drop_path_rate (float, optional): Probability at which block ``i`` of
+            ``n`` is dropped in training, times ``i / n``. Defaults to the
+            official 0.2, but 0 for b0.
+        norm_cfg (dict): Defaults to batch norm with TensorFlow's constants.
+        act_cfg (dict, optional): Defaults to SiLU (swish), ReLU6 for Lite.
+        norm_eval (bool): Keeps all batch norms in evaluation mode while
+            training. Defaults to False.
+        with_cp (bool): Recomputes the blocks in the backward pass to save
+            memory. Defaults to False.
+        init_cfg (dict, optional): With ``None`` the weights are drawn from
+            the official initialisers.
+
+    Raises:
+        KeyError: If ``arch`` is unknown.
+        ValueError: If ``out_indices`` or ``frozen_stages`` is out of range.
+    """
+
+    def __init__(self,
+                 arch: str = 'b0',
+                 out_indices: Sequence[int] = (3, 4, 5),
+                 frozen_stages: int = -1,
+                 drop_path_rate: Optional[float] = None,
+                 norm_cfg: dict = BN_CFG,
+                 act_cfg: Optional[dict] = None,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        stem, blocks = block_table(arch)
+        lite = arch.startswith('lite')
+        act_cfg = act_cfg or dict(type='ReLU6' if lite else 'SiLU')
+        if drop_path_rate is None:
+            drop_path_rate = 0.0 if arch == 'b0' else 0.2
+        if not out_indices or not set(out_indices) <= {1, 2, 3, 4, 5}:
+            raise ValueError(f'out_indices={out_indices} must be levels out '
+                             'of 1, 2, 3, 4, 5')
+        if frozen_stages not in range(-1, 6):
+            raise ValueError(f'frozen_stages={frozen_stages} must be -1 '
+                             '(nothing), 0 (the stem) or a level of 1 to 5')
+        self.arch = arch
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        # A level ends where the next block reduces the resolution.
+        ends = [
+            i for i, _ in enumerate(blocks)
+            if i + 1 == len(blocks) or blocks[i + 1]['stride'] > 1
+        ]
+        self.level_ends = dict(zip(range(1, 6), ends))
+        self.num_all_blocks = len(blocks)
+        blocks_built = blocks[:self.level_ends[max(out_indices)] + 1]
+        self.out_channels = tuple(
+            blocks[self.level_ends[i]]['out_channels'] for i in out_indices)
+
+        def conv_cfg(stride: int) -> Optional[dict]:
+            # At stride 1 SAME padding is the ordinary symmetric one.
+            return dict(type='Conv2dAdaptivePadding') if stride > 1 else None
+
+        self.stem = ConvModule(
+            3,
+            stem,
+            3,
+            stride=2,
+            conv_cfg=conv_cfg(2),
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg)
+        self.blocks = nn.ModuleList()
+        for i, row in enumerate(blocks_built):
+            mid_channels = row['in_channels'] * row['expansion']
+            self.blocks.append(
+                InvertedResidual(
+                    row['in_channels'],
+                    row['out_channels'],
+                    mid_channels,
+                    row['kernel_size'],
+                    row['stride'],
+                    # The squeeze is a quarter of the block's *input*.
+                    se_cfg=None if lite else dict(
+                        channels=mid_channels,
+                        ratio=4 * row['expansion'],
+                        act_cfg=(act_cfg, dict(type='Sigmoid'))),
+                    with_expand_conv=row['expansion'] != 1,
+                    conv_cfg=conv_cfg(row['stride']),
+                    norm_cfg=norm_cfg,
+                    act_cfg=act_cfg,
+                    drop_path_rate=drop_path_rate * i / len(blocks)))
+
+    def init_weights(self) -> None:
+        """Loads ``init_cfg``, or draws from the official initialisers."""
+        if self.init_cfg:
+            return super().init_weights()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Fan-out of one output map, also for depthwise kernels.
+                fan_out = module.kernel_size[0] * module.kernel_size[1]
+                fan_out *= module.out_channels // module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._is_init = True
+
+    def is_leftover_key(self, key: str) -> bool:
+        """Whether a checkpoint's key belongs to a block that is not built."""
+        parts = key.split('.')
+        return (parts[0] == 'blocks' and parts[1].isdigit()
+                and len(self.blocks) <= int(parts[1]) < self.num_all_blocks)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Returns the features ``(N, C_i, H / 2**i, W / 2**i)`` of the levels.
+
+        Args:
+            x (Tensor): Images ``(N, 3, H, W)``, normalised.
+        """
+        x = self.stem(x)
+        outs = {}
+        for i, block in enumerate(self.blocks):
+            with_cp = self.with_cp and self.training
+            x = checkpoint(block, x) if with_cp else block(x)
+            outs[i] = x
+        return tuple(outs[self.level_ends[i]] for i in self.out_indices)
+
+    def train(self, mode: bool = True) -> 'EfficientNet':
+        """Switches the mode; frozen stages and norms stay in evaluation."""
+        super().train(mode)
+        if self.frozen_stages >= 0:
+            last = self.level_ends.get(self.frozen_stages, -1)
+            for module in (self.stem, *self.blocks[:last + 1]):
+                module.eval()
+                module.requires_grad_(False)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                # _BatchNorm covers SyncBN and what mmengine reverts it to.
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self

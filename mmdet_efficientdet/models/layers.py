@@ -1,0 +1,108 @@
+"""What the host has no part for: TensorFlow's layers as EfficientDet uses."""
+from contextlib import contextmanager, nullcontext
+
+import torch.nn.functional as F
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+from torch.utils import checkpoint as torch_checkpoint
+
+# TensorFlow's decay 0.99 is PyTorch's momentum 0.01; eps 1e-3 is ten to a
+# hundred times the usual value, and converted weights need it.
+BN_CFG = dict(type='BN', momentum=0.01, eps=1e-3)
+
+
+class SeparableConv2d(nn.Module):
+    """Depthwise 3x3 convolution followed by a pointwise one, stride 1.
+
+    The depthwise half has no bias and the pointwise half has one, also where
+    a batch norm follows: the official network stores it there.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, 1, 1, groups=in_channels, bias=False)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``."""
+        return self.pointwise(self.depthwise(x))
+
+
+def max_pool_same(x: Tensor, stride: tuple) -> Tensor:
+    """Max-pools to ``ceil(size / stride)`` with TensorFlow's SAME padding.
+
+    The window is ``stride + 1`` wide, as everywhere in the official network,
+    and 1 on an axis of stride 1. Padding is minus infinity and lies mostly
+    after the end; zero would win against features that are negative.
+
+    Args:
+        x (Tensor): Features ``(N, C, H, W)``.
+        stride (tuple[int]): Stride ``(vertical, horizontal)``.
+    """
+    kernel = [s + 1 if s > 1 else 1 for s in stride]
+    padding = []
+    for size, k, s in zip(x.shape[-2:], kernel, stride):
+        total = max((-(-size // s) - 1) * s + k - size, 0)
+        padding = [total // 2, total - total // 2] + padding
+    return F.max_pool2d(F.pad(x, padding, value=float('-inf')), kernel, stride)
+
+
+def resize_to(x: Tensor, size: tuple) -> Tensor:
+    """Resizes features to another level: max-pool down, nearest up.
+
+    Each axis goes its own way, so an axis of one pixel stays while the other
+    is pooled (the official code refuses that case).
+
+    Args:
+        x (Tensor): Features ``(N, C, H, W)``.
+        size (tuple[int]): Wanted ``(height, width)``.
+
+    Raises:
+        ValueError: If one axis must grow and the other shrink.
+    """
+    now = tuple(x.shape[-2:])
+    size = tuple(size)
+    if now == size:
+        return x
+    if now[0] >= size[0] and now[1] >= size[1]:
+        stride = [(n - 1) // s + 1 for n, s in zip(now, size)]
+        if all(-(-n // p) == s for n, p, s in zip(now, stride, size)):
+            return max_pool_same(x, stride)
+        return F.adaptive_max_pool2d(x, size)  # a ratio no stride gives
+    if now[0] <= size[0] and now[1] <= size[1]:
+        return F.interpolate(x, size=size, mode='nearest')
+    raise ValueError(
+        f'cannot resize features of size {now} to a level of size {size}: '
+        'one axis would have to grow and the other to shrink. Pyramid levels '
+        'must not grow on any axis from one level to the next')
+
+
+@contextmanager
+def _untracked_statistics(module: nn.Module):
+    """Keeps batch norms from updating their running statistics."""
+    norms = [
+        m for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpoint(module: nn.Module, *args):
+    """Runs ``module`` without keeping activations for the backward pass.
+
+    The second forward pass, which recomputes them, leaves the statistics of
+    batch norms alone, so that they are updated once per step as without
+    checkpointing.
+    """
+    return torch_checkpoint.checkpoint(
+        module,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _untracked_statistics(module)))

