@@ -1,0 +1,79 @@
+_base_ = './efficientdet_lite0_8xb16-300e_coco.py'
+
+from mmdet_efficientdet.scaling import scale_config
+
+scale_config(_base_, 'lite0', image_size=320, classes=['Tree'])
+
+data_root = 'data/trees/'
+enlargement = 1.6
+
+model = dict(
+    backbone=dict(frozen_stages=2, norm_eval=True),
+    test_cfg=dict(max_per_img=300))
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(
+        type='RandomFlip',
+        prob=[0.25, 0.25, 0.25],
+        direction=['horizontal', 'vertical', 'diagonal']),
+    dict(
+        type='mmdet_efficientdet.ResizeCrop',
+        image_size=320,
+        ratio_range=(1.6, 2.4)),
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(8, 8), keep_empty=False),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackDetInputs')
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale_factor=enlargement, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
+                   'scale_factor'))
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    sampler=dict(type='InfiniteSampler'),
+    dataset=dict(
+        data_root=data_root,
+        ann_file='train.json',
+        data_prefix=dict(img='images/'),
+        pipeline=train_pipeline))
+val_dataloader = dict(
+    num_workers=1,
+    dataset=dict(
+        data_root=data_root,
+        ann_file='test.json',
+        data_prefix=dict(img='images/'),
+        pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'test.json')
+test_evaluator = val_evaluator
+
+max_iters = 400
+train_cfg = dict(
+    _delete_=True,
+    type='IterBasedTrainLoop',
+    max_iters=max_iters,
+    val_interval=max_iters)
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=4e-3, weight_decay=1e-2))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=30),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=False,
+        begin=30,
+        T_max=max_iters - 30,
+        end=max_iters)
+]
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(
+        by_epoch=False, interval=100, save_best=None, max_keep_ckpts=1))
+log_processor = dict(by_epoch=False, window_size=20)
