@@ -70,12 +70,12 @@ class StrictLoading:
             (self.explain_mismatch(shapes) if shapes and not missing
              and not unexpected else 'Is it of another size or model?')
         ]
-        for title, items in (
-            ('only in the model', [f'+ {k} {own[k]}' for k in missing]),
-            ('only in the checkpoint',
-             [f'- {k} {given[k]}' for k in unexpected]),
-            ('of another shape (checkpoint, model)',
-             [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()])):
+        for title, items in (('only in the model', [
+                f'+ {k} {own[k]}' for k in missing
+        ]), ('only in the checkpoint',
+             [f'- {k} {given[k]}' for k in unexpected
+              ]), ('of another shape (checkpoint, model)',
+                   [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()])):
             if items:
                 lines.append(f'{len(items)} {title}:')
                 lines += [f'  {item}' for item in items[:10]]
@@ -135,16 +135,17 @@ def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
 
     blocks = block_table(arch)[1]
     is_timm = 'conv_stem.weight' in state_dict
-    stem = dict(conv_stem='stem.conv', bn1='stem.bn') if is_timm else dict(
-        _conv_stem='stem.conv', _bn0='stem.bn')
-    classifier = ('conv_head', 'bn2', 'classifier') if is_timm else (
-        '_conv_head', '_bn1', '_fc')
+    stem = dict(
+        conv_stem='stem.conv', bn1='stem.bn') if is_timm else dict(
+            _conv_stem='stem.conv', _bn0='stem.bn')
+    classifier = ('conv_head', 'bn2',
+                  'classifier') if is_timm else ('_conv_head', '_bn1', '_fc')
     names = {f'{source}.': f'{target}.' for source, target in stem.items()}
     for index, block in enumerate(blocks):
         place = '{}.{}'.format(*block['stage']) if is_timm else index
         prefix = f'blocks.{place}' if is_timm else f'_blocks.{place}'
-        for source, target in _block_names(is_timm,
-                                           block['expansion'] != 1).items():
+        for source, target in _block_names(is_timm, block['expansion']
+                                           != 1).items():
             names[f'{prefix}.{source}.'] = f'blocks.{index}.{target}.'
     converted, unknown = {}, []
     for key, value in state_dict.items():

@@ -127,8 +127,8 @@ def scale_config(base: dict,
     model['data_preprocessor'].update(
         mean=list(row.mean),
         std=list(row.std),
-        pad_size_divisor=image_size
-        if isinstance(image_size, int) else gcd(*image_size))
+        pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
+            *image_size))
     model['backbone'].update(arch=row.backbone, act_cfg=act_cfg)
     if model['backbone'].get('init_cfg'):
         model['backbone']['init_cfg'].update(checkpoint=checkpoint)
@@ -163,8 +163,7 @@ def scale_config(base: dict,
 
 def _check_image_size(image_size):
     sides = (image_size, ) * 2 if isinstance(image_size, int) else image_size
-    if len(sides) != 2 or any(
-            not isinstance(n, int) or n < 64 for n in sides):
+    if len(sides) != 2 or any(not isinstance(n, int) or n < 64 for n in sides):
         raise ValueError(
             f'image_size={image_size!r} must be an int of at least 64 '
             'pixels, or a pair (height, width) of them')

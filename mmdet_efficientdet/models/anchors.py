@@ -219,8 +219,8 @@ def anchor_targets(anchors: Tensor, batch_bboxes: Sequence[Tensor],
                               num_classes,
                               dtype=torch.long)
     valid = labels.new_zeros(labels.shape, dtype=torch.bool)
-    for i, (image_bboxes, image_labels) in enumerate(
-            zip(batch_bboxes, batch_labels)):
+    for i, (image_bboxes,
+            image_labels) in enumerate(zip(batch_bboxes, batch_labels)):
         bboxes[i, :len(image_bboxes)] = get_box_tensor(image_bboxes)
         labels[i, :len(image_labels)] = image_labels
         valid[i, :len(image_bboxes)] = True

@@ -25,7 +25,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS
-from .layers import BN_CFG, SeparableConv2d, max_pool_same, resize_to
+from .layers import (BN_CFG, SWISH_CFG, SeparableConv2d, max_pool_same,
+                     resize_to)
 
 FUSIONS = ('fast_normalized', 'softmax', 'sum', 'unbounded')
 
@@ -92,7 +93,8 @@ class FusionNode(BaseModule):
         if fusion != 'sum':
             self.fusion_weights = nn.Parameter(torch.ones(len(in_channels)))
         self.resamples = nn.ModuleDict({
-            str(edge): projection(channels, out_channels, norm_cfg)
+            str(edge):
+            projection(channels, out_channels, norm_cfg)
             for edge, channels in enumerate(in_channels)
             if channels != out_channels
         })
@@ -195,7 +197,7 @@ class BiFPN(BaseModule):
                  stack_times: int = 3,
                  fusion: str = 'fast_normalized',
                  norm_cfg: Optional[dict] = BN_CFG,
-                 act_cfg: dict = dict(type='SiLU'),
+                 act_cfg: dict = SWISH_CFG,
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
         num_ins = len(in_channels)
@@ -225,8 +227,8 @@ class BiFPN(BaseModule):
         self.extra_levels = nn.ModuleList()
         for _ in range(extra):
             self.extra_levels.append(
-                projection(used[-1], out_channels, norm_cfg)
-                if used[-1] != out_channels else nn.Identity())
+                projection(used[-1], out_channels, norm_cfg) if used[-1] !=
+                out_channels else nn.Identity())
             used.append(out_channels)
         self.layers = nn.ModuleList()
         for _ in range(stack_times):

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .anchors import anchor_targets
-from .layers import BN_CFG, SeparableConv2d
+from .layers import BN_CFG, SWISH_CFG, SeparableConv2d
 from .postprocess import decode, select, suppress
+
+ANCHORS = dict(type='mmdet_efficientdet.AnchorGenerator')
+BOX_CODER = dict(type='mmdet_efficientdet.AnchorBoxCoder')
+FOCAL_LOSS = dict(
+    type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.25)
+# 50 * Huber(delta) / 4 is 12.5 * delta * SmoothL1(beta=delta), delta = 0.1.
+HUBER_LOSS = dict(type='mmdet.SmoothL1Loss', beta=0.1, loss_weight=1.25)
 
 
 @MODELS.register_module()
@@ -51,24 +58,20 @@ class EfficientDetHead(AnchorHead):
 
     prior_probability = 0.01  # of an anchor being any one class, at the start
 
-    def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        stacked_convs: int = 3,
-        num_levels: int = 5,
-        norm_cfg: Optional[dict] = BN_CFG,
-        act_cfg: dict = dict(type='SiLU'),
-        anchor_generator: dict = dict(
-            type='mmdet_efficientdet.AnchorGenerator'),
-        bbox_coder: dict = dict(type='mmdet_efficientdet.AnchorBoxCoder'),
-        loss_cls: dict = dict(
-            type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.25),
-        loss_bbox: dict = dict(
-            type='mmdet.SmoothL1Loss', beta=0.1, loss_weight=1.25),
-        train_cfg: Optional[dict] = None,
-        test_cfg: Optional[dict] = None,
-        init_cfg: Optional[dict] = None) -> None:
+    def __init__(self,
+                 num_classes: int,
+                 in_channels: int,
+                 stacked_convs: int = 3,
+                 num_levels: int = 5,
+                 norm_cfg: Optional[dict] = BN_CFG,
+                 act_cfg: dict = SWISH_CFG,
+                 anchor_generator: dict = ANCHORS,
+                 bbox_coder: dict = BOX_CODER,
+                 loss_cls: dict = FOCAL_LOSS,
+                 loss_bbox: dict = HUBER_LOSS,
+                 train_cfg: Optional[dict] = None,
+                 test_cfg: Optional[dict] = None,
+                 init_cfg: Optional[dict] = None) -> None:
         self.stacked_convs = stacked_convs
         self.num_levels = num_levels
         self.norm_cfg = norm_cfg
@@ -153,16 +156,20 @@ class EfficientDetHead(AnchorHead):
                 f'the head got {len(feats)} levels but was built with '
                 f'num_levels={self.num_levels}; set num_levels of the head '
                 'to num_outs of the neck')
-        cls_scores, bbox_preds = [], []
-        for level, feat in enumerate(feats):
-            for convs, norms, predictor, outs in (
-                (self.cls_convs, self.cls_norms, self.conv_cls, cls_scores),
-                (self.reg_convs, self.reg_norms, self.conv_reg, bbox_preds)):
-                x = feat
-                for conv, norm in zip(convs, norms):
-                    x = self.act(norm[level](conv(x)))
-                outs.append(predictor(x))
+        cls_scores = self._run_net(feats, self.cls_convs, self.cls_norms,
+                                   self.conv_cls)
+        bbox_preds = self._run_net(feats, self.reg_convs, self.reg_norms,
+                                   self.conv_reg)
         return cls_scores, bbox_preds
+
+    def _run_net(self, feats: Sequence[Tensor], convs: nn.ModuleList,
+                 norms: nn.ModuleList, predictor: nn.Module) -> List[Tensor]:
+        outs = []
+        for level, x in enumerate(feats):
+            for conv, level_norms in zip(convs, norms):
+                x = self.act(level_norms[level](conv(x)))
+            outs.append(predictor(x))
+        return outs
 
     def _anchors(self, cls_scores: List[Tensor], img_metas: List[dict]):
         """The anchors ``(A, 4)`` of all levels."""
@@ -202,8 +209,8 @@ class EfficientDetHead(AnchorHead):
         labels, deltas, num_positive = anchor_targets(
             self._anchors(cls_scores, batch_img_metas),
             [gt.bboxes for gt in batch_gt_instances],
-            [gt.labels for gt in batch_gt_instances], self.num_classes,
-            self.bbox_coder)
+            [gt.labels
+             for gt in batch_gt_instances], self.num_classes, self.bbox_coder)
         avg_factor = num_positive + 1.0
         loss_cls = self.loss_cls(
             cls_scores_flat.flatten(0, 1),

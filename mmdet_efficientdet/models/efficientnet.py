@@ -19,8 +19,8 @@ from .layers import BN_CFG, checkpoint
 
 # Rows of the stages of B0: repeats, kernel, stride, expansion, channels.
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40),
-          (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-          (1, 3, 1, 6, 320))
+          (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6,
+                                                                   320))
 
 # Width and depth coefficients.
 ARCHS = {
@@ -151,8 +151,8 @@ class EfficientNet(StrictLoading, BaseModule):
         self.level_ends = dict(zip(range(1, 6), ends))
         self.num_all_blocks = len(blocks)
         blocks_built = blocks[:self.level_ends[max(out_indices)] + 1]
-        self.out_channels = tuple(
-            blocks[self.level_ends[i]]['out_channels'] for i in out_indices)
+        self.out_channels = tuple(blocks[self.level_ends[i]]['out_channels']
+                                  for i in out_indices)
 
         def conv_cfg(stride: int) -> Optional[dict]:
             # At stride 1 SAME padding is the ordinary symmetric one.

@@ -9,6 +9,7 @@ from torch.utils import checkpoint as torch_checkpoint
 # TensorFlow's decay 0.99 is PyTorch's momentum 0.01; eps 1e-3 is ten to a
 # hundred times the usual value, and converted weights need it.
 BN_CFG = dict(type='BN', momentum=0.01, eps=1e-3)
+SWISH_CFG = dict(type='SiLU')
 
 
 class SeparableConv2d(nn.Module):
