@@ -1,4 +1,6 @@
 """Two hooks that keep a run from failing late."""
+import numpy as np
+from mmengine.fileio import load
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
@@ -49,10 +51,13 @@ class ClassCheckHook(Hook):
         for part in _innermost(dataset):
             cat_ids = getattr(part, 'cat_ids', None)
             if cat_ids is not None and len(cat_ids) != len(classes):
+                categories = load(part.ann_file)['categories']
+                names = [category['name'] for category in categories]
+                missing = [name for name in classes if name not in names]
                 raise ValueError(
-                    f'{part.ann_file} has only {len(cat_ids)} of the '
-                    f'{len(classes)} classes {_shorten(classes)}. Names must '
-                    'be written as in "categories" of that file')
+                    f'{part.ann_file} has no class {_shorten(missing)}; its '
+                    f'classes are {_shorten(names)}. Write the names as they '
+                    'are there, in the same order')
 
 
 def _innermost(dataset) -> list:
@@ -65,36 +70,48 @@ def _innermost(dataset) -> list:
 
 
 def _shorten(classes) -> str:
-    names = ', '.join(map(repr, classes[:5]))
-    return f'({names}{", ..." if len(classes) > 5 else ""})'
+    names = ', '.join(map(repr, classes[:10]))
+    return f'({names}{", ..." if len(classes) > 10 else ""})'
 
 
 @HOOKS.register_module()
 class PlainCheckpointHook(Hook):
     """Writes training checkpoints that hold data only, no Python objects.
 
-    mmengine stores its log history as pickled objects, for which torch >= 2.6
-    refuses the file, and allowing them means allowing ``getattr``. Here the
-    history is stored as lists and restored when the run is resumed, so that
-    every checkpoint loads with ``weights_only=True`` in every tool.
+    mmengine stores its log history as pickled objects and some numbers as
+    NumPy scalars, for which torch >= 2.6 refuses the file, and allowing them
+    means allowing ``getattr``. Here they are stored as lists and numbers, and
+    the history is restored when the run is resumed, so that every checkpoint
+    loads with ``weights_only=True`` in every tool.
     """
 
     priority = 'LOWEST'
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Replaces the history's objects by lists."""
-        scalars = checkpoint['message_hub']['log_scalars']
-        for name, buffer in scalars.items():
-            history, counts = buffer.data
-            scalars[name] = dict(
-                log_history=history.tolist(),
-                count_history=counts.tolist(),
-                max_length=buffer.max_length)
+        """Replaces objects by plain data."""
+        for key in ('meta', 'message_hub'):
+            checkpoint[key] = _plain(checkpoint[key])
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Puts the objects back."""
-        hub = checkpoint.get('message_hub') or {}
-        scalars = hub.get('log_scalars', {})
+        """Puts the history's objects back."""
+        scalars = checkpoint.get('message_hub', {}).get('log_scalars', {})
         for name, value in scalars.items():
             if isinstance(value, dict):
                 scalars[name] = HistoryBuffer(**value)
+
+
+def _plain(node):
+    """Nested data without objects of NumPy and mmengine."""
+    if isinstance(node, HistoryBuffer):
+        history, counts = node.data
+        node = dict(
+            log_history=history,
+            count_history=counts,
+            max_length=node.max_length)
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_plain(value) for value in node)
+    if isinstance(node, (np.ndarray, np.generic)):
+        return node.tolist()
+    return node

@@ -80,19 +80,18 @@ def resize_to(x: Tensor, size: tuple) -> Tensor:
 
 
 @contextmanager
-def _untracked_statistics(module: nn.Module):
-    """Keeps batch norms from updating their running statistics."""
-    norms = [
-        m for m in module.modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats
-    ]
-    for norm in norms:
-        norm.track_running_stats = False
+def _spare_statistics(module: nn.Module):
+    """Lets batch norms update copies of their statistics, to be dropped."""
+    buffers = [(norm, name, buffer) for norm in module.modules()
+               if isinstance(norm, _BatchNorm)
+               for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in buffers:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, name, buffer in buffers:
+            setattr(norm, name, buffer)
 
 
 def checkpoint(module: nn.Module, *args):
@@ -106,4 +105,4 @@ def checkpoint(module: nn.Module, *args):
         module,
         *args,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _untracked_statistics(module)))
+        context_fn=lambda: (nullcontext(), _spare_statistics(module)))
