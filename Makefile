@@ -68,23 +68,39 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	        "create a virtual environment; on Debian run:" \
 	        "apt-get install $(notdir $(PYTHON))-venv"
 	fi
-
-	# 2. All but mmcv. A package whose installation was cut off has no RECORD;
-	# pip would take it for a complete one.
+	# pip takes a package without RECORD for a complete one, but its installation
+	# was cut off.
 	for info in $(VENV)/lib/python*/site-packages/*.dist-info; do
 	    test -e "$$info/RECORD" || rm -rf "$$info"
 	done
+
+	# 2. A ready wheel of mmcv, else one that pip compiled for another clone and
+	# kept in its cache, else the compiler: see to it before the long download.
+	need_compiler() {
+	    command -v "$${CXX:-c++}" >/dev/null ||
+	        die "no C++ compiler to compile mmcv with; on Debian run:" \
+	            "apt-get install g++"
+	    headers=$$($(PY) -c \
+	        'import sysconfig; print(sysconfig.get_path("include"))')
+	    test -e "$$headers/Python.h" ||
+	        die "Python.h is missing, mmcv cannot be compiled; on Debian run:" \
+	            "apt-get install $(notdir $(PYTHON))-dev"
+	}
+	$(PIP) install -q --no-deps --only-binary mmcv $(MMCV) >/dev/null 2>&1 ||
+	    [[ $$($(PIP) cache list $(subst ==,-,$(MMCV)) 2>&1) == *mmcv-*.whl* ]] ||
+	    need_compiler
+
+	# 3. All but mmcv.
 	echo "Set-up: pinned packages (the first time 4 GB to download, 8 GB on disk)"
 	$(PIP) install --no-deps -r requirements.txt |
 	    { grep --line-buffered -v '^Requirement already satisfied' || true; }
 
-	# 3. mmcv: a ready wheel, else one that pip built before and kept in its
-	# cache, else the compiler.
+	# 4. mmcv, unless it came in step 2 and fits this torch.
 	log=$(VENV)/mmcv-build.log
 	has_ops() { $(PY) -c 'import torch, mmcv._ext' >/dev/null 2>&1; }
 	minutes() { printf '%d:%02d min' $$((SECONDS / 60)) $$((SECONDS % 60)); }
 	progress() {  # one counter instead of ninja's commands of 3 kB each
-	    local line done=0 width=; test -t 1 && width=$$'\r\e[K'
+	    local line done=0 back=; test -t 1 && back=$$'\r\e[K'
 	    while IFS= read -r line; do
 	        if [[ $$line == *'Building wheel for mmcv'*'started'* ||
 	              ( $$done == 0 && $$line == *'running bdist_wheel'* ) ]]; then
@@ -93,35 +109,17 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	                "on 2 cores, here $$MAX_JOBS at a time. Log: $$log"
 	            done=1
 	        elif [[ $$line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]]; then
-	            printf "$${width:-}%s" "  mmcv: $${BASH_REMATCH[1]} of" \
-	                " $${BASH_REMATCH[2]} files, $$(minutes)"
-	            test -n "$$width" || echo
+	            printf '%s  mmcv: %s of %s files, %s' "$$back" \
+	                "$${BASH_REMATCH[@]:1:2}" "$$(minutes)"
+	            test -n "$$back" || echo
 	        fi
 	    done
-	    test -z "$$width" || echo
+	    test -z "$$back" || echo
 	}
 	test -z "$(V)" && ninja --version >/dev/null 2>&1 || progress() { cat; }
 	gpu_has_nvcc='import sys, torch, torch.utils.cpp_extension as cpp
 	sys.exit(torch.cuda.is_available() and cpp.CUDA_HOME is None)'
-	mmcv_is_there() {
-	    $(PIP) show mmcv 2>/dev/null | grep -qx 'Version: $(MMCV:mmcv==%=%)'
-	}
-	ready_wheel() {
-	    $(PIP) install -q --no-deps --force-reinstall --only-binary mmcv \
-	        $(MMCV) >/dev/null 2>&1
-	}
-	compile_mmcv() {  # unless pip still has what it compiled for another clone
-	    if ! $(PIP) cache list $(subst ==,-,$(MMCV)) 2>/dev/null | grep -q mmcv-
-	    then
-	        command -v "$${CXX:-c++}" >/dev/null ||
-	            die "no C++ compiler to compile mmcv with; on Debian run:" \
-	                "apt-get install g++"
-	        headers=$$($(PY) -c \
-	            'import sysconfig; print(sysconfig.get_path("include"))')
-	        test -e "$$headers/Python.h" ||
-	            die "Python.h is missing, mmcv cannot be compiled; on Debian" \
-	                "run: apt-get install $(notdir $(PYTHON))-dev"
-	    fi
+	compile_mmcv() {
 	    # With a GPU mmcv insists on nvcc, which a driver alone does not bring.
 	    if ! $(PY) -c "$$gpu_has_nvcc"; then
 	        echo "A GPU but no CUDA toolkit (nvcc): mmcv gets operators for the" \
@@ -132,16 +130,15 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	        --force-reinstall "$$@" $(MMCV) 2>&1 | tee $$log | progress ||
 	        { tail -n 30 $$log; die "mmcv did not compile; see $$log"; }
 	}
-	if ! { { mmcv_is_there || ready_wheel; } && has_ops; }; then
-	    compile_mmcv
-	fi
+	has_ops || compile_mmcv
 	if ! has_ops; then
 	    echo "pip kept an mmcv that was compiled without or for another torch."
+	    need_compiler
 	    $(PIP) cache remove $(subst ==,-,$(MMCV)) >/dev/null 2>&1 || true
 	    compile_mmcv --no-binary mmcv
 	fi
 
-	# 4. The package itself, then the proof.
+	# 5. The package itself, then the proof.
 	$(PIP) install -q --no-deps --no-build-isolation -e .
 	$(PY) tools/check_env.py
 	echo "$(CURDIR)" > $(STAMP)

@@ -83,36 +83,37 @@ class StrictLoading:
         raise ValueError('\n'.join(lines))
 
 
-def _block_names(arch_is_timm: bool, expanded: bool) -> Dict[str, str]:
-    """Name of a part in a timm or lukemelas block -> name in ours."""
-    if not arch_is_timm:  # norms keep their numbers without an expansion
-        return dict(
-            _expand_conv='expand_conv.conv',
-            _bn0='expand_conv.bn',
-            _depthwise_conv='depthwise_conv.conv',
-            _bn1='depthwise_conv.bn',
-            _se_reduce='se.conv1.conv',
-            _se_expand='se.conv2.conv',
-            _project_conv='linear_conv.conv',
-            _bn2='linear_conv.bn')
-    names = {
-        'conv_dw': 'depthwise_conv.conv',
-        'se.conv_reduce': 'se.conv1.conv',
-        'se.conv_expand': 'se.conv2.conv'
-    }
-    if expanded:
-        names.update(
-            conv_pw='expand_conv.conv',
-            bn1='expand_conv.bn',
-            bn2='depthwise_conv.bn',
-            conv_pwl='linear_conv.conv',
-            bn3='linear_conv.bn')
-    else:
-        names.update(
-            bn1='depthwise_conv.bn',
-            conv_pw='linear_conv.conv',
-            bn2='linear_conv.bn')
-    return names
+# Parts of a block of others -> parts of ours. timm numbers norms in the order
+# of use, which depends on whether there is an expansion; lukemelas' family
+# (efficientnet_pytorch, efficientnet_lite_pytorch) does not.
+_TIMM = {
+    'conv_pw': 'expand_conv.conv',
+    'bn1': 'expand_conv.bn',
+    'conv_dw': 'depthwise_conv.conv',
+    'bn2': 'depthwise_conv.bn',
+    'se.conv_reduce': 'se.conv1.conv',
+    'se.conv_expand': 'se.conv2.conv',
+    'conv_pwl': 'linear_conv.conv',
+    'bn3': 'linear_conv.bn'
+}
+_TIMM_NOT_EXPANDED = {
+    'conv_dw': 'depthwise_conv.conv',
+    'bn1': 'depthwise_conv.bn',
+    'se.conv_reduce': 'se.conv1.conv',
+    'se.conv_expand': 'se.conv2.conv',
+    'conv_pw': 'linear_conv.conv',
+    'bn2': 'linear_conv.bn'
+}
+_LUKEMELAS = {
+    '_expand_conv': 'expand_conv.conv',
+    '_bn0': 'expand_conv.bn',
+    '_depthwise_conv': 'depthwise_conv.conv',
+    '_bn1': 'depthwise_conv.bn',
+    '_se_reduce': 'se.conv1.conv',
+    '_se_expand': 'se.conv2.conv',
+    '_project_conv': 'linear_conv.conv',
+    '_bn2': 'linear_conv.bn'
+}
 
 
 def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
@@ -133,25 +134,28 @@ def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
     """
     from .models.efficientnet import block_table
 
-    blocks = block_table(arch)[1]
     is_timm = 'conv_stem.weight' in state_dict
-    stem = dict(
-        conv_stem='stem.conv', bn1='stem.bn') if is_timm else dict(
-            _conv_stem='stem.conv', _bn0='stem.bn')
-    classifier = ('conv_head', 'bn2',
-                  'classifier') if is_timm else ('_conv_head', '_bn1', '_fc')
-    names = {f'{source}.': f'{target}.' for source, target in stem.items()}
-    for index, block in enumerate(blocks):
-        place = '{}.{}'.format(*block['stage']) if is_timm else index
-        prefix = f'blocks.{place}' if is_timm else f'_blocks.{place}'
-        for source, target in _block_names(is_timm, block['expansion']
-                                           != 1).items():
-            names[f'{prefix}.{source}.'] = f'blocks.{index}.{target}.'
+    if is_timm:
+        names = {'conv_stem': 'stem.conv', 'bn1': 'stem.bn'}
+        classifier = ('conv_head', 'bn2', 'classifier')
+    else:
+        names = {'_conv_stem': 'stem.conv', '_bn0': 'stem.bn'}
+        classifier = ('_conv_head', '_bn1', '_fc')
+    for index, block in enumerate(block_table(arch)[1]):
+        if not is_timm:
+            prefix, parts = f'_blocks.{index}', _LUKEMELAS
+        else:
+            prefix = 'blocks.{}.{}'.format(*block['stage'])
+            expanded = block['expansion'] != 1
+            parts = _TIMM if expanded else _TIMM_NOT_EXPANDED
+        for source, target in parts.items():
+            if not (arch.startswith('lite') and target.startswith('se.')):
+                names[f'{prefix}.{source}'] = f'blocks.{index}.{target}'
     converted, unknown = {}, []
     for key, value in state_dict.items():
         module, leaf = key.rsplit('.', 1)
-        if f'{module}.' in names:
-            converted[names[f'{module}.'] + leaf] = value
+        if module in names:
+            converted[f'{names[module]}.{leaf}'] = value
         elif key.split('.')[0] not in classifier:
             unknown.append(key)
     if unknown:
@@ -210,7 +214,9 @@ def load_from_pypi(filename: str, map_location=None) -> Dict[str, Tensor]:
     except metadata.PackageNotFoundError:
         raise ValueError(f'{filename!r} needs the package: pip install '
                          f'{package}. {_WITHOUT}') from None
-    paths = [Path(file.locate()) for file in files if file.suffix == '.pth']
+    paths = [
+        Path(file.locate()) for file in files or () if file.suffix == '.pth'
+    ]
     if len(paths) != 1 or not paths[0].is_file():
         raise ValueError(f'the package {package} holds no weights; pip '
                          f'install --force-reinstall {package}')

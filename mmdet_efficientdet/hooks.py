@@ -49,15 +49,19 @@ class ClassCheckHook(Hook):
                 "together in the config: scale_config(_base_, '<size>', "
                 "classes=['<name>', ...])")
         for part in _innermost(dataset):
-            cat_ids = getattr(part, 'cat_ids', None)
-            if cat_ids is not None and len(cat_ids) != len(classes):
-                categories = load(part.ann_file)['categories']
-                names = [category['name'] for category in categories]
-                missing = [name for name in classes if name not in names]
+            if not hasattr(part, 'cat_ids'):  # not of COCO's format
+                continue
+            if tuple(classes) == part.METAINFO.get('classes'):
+                if len(part.cat_ids) == len(classes):
+                    continue  # COCO itself; its file is slow to read
+            categories = load(part.ann_file)['categories']
+            names = [category['name'] for category in categories]
+            if list(classes) != [name for name in names if name in classes]:
+                # MMDetection numbers classes in the order of the file.
                 raise ValueError(
-                    f'{part.ann_file} has no class {_shorten(missing)}; its '
-                    f'classes are {_shorten(names)}. Write the names as they '
-                    'are there, in the same order')
+                    f'the classes {_shorten(classes)} do not fit '
+                    f'{part.ann_file}, which has {_shorten(names)}. Write '
+                    'names of that file, in the same order')
 
 
 def _innermost(dataset) -> list:

@@ -113,6 +113,7 @@ def scale_config(base: dict,
         KeyError: If the size is unknown, or ``base`` is no such config.
         ValueError: If ``image_size`` or ``classes`` cannot be used.
     """
+    base = getattr(base, '_cfg_dict', base)  # of a Config outside of a file
     if name not in SCALING:
         raise KeyError(f'unknown size {name!r}; write one of {list(SCALING)}')
     if not isinstance(base.get('model'), dict) or 'neck' not in base['model']:
@@ -120,7 +121,11 @@ def scale_config(base: dict,
             'base has no model with a neck; write scale_config(_base_, ...) '
             'below _base_ = ".../efficientdet_d0_8xb16-300e_coco.py"')
     row = SCALING[name]
-    image_size = _check_image_size(image_size or row.image_size)
+    if image_size is None:
+        image_size = row.image_size
+    image_size = _check_image_size(image_size)
+    if classes is not None:
+        _check_classes(classes)
     channels, checkpoint = BACKBONES[row.backbone]
     model = base['model']
     act_cfg = dict(type=row.activation)
@@ -146,8 +151,10 @@ def scale_config(base: dict,
         act_cfg=act_cfg)
     model['bbox_head']['anchor_generator'].update(
         octave_base_scale=row.anchor_scale)
-    if 'image_size' in base:  # the name in the config of D0
-        base['image_size'] = image_size
+    # The names in the config of D0, which the values above do not follow.
+    for key, value in (('image_size', image_size), ('act_cfg', act_cfg)):
+        if key in base:
+            base[key] = value
     for transform in _dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
@@ -161,26 +168,40 @@ def scale_config(base: dict,
         _set_classes(base, classes)
 
 
-def _check_image_size(image_size):
-    sides = (image_size, ) * 2 if isinstance(image_size, int) else image_size
+def _check_image_size(image_size) -> Union[int, Tuple[int, int]]:
+    pair = isinstance(image_size, (list, tuple))
+    sides = tuple(image_size) if pair else (image_size, ) * 2
     if len(sides) != 2 or any(not isinstance(n, int) or n < 64 for n in sides):
         raise ValueError(
             f'image_size={image_size!r} must be an int of at least 64 '
             'pixels, or a pair (height, width) of them')
-    return image_size if isinstance(image_size, int) else tuple(sides)
+    return sides if pair else image_size
 
 
-def _set_classes(base: dict, classes: Sequence[str]) -> None:
-    if (isinstance(classes, str) or not classes
+def _check_classes(classes: Sequence[str]) -> None:
+    if (not isinstance(classes, (list, tuple)) or not classes
+            or not all(isinstance(name, str) for name in classes)
             or len(set(classes)) != len(classes)):
         raise ValueError(
             f'classes={classes!r} must be a list of different names, such as '
             "['tree'] for one class")
+
+
+def _set_classes(base: dict, classes: Sequence[str]) -> None:
     base['model']['bbox_head']['num_classes'] = len(classes)
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        for dataset in _dicts(base.get(key)):
-            if 'pipeline' in dataset:  # the innermost of wrapped datasets
-                dataset['metainfo'] = dict(classes=tuple(classes))
+        for dataset in _datasets(base.get(key)):
+            dataset['metainfo'] = dict(classes=tuple(classes))
+
+
+def _datasets(node: Optional[dict]) -> Iterator[dict]:
+    """The innermost datasets of a dataloader, inside any wrappers."""
+    parts = [node['dataset']] if node and node.get('dataset') else []
+    for part in [*parts, *(node or {}).get('datasets', [])]:
+        if 'dataset' in part or 'datasets' in part:
+            yield from _datasets(part)
+        else:
+            yield part
 
 
 def _dicts(node) -> Iterator[dict]:

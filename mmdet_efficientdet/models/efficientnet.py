@@ -186,6 +186,14 @@ class EfficientNet(StrictLoading, BaseModule):
                     norm_cfg=norm_cfg,
                     act_cfg=act_cfg,
                     drop_path_rate=drop_path_rate * i / len(blocks)))
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def _frozen_modules(self) -> List[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        last = self.level_ends.get(self.frozen_stages, -1)
+        return [self.stem, *self.blocks[:last + 1]]
 
     def init_weights(self) -> None:
         """Loads ``init_cfg``, or draws from the official initialisers."""
@@ -224,11 +232,8 @@ class EfficientNet(StrictLoading, BaseModule):
     def train(self, mode: bool = True) -> 'EfficientNet':
         """Switches the mode; frozen stages and norms stay in evaluation."""
         super().train(mode)
-        if self.frozen_stages >= 0:
-            last = self.level_ends.get(self.frozen_stages, -1)
-            for module in (self.stem, *self.blocks[:last + 1]):
-                module.eval()
-                module.requires_grad_(False)
+        for module in self._frozen_modules():
+            module.eval()
         if mode and self.norm_eval:
             for module in self.modules():
                 # _BatchNorm covers SyncBN and what mmengine reverts it to.

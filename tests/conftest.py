@@ -1,0 +1,44 @@
+"""What several test files share."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+CONFIGS = Path(__file__).parents[1] / 'configs' / 'efficientdet'
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Every test starts in MMDetection's scope and with the same seeds."""
+    register_all_modules()
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def model_cfg():
+    """A function that reads the model of a shipped config, by size."""
+
+    def read(name, num_classes=90):
+        file, = CONFIGS.glob(f'efficientdet_{name}_8xb16-*_coco.py')
+        model = Config.fromfile(file).model
+        model.backbone.init_cfg = None
+        model.bbox_head.num_classes = num_classes
+        return model
+
+    return read
+
+
+@pytest.fixture
+def build_detector(model_cfg):
+    """A function that builds the detector of a shipped config, by size."""
+
+    def build(name, num_classes=90, device='cpu'):
+        with torch.device(device):
+            return MODELS.build(model_cfg(name, num_classes))
+
+    return build

@@ -1,0 +1,379 @@
+"""The neck: its graph, fusion, extra levels and initialisers."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from effdet.config.fpn_config import bifpn_config
+from mmdet.models.necks import FPN
+from mmdet.registry import MODELS
+from torch import nn
+
+from mmdet_efficientdet.models.bifpn import (BiFPN, BiFPNLayer, FusionNode,
+                                             bifpn_graph)
+
+# (level, inputs) of the nodes, by hand from the official rule.
+GRAPHS = {
+    2: [(0, [0, 1]), (1, [1, 2])],
+    3: [(1, [1, 2]), (0, [0, 3]), (1, [1, 3, 4]), (2, [2, 5])],
+    4: [(2, [2, 3]), (1, [1, 4]), (0, [0, 5]), (1, [1, 5, 6]), (2, [2, 4, 7]),
+        (3, [3, 8])],
+    5: [(3, [3, 4]), (2, [2, 5]), (1, [1, 6]), (0, [0, 7]), (1, [1, 7, 8]),
+        (2, [2, 6, 9]), (3, [3, 5, 10]), (4, [4, 11])],
+    6: [(4, [4, 5]), (3, [3, 6]), (2, [2, 7]), (1, [1, 8]), (0, [0, 9]),
+        (1, [1, 9, 10]), (2, [2, 8, 11]), (3, [3, 7, 12]), (4, [4, 6, 13]),
+        (5, [5, 14])],
+}
+# In the files of D0-D7x: number of fusion weights.
+FUSION_WEIGHTS = dict(
+    d0=57,
+    d1=76,
+    d2=95,
+    d3=114,
+    d4=133,
+    d5=133,
+    d6=0,
+    d7=0,
+    d7x=0,
+    lite0=0,
+    lite1=0,
+    lite2=0,
+    lite3=0,
+    lite3x=0,
+    lite4=0)
+# Limits of the uniform kernels by width: depthwise, pointwise.
+LIMITS = {
+    64: (0.10127, 0.21651),
+    88: (0.08655, 0.18464),
+    112: (0.07681, 0.16366),
+    160: (0.06435, 0.13693),
+    224: (0.05443, 0.11573),
+    288: (0.04803, 0.10206),
+    384: (0.04161, 0.08839),
+}
+RELU = dict(type='ReLU')
+
+
+def make_identity(module):
+    """Turns the convolutions of nodes, of equal widths, into identities."""
+    for node in module.modules():
+        if isinstance(node, FusionNode):
+            nn.init.zeros_(node.conv.depthwise.weight)
+            node.conv.depthwise.weight.data[:, :, 1, 1] = 1
+            nn.init.eye_(node.conv.pointwise.weight.data[..., 0, 0])
+            nn.init.zeros_(node.conv.pointwise.bias)
+    return module
+
+
+def fuse(fusion, weights, values):
+    """Fuses constant maps of positive values in a node of identities."""
+    node = make_identity(
+        FusionNode([2] * len(values), 2, fusion, None, RELU).double())
+    if weights:
+        assert node.fusion_weights.tolist() == [1.0] * len(values)
+        node.fusion_weights.data = torch.tensor(weights).double()
+    maps = [torch.full((1, 2, 3, 4), v, dtype=torch.double) for v in values]
+    out = node(maps, (3, 4))
+    assert out.shape == (1, 2, 3, 4)
+    assert (out == out[0, 0, 0, 0]).all()
+    return out[0, 0, 0, 0].item()
+
+
+@pytest.mark.parametrize('num_levels', GRAPHS)
+def test_graph(num_levels):
+    """The nodes are those of the official table, and effdet's."""
+    graph = bifpn_graph(num_levels)
+    assert graph == GRAPHS[num_levels]
+    assert len(graph) == 2 * (num_levels - 1)
+    assert sum(len(inputs) for _, inputs in graph) == 5 * num_levels - 6
+    nodes = bifpn_config(3, 2 + num_levels).nodes
+    assert graph == [(node.feat_level - 3, list(node.inputs_offsets))
+                     for node in nodes]
+
+
+@pytest.mark.parametrize('fusion, weights, values, expected', [
+    ('fast_normalized', (1., 1.), (1., 1.), 0.99995),
+    ('fast_normalized', (1., 1., 1.), (1., 1., 1.), 0.999967),
+    ('fast_normalized', (2., 0.), (1., 5.), 0.99995),
+    ('fast_normalized', (-1., 1.), (3., 7.), 7 / 1.0001),
+    ('fast_normalized', (-1., -2.), (3., 7.), 0.0),
+    ('fast_normalized', (1., 2., 3.), (1., 10., 100.), 321 / 6.0001),
+    ('softmax', (0., math.log(3)), (8., 4.), 5.0),
+    ('softmax', (1., 1., 1.), (1., 2., 6.), 3.0),
+    ('unbounded', (2., -0.5), (3., 4.), 4.0),
+    ('unbounded', (0., 2., 3.), (1., 10., 100.), 320.0),
+    ('sum', None, (3., 4.), 7.0),
+    ('sum', None, (1., 10., 100.), 111.0),
+])
+def test_fusion(fusion, weights, values, expected):
+    """Golden values of every fusion, in the order of the inputs."""
+    assert fuse(fusion, weights, values) == pytest.approx(expected, rel=4e-7)
+
+
+def test_fusion_is_relative():
+    """Fast normalised fusion does not depend on the weights' common scale."""
+    small, large = (
+        fuse('fast_normalized', (scale, 3 * scale), (8., 4.))
+        for scale in (1e3, 1e4))
+    assert small == pytest.approx(5, rel=1e-6)
+    assert large == pytest.approx(5, rel=1e-6)
+
+
+def test_order_of_inputs():
+    """A node weighs its own level first, then upper, then lower ones."""
+    layer = make_identity(
+        BiFPNLayer([1, 1, 1], 1, 'unbounded', None, RELU).double())
+    weights = [(2, 3), (5, 7), (11, 13, 17), (19, 23)]
+    for node, numbers in zip(layer.nodes, weights):
+        node.fusion_weights.data = torch.tensor(numbers).double()
+    inputs = [
+        torch.full((1, 1, n, n), v, dtype=torch.double)
+        for n, v in ((4, 1), (2, 10), (1, 100))
+    ]
+    middle = 2 * 10 + 3 * 100
+    fine = 5 * 1 + 7 * middle
+    middle_out = 11 * 10 + 13 * middle + 17 * fine
+    coarse = 19 * 100 + 23 * middle_out
+    outs = layer(inputs)
+    assert [out.shape[2] for out in outs] == [4, 2, 1]
+    for out, value in zip(outs, (fine, middle_out, coarse)):
+        assert (out == value).all()
+
+
+def test_activation_comes_before_the_convolution():
+    """Negative sums are cut off, so that only the bias is left."""
+    node = FusionNode([3, 3], 3, 'sum', None, RELU)
+    nn.init.normal_(node.conv.pointwise.bias)
+    out = node([-torch.rand(2, 3, 4, 4)] * 2, (4, 4))
+    bias = node.conv.pointwise.bias.view(1, 3, 1, 1)
+    assert torch.equal(out, bias.expand_as(out))
+
+
+def test_no_activation_after_the_norm():
+    """Outputs are normalised, hence negative in about half the places."""
+    neck = BiFPN([8, 16], 8, 4, act_cfg=RELU)
+    neck.init_weights()
+    for out in neck([torch.randn(4, 8, 16, 16), torch.randn(4, 16, 8, 8)]):
+        assert 0.2 < (out < 0).float().mean() < 0.8
+        assert out.mean((0, 2, 3)).abs().max() < 1e-4
+        # A variance of 1, but for the 1e-3 under the root.
+        assert out.square().mean((0, 2, 3)).max() <= 1 + 1e-4
+
+
+@pytest.mark.parametrize('name, nodes', [
+    ('d0', {
+        1: 320,
+        2: 112,
+        3: 40,
+        4: 112,
+        5: 320
+    }),
+    ('lite4', {
+        1: 448,
+        2: 160,
+        3: 56,
+        4: 160,
+        5: 448
+    }),
+    ('d7x', {
+        2: 640,
+        3: 224,
+        4: 80,
+        5: 224,
+        6: 640
+    }),
+])
+def test_projections(build_detector, name, nodes):
+    """Six edges change width, each by a projection of its own.
+
+    Those are five in the first layer, all at a node's first input, and the
+    one that makes P6; P7 and P8 have no parameters.
+    """
+    neck = build_detector(name, device='meta').neck
+    width = neck.out_channels
+    found = {
+        name: module
+        for name, module in neck.named_modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+        and not name.endswith('pointwise')
+    }
+    expected = {
+        f'layers.0.nodes.{i}.resamples.0.conv': channels
+        for i, channels in nodes.items()
+    }
+    expected['extra_levels.0.conv'] = max(nodes.values())
+    assert {k: m.in_channels for k, m in found.items()} == expected
+    assert all(m.out_channels == width for m in found.values())
+    assert all(m.bias is not None for m in found.values())
+    assert len({id(m.weight) for m in found.values()}) == 6
+    assert not any(
+        list(level.parameters()) for level in neck.extra_levels[1:])
+
+
+@pytest.mark.parametrize('name', FUSION_WEIGHTS)
+def test_number_of_fusion_weights(model_cfg, name):
+    """D0-D5 weigh their inputs; D6, D7, D7x and Lite add them."""
+    with torch.device('meta'):
+        neck = MODELS.build(model_cfg(name).neck)
+    numbers = [
+        p.numel() for key, p in neck.named_parameters()
+        if 'fusion_weights' in key
+    ]
+    assert sum(numbers) == FUSION_WEIGHTS[name]
+
+
+def test_projection_only_where_the_width_differs():
+    """An input that has the neck's width already gets no projection."""
+    neck = BiFPN([8, 16, 8], 8, 5)
+    assert [k for k, m in neck.named_modules() if k.endswith('resamples.0')
+            ] == [f'layers.0.nodes.{i}.resamples.0' for i in (2, 4)]
+    assert not list(neck.extra_levels.parameters())
+
+
+def test_second_layer_reads_the_first():
+    """Layers follow each other, and the caller's list is left alone."""
+    neck = BiFPN([4, 6], 8, 3, stack_times=2).eval()
+    first, second = neck.layers
+    feats = [torch.randn(1, 4, 8, 8), torch.randn(1, 6, 4, 4)]
+    given = list(feats)
+    outs = neck(feats)
+    assert len(feats) == 2 and all(a is b for a, b in zip(feats, given))
+    neck.layers = nn.ModuleList([first])
+    torch.testing.assert_close(outs, second(neck(feats)), rtol=0, atol=0)
+
+
+def test_extra_levels_are_pooled():
+    """P6 is projected, then pooled; P7 is pooled from P6.
+
+    The pooling ignores what lies beyond the border: maps of -1 stay -1.
+    """
+    neck = BiFPN([4], 2, 3).eval()
+    nn.init.zeros_(neck.extra_levels[0].conv.weight)
+    nn.init.constant_(neck.extra_levels[0].conv.bias, -1)
+    neck.extra_levels[0].norm.eps = 0
+    levels = []
+
+    def look(module, args):
+        levels.extend(args[0])
+
+    neck.layers[0].register_forward_pre_hook(look)
+    neck([torch.randn(1, 4, 7, 10)])
+    assert [x.shape[2:] for x in levels] == [(7, 10), (4, 5), (2, 3)]
+    for level in levels[1:]:
+        assert (level == -1).all()
+
+
+@pytest.mark.parametrize('settings', [
+    dict(num_outs=4),
+    dict(num_outs=6),
+    dict(num_outs=3, start_level=1),
+    dict(num_outs=5, start_level=1),
+    dict(num_outs=4, start_level=3),
+    dict(num_outs=3, end_level=2),
+    dict(num_outs=2, start_level=1, end_level=2),
+    dict(num_outs=5, start_level=1, end_level=3),
+])
+def test_levels_like_fpn(settings):
+    """Number, width and sizes of the outputs are those of FPN."""
+    channels = [4, 6, 10, 12]
+    feats = [
+        torch.empty(2, c, *size, device='meta')
+        for c, size in zip(channels, [(64, 50), (32, 25), (16, 13), (8, 7)])
+    ]
+    with torch.device('meta'):
+        neck = BiFPN(channels, 8, **settings)
+        fpn = FPN(channels, 8, **settings)
+    outs = neck(feats)
+    assert len(outs) == settings['num_outs']
+    assert [out.shape for out in outs] == [out.shape for out in fpn(feats)]
+
+
+@pytest.mark.parametrize('sizes', [
+    [(64, 65), (32, 33), (16, 17), (8, 9), (4, 5)],
+    [(13, 17), (7, 9), (4, 5), (2, 3), (1, 2), (1, 1)],
+    [(8, 32), (4, 16), (2, 8), (1, 4), (1, 2), (1, 1)],
+    [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)],
+])
+@pytest.mark.parametrize('fusion', ['fast_normalized', 'sum'])
+def test_odd_sizes(sizes, fusion):
+    """Levels of odd sizes, down to one pixel, keep their sizes."""
+    neck = BiFPN([3, 4, 5], 2, len(sizes), fusion=fusion).eval()
+    outs = neck(
+        [torch.randn(2, c, *size) for c, size in zip((3, 4, 5), sizes)])
+    assert [out.shape for out in outs] == [(2, 2, *size) for size in sizes]
+    assert all(out.isfinite().all() for out in outs)
+
+
+def test_all_parameters_learn():
+    """Gradients reach every parameter of the neck."""
+    neck = BiFPN([3, 4, 5], 6, 5, stack_times=2)
+    neck.init_weights()
+    outs = neck(
+        [torch.randn(2, c, n, n) for c, n in ((3, 32), (4, 16), (5, 8))])
+    sum((out * torch.randn_like(out)).sum() for out in outs).backward()
+    for key, parameter in neck.named_parameters():
+        assert parameter.grad.isfinite().all(), key
+        # Biases in front of a norm have no effect but for rounding.
+        assert parameter.grad.any(), key
+
+
+def test_without_norm():
+    """norm_cfg=None leaves the norms out everywhere."""
+    neck = BiFPN([3, 4], 6, 3, norm_cfg=None)
+    assert not [k for k in neck.state_dict() if 'norm' in k]
+    assert len(neck([torch.ones(1, 3, 8, 8), torch.ones(1, 4, 4, 4)])) == 3
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(fusion='attention'), "'attention'.*'fast_normalized'"),
+    (dict(num_outs=2), 'num_outs=2.*at least 3'),
+    (dict(num_outs=1, start_level=2), 'num_outs=1.*at least 2'),
+    (dict(num_outs=4, end_level=1), 'num_outs=4.*exactly 2'),
+    (dict(start_level=2, end_level=1), 'start_level=2 and end_level=1'),
+    (dict(end_level=3), 'end_level=3'),
+    (dict(start_level=-1), 'start_level=-1'),
+    (dict(stack_times=0), 'stack_times=0'),
+])
+def test_bad_arguments_raise(settings, words):
+    """What does not fit is named, with what would."""
+    with pytest.raises(ValueError, match=words):
+        BiFPN(**{**dict(in_channels=[3, 4, 5], out_channels=2, num_outs=5),
+                 **settings})  # yapf: disable
+
+
+def test_wrong_number_of_inputs_raises():
+    """The number of maps must be that of in_channels."""
+    neck = BiFPN([3, 4], 2, 3)
+    with pytest.raises(ValueError, match='got 1 .*names 2'):
+        neck([torch.ones(1, 3, 8, 8)])
+
+
+def test_level_that_grows_on_one_axis_raises():
+    """A level that is larger on one axis and smaller on the other raises."""
+    neck = BiFPN([3, 4], 2, 2)
+    with pytest.raises(ValueError, match=r'\(4, 9\).*\(8, 8\)'):
+        neck([torch.ones(1, 3, 8, 8), torch.ones(1, 4, 4, 9)])
+
+
+@pytest.mark.parametrize('width', LIMITS)
+def test_initialisers(width):
+    """Kernels are uniform up to Glorot's limits; all else is 1 or 0."""
+    neck = BiFPN([40, 112], width, 5, stack_times=1)
+    neck.init_weights()
+    state = {k: v for k, v in neck.state_dict().items() if v.is_floating_point()}
+    for kind, limit in zip(('depthwise', 'pointwise'), LIMITS[width]):
+        kernels = np.concatenate([
+            v.flatten().numpy() for k, v in state.items()
+            if k.endswith(f'{kind}.weight')
+        ])
+        assert np.abs(kernels).max() == pytest.approx(limit, rel=2e-3)
+        assert kernels.std() == pytest.approx(limit / 3**0.5, rel=0.02)
+    kernel = state['layers.0.nodes.3.resamples.0.conv.weight']
+    assert kernel.shape == (width, 40, 1, 1)
+    assert kernel.abs().max().item() == pytest.approx(
+        (6 / (width + 40))**0.5, rel=0.01)
+    for key, value in state.items():
+        if key.endswith(('bias', 'running_mean')):
+            assert not value.any(), key
+        elif 'norm' in key or 'fusion_weights' in key:
+            assert (value == 1).all(), key

@@ -1,0 +1,261 @@
+"""How mmdet and mmengine find the package's classes."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import DefaultScope
+from test_configs import batch
+from tiny_data import D0, LITE0, TOOLS, run_tool
+
+import mmdet_efficientdet
+
+RETINANET = TOOLS.parent / 'configs' / 'retinanet'
+# The public classes, by the registry of mmdet that they belong to.
+CLASSES = dict(
+    MODELS=['BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet'],
+    TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
+    HOOKS=['ClassCheckHook', 'PlainCheckpointHook'],
+    TRANSFORMS=['ResizeCrop'])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a source text where mmdet is known and the package is not."""
+
+    def run_source(source, **values):
+        lines = [f'{key} = {value!r}' for key, value in values.items()]
+        head = ("import sys\nassert 'mmdet' in sys.modules\n"
+                "assert 'mmdet_efficientdet' not in sys.modules\n")
+        done = run_tool(
+            'source', cwd=tmp_path, source='\n'.join([head, *lines, source]))
+        assert done.code == 0, done.output
+        return done.output
+
+    return run_source
+
+
+def test_import_is_light():
+    """The package alone imports neither torch nor mmdet; names come later."""
+    source = '''
+import sys
+import mmdet_efficientdet as package
+assert not {'torch', 'mmcv', 'mmdet'} & set(sys.modules)
+assert set(package.__all__) <= set(dir(package))
+for name in package.__all__:
+    value = getattr(package, name)
+    assert getattr(value, '__name__', name) == name
+try:
+    package.BiFPNN
+except AttributeError as error:
+    assert "'mmdet_efficientdet' has no attribute 'BiFPNN'" in str(error)
+else:
+    raise AssertionError
+'''
+    done = subprocess.run([sys.executable, '-c', source],
+                          cwd=D0.parents[2],
+                          capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names():
+    """What users may import from the package itself."""
+    expected = [name for names in CLASSES.values() for name in names]
+    assert sorted(mmdet_efficientdet.__all__) == sorted(
+        expected + ['__version__', 'SCALING', 'CompoundScaling',
+                    'scale_config'])
+
+
+def test_prefix_is_enough(run):
+    """mmdet finds a class by its prefix, with no custom_imports."""
+    run('''
+import mmdet.registry
+from mmengine.registry import init_default_scope
+init_default_scope('mmdet')
+for registry, names in CLASSES.items():
+    for name in names:
+        found = getattr(mmdet.registry, registry).get(
+            f'mmdet_efficientdet.{name}')
+        assert found.__name__ == name, name
+        assert found.__module__.startswith('mmdet_efficientdet.')
+''', CLASSES=CLASSES)  # yapf: disable
+
+
+def test_whole_config_from_both_scopes(run):
+    """A config builds by prefixes in mmdet's scope, and without in ours."""
+    run('''
+import re
+from mmengine.config import Config
+from mmengine.registry import HOOKS, TRANSFORMS, MODELS, init_default_scope
+text = Config.fromfile(FILE).pretty_text
+bare = re.sub(r"mmdet_efficientdet\\.", '', text)
+assert bare.count('type=') == text.count('type=') and bare != text
+for text, scope in ((text, 'mmdet'), (bare, 'mmdet_efficientdet')):
+    config = Config.fromstring(text, '.py')
+    assert config.default_scope == 'mmdet'
+    init_default_scope(scope)
+    model = MODELS.build(config.model)
+    for module in (model, model.backbone, model.neck, model.bbox_head,
+                   model.bbox_head.prior_generator,
+                   model.bbox_head.bbox_coder):
+        assert type(module).__module__.startswith('mmdet_efficientdet.')
+    for module in (model.data_preprocessor, model.bbox_head.loss_cls,
+                   model.bbox_head.loss_bbox):
+        assert type(module).__module__.startswith('mmdet.')
+    for pipeline in (config.train_pipeline, config.test_pipeline):
+        for transform in pipeline:
+            built = TRANSFORMS.build(transform)
+            # mmcv has a LoadAnnotations, too
+            expected = {'ResizeCrop': 'mmdet_efficientdet',
+                        'LoadImageFromFile': 'mmcv'}
+            name = type(built).__name__
+            assert type(built).__module__.split('.')[0] == expected.get(
+                name, 'mmdet'), name
+    for hook in config.custom_hooks[1:]:
+        assert type(HOOKS.build(hook)).__module__ == 'mmdet_efficientdet.hooks'
+''', FILE=str(LITE0))  # yapf: disable
+
+
+def test_registries_of_mmdet_stay_as_they_are(run):
+    """Loading every class of ours adds nothing to mmdet's own scope."""
+    run('''
+import mmdet.registry
+import mmengine.registry
+from mmdet.utils import register_all_modules
+from mmengine.registry import Registry
+register_all_modules()
+
+def snapshot():
+    return {(module.__name__, name): dict(registry.module_dict)
+            for module in (mmdet.registry, mmengine.registry)
+            for name, registry in vars(module).items()
+            if isinstance(registry, Registry)}
+
+before = snapshot()
+assert len(before) > 40
+import mmdet_efficientdet
+import mmdet_efficientdet.registry as ours
+for name in mmdet_efficientdet.__all__:
+    getattr(mmdet_efficientdet, name)
+assert snapshot() == before
+
+# Every registry of mmdet has a child, which holds our classes and no other.
+held, children = {}, 0
+for name, registry in vars(mmdet.registry).items():
+    if isinstance(registry, Registry) and registry.scope == 'mmdet':
+        child = getattr(ours, name)
+        assert child.parent is registry and child.name == registry.name
+        assert child.scope == 'mmdet_efficientdet'
+        if child.module_dict:
+            held[name] = sorted(child.module_dict)
+        children += 1
+assert children == 20
+assert held == CLASSES, held
+''', CLASSES=CLASSES)  # yapf: disable
+
+
+def test_project_of_mmdet_beside_ours(run):
+    """Those who registered mmdet's EfficientDet project can use both."""
+    run('''
+from mmdet.registry import MODELS
+from mmdet.models.backbones import EfficientNet
+from mmengine.registry import init_default_scope
+from torch import nn
+init_default_scope('mmdet')
+names = ('BiFPN', 'EfficientDet', 'EfficientDetSepBNHead', 'HuberLoss',
+         'Conv2dSamePadding')
+theirs = {name: type(name, (nn.Module, ), {}) for name in names}
+for early in names[:3]:
+    MODELS.register_module(module=theirs[early])
+import mmdet_efficientdet.models as ours
+import mmdet_efficientdet.transforms
+for late in names[3:]:
+    MODELS.register_module(module=theirs[late])
+for name in names:
+    assert MODELS.get(name) is theirs[name]
+for name in ('BiFPN', 'EfficientDet', 'EfficientNet'):
+    assert MODELS.get(f'mmdet_efficientdet.{name}') is getattr(ours, name)
+assert MODELS.get('EfficientNet') is EfficientNet
+assert EfficientNet.__module__ == 'mmdet.models.backbones.efficientnet'
+built = MODELS.build(dict(type='EfficientNet', arch='b0'))
+assert type(built) is EfficientNet
+assert type(MODELS.build(dict(type='BiFPN'))) is theirs['BiFPN']
+''')  # yapf: disable
+
+
+def retinanet(**model):
+    """A shipped RetinaNet of mmdet, on a ResNet-18, with parts replaced."""
+    config = Config.fromfile(RETINANET / 'retinanet_r50_fpn_1x_coco.py')
+    config.model.backbone.update(depth=18, init_cfg=None)
+    config.model.neck.in_channels = [64, 128, 256, 512]
+    config.merge_from_dict(dict(model=model))
+    return MODELS.build(config.model).eval()
+
+
+@pytest.mark.parametrize('part', ['neck', 'backbone'])
+def test_part_in_a_stock_detector(part):
+    """Neck and backbone work in a detector of mmdet, alone."""
+    if part == 'neck':
+        model = retinanet(
+            neck=dict(
+                _delete_=True,
+                type='mmdet_efficientdet.BiFPN',
+                in_channels=[64, 128, 256, 512],
+                start_level=1,
+                out_channels=32,
+                num_outs=5,
+                stack_times=1),
+            bbox_head=dict(in_channels=32, feat_channels=32))
+    else:
+        model = retinanet(
+            backbone=dict(
+                _delete_=True, type='mmdet_efficientdet.EfficientNet',
+                arch='lite0'),
+            neck=dict(
+                in_channels=[40, 112, 320], start_level=0, out_channels=32),
+            bbox_head=dict(in_channels=32, feat_channels=32))
+    assert type(model).__module__.startswith('mmdet.models')
+    model.init_weights()
+    data = model.data_preprocessor(batch((128, 96), (96, 128)), training=True)
+    assert [x.shape[-2:] for x in model.extract_feat(data['inputs'])] == [
+        (16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+    losses = model(**data, mode='loss')
+    assert set(losses) == {'loss_cls', 'loss_bbox'}
+    sum(sum(loss) for loss in losses.values()).backward()
+    for key, parameter in getattr(model, part).named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+    with torch.no_grad():
+        results = model(**data, mode='predict')
+    assert len(results) == 2
+    for result in results:
+        assert result.pred_instances.bboxes.shape[1] == 4
+
+
+def test_register_all_modules():
+    """What mmengine calls makes the package the scope, or leaves the scope."""
+    from mmdet_efficientdet.utils import register_all_modules as register
+    try:
+        register()
+        scope = DefaultScope.get_current_instance().scope_name
+        assert scope == 'mmdet_efficientdet'
+        neck = dict(type='BiFPN', in_channels=[8], out_channels=8, num_outs=2)
+        assert isinstance(MODELS.build(neck), mmdet_efficientdet.BiFPN)
+        neck = dict(type='FPN', in_channels=[8], out_channels=8, num_outs=2)
+        assert type(MODELS.build(neck)).__module__ == 'mmdet.models.necks.fpn'
+
+        register_all_modules()
+        register(init_default_scope=False)
+        assert DefaultScope.get_current_instance().scope_name == 'mmdet'
+    finally:
+        register_all_modules()
+
+
+def test_mmengine_knows_the_package():
+    """Bases and models named 'mmdet_efficientdet::...' can be looked up."""
+    assert MODULE2PACKAGE['mmdet_efficientdet'] == 'mmdet_efficientdet'

