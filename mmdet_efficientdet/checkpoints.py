@@ -40,7 +40,7 @@ class StrictLoading:
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         given = {
-            key[len(prefix):]: tuple(value.shape)
+            key[len(prefix):]: tuple(getattr(value, 'shape', ()))
             for key, value in state_dict.items() if key.startswith(prefix)
         }
         # A checkpoint with nothing for this part of a model is not its

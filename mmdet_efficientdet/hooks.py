@@ -17,12 +17,13 @@ class ClassCheckHook(Hook):
     """
 
     def before_train(self, runner) -> None:
-        """Checks the training data."""
-        self._check(runner, runner.train_dataloader.dataset)
-
-    def before_val(self, runner) -> None:
-        """Checks the validation data."""
-        self._check(runner, runner.val_dataloader.dataset)
+        """Checks the training and the validation data."""
+        dataset = runner.train_dataloader.dataset
+        self._check(runner, dataset)
+        for part in _innermost(dataset):
+            _check_objects(runner, part)
+        if runner.val_loop is not None:
+            self._check(runner, runner.val_dataloader.dataset)
 
     def before_test(self, runner) -> None:
         """Checks the test data."""
@@ -62,6 +63,26 @@ class ClassCheckHook(Hook):
                     f'the classes {_shorten(classes)} do not fit '
                     f'{part.ann_file}, which has {_shorten(names)}. Write '
                     'names of that file, in the same order')
+
+
+def _check_objects(runner, dataset) -> None:
+    """Where no file lists the classes, the objects have to tell them."""
+    classes = dataset.metainfo.get('classes')
+    if hasattr(dataset, 'cat_ids') or not classes or not len(dataset):
+        return
+    seen = {
+        instance['bbox_label']
+        for index in range(len(dataset))
+        for instance in dataset.get_data_info(index).get('instances', [])
+    }
+    unseen = [name for i, name in enumerate(classes) if i not in seen]
+    message = (f'{dataset.ann_file} has no object of the classes '
+               f'{_shorten(unseen)}. Write names as they are in the '
+               'annotations')
+    if not seen:
+        raise ValueError(message)
+    if unseen:
+        runner.logger.warning(message)
 
 
 def _innermost(dataset) -> list:

@@ -35,6 +35,8 @@ param_scheduler = [
 # Batch norms share their statistics between GPUs.
 sync_bn = 'torch'
 
+# All in default_hooks, which a child config merges by name; custom_hooks is a
+# list, which it would replace.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
@@ -43,10 +45,9 @@ default_hooks = dict(
         type='CheckpointHook', interval=10, max_keep_ckpts=3,
         save_best='auto'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='DetVisualizationHook'))
-custom_hooks = [
+    visualization=dict(type='DetVisualizationHook'),
     # Official averages: decay min(0.9998, (1 + n) / (10 + n)), norms included
-    dict(
+    ema=dict(
         type='EMAHook',
         ema_type='MomentumAnnealingEMA',
         momentum=2e-4,
@@ -54,9 +55,8 @@ custom_hooks = [
         update_buffers=True,
         strict_load=True,
         priority=49),
-    dict(type='mmdet_efficientdet.ClassCheckHook'),
-    dict(type='mmdet_efficientdet.PlainCheckpointHook')
-]
+    class_check=dict(type='mmdet_efficientdet.ClassCheckHook'),
+    plain_checkpoint=dict(type='mmdet_efficientdet.PlainCheckpointHook'))
 
 env_cfg = dict(
     cudnn_benchmark=False,
