@@ -93,7 +93,7 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	# 3. All but mmcv.
 	echo "Set-up: pinned packages (the first time 4 GB to download, 8 GB on disk)"
 	$(PIP) install --no-deps -r requirements.txt |
-	    { grep --line-buffered -v '^Requirement already satisfied' || true; }
+	    { trap '' INT; grep --line-buffered -v '^Requirement already' || :; }
 
 	# 4. mmcv, unless it came in step 2 and fits this torch.
 	log=$(VENV)/mmcv-build.log
@@ -127,7 +127,7 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	        local -x CUDA_VISIBLE_DEVICES=
 	    fi
 	    MMCV_WITH_OPS=1 $(PIP) install -v --no-deps --no-build-isolation \
-	        --force-reinstall "$$@" $(MMCV) 2>&1 | tee $$log | progress ||
+	        --force-reinstall "$$@" $(MMCV) 2>&1 | tee -i $$log | progress ||
 	        { tail -n 30 $$log; die "mmcv did not compile; see $$log"; }
 	}
 	has_ops || compile_mmcv

@@ -116,8 +116,9 @@ for text, scope in ((text, 'mmdet'), (bare, 'mmdet_efficientdet')):
             name = type(built).__name__
             assert type(built).__module__.split('.')[0] == expected.get(
                 name, 'mmdet'), name
-    for hook in config.custom_hooks[1:]:
-        assert type(HOOKS.build(hook)).__module__ == 'mmdet_efficientdet.hooks'
+    for name in ('class_check', 'plain_checkpoint'):
+        hook = HOOKS.build(config.default_hooks[name])
+        assert type(hook).__module__ == 'mmdet_efficientdet.hooks'
 ''', FILE=str(LITE0))  # yapf: disable
 
 

@@ -174,14 +174,17 @@ def _run(script, args, cwd, source, log):
 
 
 @lru_cache
-def trained_run(tmp_path_factory):
+def trained_run(folder):
     """One short training by the host's script, shared by all tests.
+
+    Args:
+        folder (Path): Where to put it; pytest's ``getbasetemp()``.
 
     Returns:
         SimpleNamespace: ``root`` of the data, ``config``, ``work_dir`` with
         epoch_1.pth and epoch_2.pth of three steps each, and ``output``.
     """
-    folder = tmp_path_factory.mktemp('trained')
+    folder = folder / 'trained'
     root = make_dataset(folder / 'data')
     config = write_config(folder / 'tiny.py', root)
     work_dir = folder / 'work_dir'
