@@ -103,9 +103,9 @@ def scale_config(base: dict,
         base (dict): A config of this family, of any size.
         name (str): Size, a key of ``SCALING``.
         image_size (int | tuple[int], optional): Side of the square input, or
-            (height, width). Batches are padded to it, and of a rectangle to
-            multiples of the sides' greatest common divisor. Defaults to the
-            size's own.
+            (height, width) with a common divisor of at least 64. Batches are
+            padded to the square, or to multiples of the common divisor.
+            Defaults to the size's own.
         classes (Sequence[str], optional): Class names, in the order of the
             annotation file. Defaults to those of ``base``.
 
@@ -135,8 +135,9 @@ def scale_config(base: dict,
         pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
             *image_size))
     model['backbone'].update(arch=row.backbone, act_cfg=act_cfg)
-    if model['backbone'].get('init_cfg'):
-        model['backbone']['init_cfg'].update(checkpoint=checkpoint)
+    init_cfg = model['backbone'].get('init_cfg') or {}
+    if init_cfg.get('checkpoint') in {path for _, path in BACKBONES.values()}:
+        init_cfg['checkpoint'] = checkpoint  # weights of the user's own stay
     model['neck'].update(
         in_channels=list(channels),
         out_channels=row.bifpn_channels,
@@ -158,12 +159,7 @@ def scale_config(base: dict,
     for transform in _dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
-    if base.get('train_cfg', {}).get('max_epochs'):
-        base['train_cfg']['max_epochs'] = row.epochs
-        for scheduler in base.get('param_scheduler', []):
-            if scheduler.get('type') == 'CosineAnnealingLR':
-                scheduler['end'] = row.epochs
-                scheduler['T_max'] = row.epochs - scheduler['begin']
+    _set_epochs(base, row.epochs)
     if classes is not None:
         _set_classes(base, classes)
 
@@ -171,10 +167,12 @@ def scale_config(base: dict,
 def _check_image_size(image_size) -> Union[int, Tuple[int, int]]:
     pair = isinstance(image_size, (list, tuple))
     sides = tuple(image_size) if pair else (image_size, ) * 2
-    if len(sides) != 2 or any(not isinstance(n, int) or n < 64 for n in sides):
+    if (len(sides) != 2 or any(not isinstance(n, int) for n in sides)
+            or min(sides) < 64 or gcd(*sides) < 64):
         raise ValueError(
             f'image_size={image_size!r} must be an int of at least 64 '
-            'pixels, or a pair (height, width) of them')
+            'pixels, or a pair (height, width) with a common divisor of at '
+            'least 64, to multiples of which batches are padded')
     return sides if pair else image_size
 
 
@@ -185,6 +183,18 @@ def _check_classes(classes: Sequence[str]) -> None:
         raise ValueError(
             f'classes={classes!r} must be a list of different names, such as '
             "['tree'] for one class")
+
+
+def _set_epochs(base: dict, epochs: int) -> None:
+    """Stretches the official schedule; one of the user's own stays."""
+    now = base.get('train_cfg', {}).get('max_epochs')
+    if now not in {row.epochs for row in SCALING.values()}:
+        return
+    base['train_cfg']['max_epochs'] = epochs
+    for scheduler in _dicts(base.get('param_scheduler')):
+        if scheduler.get('end') == now and 'T_max' in scheduler:
+            scheduler['end'] = epochs
+            scheduler['T_max'] += epochs - now
 
 
 def _set_classes(base: dict, classes: Sequence[str]) -> None:

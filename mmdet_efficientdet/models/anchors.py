@@ -2,7 +2,6 @@
 
 All boxes are (x1, y1, x2, y2) in pixels of the network's input.
 """
-from functools import lru_cache
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -64,35 +63,25 @@ class AnchorGenerator:
             list[Tensor]: ``(H_i * W_i * A, 4)`` float32 for each level, in
             the order row, column, octave, aspect.
         """
-        return list(
-            _grid_anchors(
-                tuple(tuple(int(n) for n in size) for size in featmap_sizes),
-                tuple(int(n) for n in input_size),
-                float(self.octave_base_scale), self.scales_per_octave,
-                self.aspect_pairs, torch.device(device)))
-
-
-@lru_cache(maxsize=8)  # keyed by everything that the anchors depend on
-@torch.inference_mode(False)  # what is cached must serve training, too
-def _grid_anchors(featmap_sizes: tuple, input_size: tuple, base_scale: float,
-                  num_octaves: int, aspect_pairs: tuple,
-                  device: torch.device) -> Tuple[Tensor, ...]:
-    octaves = 2**(torch.arange(num_octaves, dtype=torch.float64) / num_octaves)
-    pairs = torch.tensor(aspect_pairs, dtype=torch.float64)
-    # Half sides (A, 2) in strides, as (x, y).
-    half = (octaves[:, None, None] * pairs).reshape(-1, 2) * base_scale / 2
-    anchors = []
-    for size in featmap_sizes:
-        stride = torch.tensor(input_size, dtype=torch.float64)
-        stride = (stride / stride.new_tensor(size)).flip(0)  # (x, y)
-        y, x = torch.meshgrid(
-            *(torch.arange(n, dtype=torch.float64) + 0.5 for n in size),
-            indexing='ij')
-        centers = (torch.stack([x, y], -1) * stride)[..., None, :]
-        sides = half * stride
-        boxes = torch.cat([centers - sides, centers + sides], -1)
-        anchors.append(boxes.reshape(-1, 4).float().to(device))
-    return tuple(anchors)
+        as_double = dict(dtype=torch.float64, device=device)
+        octaves = torch.arange(self.scales_per_octave, **as_double)
+        octaves = 2**(octaves / self.scales_per_octave)
+        pairs = torch.tensor(self.aspect_pairs, **as_double)
+        # Half sides (A, 2) in strides, as (x, y).
+        half = (octaves[:, None, None] * pairs).reshape(-1, 2)
+        half = half * self.octave_base_scale / 2
+        anchors = []
+        for size in featmap_sizes:
+            stride = [n / m for n, m in zip(input_size, size)]
+            stride = torch.tensor(stride[::-1], **as_double)  # (x, y)
+            y, x = torch.meshgrid(
+                *(torch.arange(n, **as_double) + 0.5 for n in size),
+                indexing='ij')
+            centers = (torch.stack([x, y], -1) * stride)[..., None, :]
+            sides = half * stride
+            boxes = torch.cat([centers - sides, centers + sides], -1)
+            anchors.append(boxes.reshape(-1, 4).float())
+        return anchors
 
 
 @TASK_UTILS.register_module()
