@@ -17,7 +17,7 @@ import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-# A switch for every message: how to go on without ImageNet weights.
+# The end of every message about weights that cannot be had.
 _WITHOUT = ('To train without ImageNet weights, or from load_from, set '
             'model.backbone.init_cfg=None')
 
@@ -65,17 +65,19 @@ class StrictLoading:
         }
         if not (missing or unexpected or shapes):
             return
+        hint = '' if missing or unexpected else self.explain_mismatch(shapes)
         lines = [
             f'the checkpoint does not fit {type(self).__name__}. ' +
-            (self.explain_mismatch(shapes) if shapes and not missing
-             and not unexpected else 'Is it of another size or model?')
+            (hint or 'Is it of another size or model?')
         ]
-        for title, items in (('only in the model', [
-                f'+ {k} {own[k]}' for k in missing
-        ]), ('only in the checkpoint',
-             [f'- {k} {given[k]}' for k in unexpected
-              ]), ('of another shape (checkpoint, model)',
-                   [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()])):
+        sections = {
+            'only in the model': [f'+ {k} {own[k]}' for k in missing],
+            'only in the checkpoint':
+            [f'- {k} {given[k]}' for k in unexpected],
+            'of another shape (checkpoint, model)':
+            [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()]
+        }
+        for title, items in sections.items():
             if items:
                 lines.append(f'{len(items)} {title}:')
                 lines += [f'  {item}' for item in items[:10]]

@@ -1,6 +1,8 @@
 """Two hooks that keep a run from failing late."""
+import json
+
 import numpy as np
-from mmengine.fileio import load
+from mmengine.fileio import get_text
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
@@ -55,7 +57,8 @@ class ClassCheckHook(Hook):
             if tuple(classes) == part.METAINFO.get('classes'):
                 if len(part.cat_ids) == len(classes):
                     continue  # COCO itself; its file is slow to read
-            categories = load(part.ann_file)['categories']
+            text = get_text(part.ann_file, backend_args=part.backend_args)
+            categories = json.loads(text)['categories']
             names = [category['name'] for category in categories]
             if list(classes) != [name for name in names if name in classes]:
                 # MMDetection numbers classes in the order of the file.
@@ -68,7 +71,8 @@ class ClassCheckHook(Hook):
 def _check_objects(runner, dataset) -> None:
     """Where no file lists the classes, the objects have to tell them."""
     classes = dataset.metainfo.get('classes')
-    if hasattr(dataset, 'cat_ids') or not classes or not len(dataset):
+    if (hasattr(dataset, 'cat_ids') or not hasattr(dataset, 'get_data_info')
+            or not classes or not len(dataset)):
         return
     seen = {
         instance['bbox_label']

@@ -6,8 +6,18 @@ Every registry of MMDetection has a child here, so that a config with
 Nothing is registered into MMDetection's own scope, where names such as
 ``EfficientNet`` are taken.
 """
+import sys
+import warnings
+
 import mmdet.registry as mmdet_registry
 from mmengine.registry import Registry
+
+if not ((3, 10) <= sys.version_info[:2] <=
+        (3, 12) and sys.platform == 'linux'):
+    warnings.warn(
+        'mmdet_efficientdet is meant for Python 3.10-3.12 on Linux; this '
+        'environment is untested',
+        stacklevel=2)
 
 
 def _child(name: str, *modules: str) -> Registry:

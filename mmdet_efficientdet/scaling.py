@@ -128,34 +128,38 @@ def scale_config(base: dict,
         _check_classes(classes)
     channels, checkpoint = BACKBONES[row.backbone]
     model = base['model']
-    act_cfg = dict(type=row.activation)
     model['data_preprocessor'].update(
         mean=list(row.mean),
         std=list(row.std),
         pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
             *image_size))
-    model['backbone'].update(arch=row.backbone, act_cfg=act_cfg)
-    init_cfg = model['backbone'].get('init_cfg') or {}
-    if init_cfg.get('checkpoint') in {path for _, path in BACKBONES.values()}:
+    model['backbone'].update(arch=row.backbone)
+    init_cfg = model['backbone'].get('init_cfg')
+    if isinstance(init_cfg, dict) and init_cfg.get('checkpoint') in {
+            path
+            for _, path in BACKBONES.values()
+    }:
         init_cfg['checkpoint'] = checkpoint  # weights of the user's own stay
     model['neck'].update(
         in_channels=list(channels),
         out_channels=row.bifpn_channels,
         num_outs=row.num_levels,
         stack_times=row.bifpn_layers,
-        fusion=row.fusion,
-        act_cfg=act_cfg)
+        fusion=row.fusion)
     model['bbox_head'].update(
         in_channels=row.bifpn_channels,
         stacked_convs=row.head_layers,
-        num_levels=row.num_levels,
-        act_cfg=act_cfg)
+        num_levels=row.num_levels)
     model['bbox_head']['anchor_generator'].update(
         octave_base_scale=row.anchor_scale)
-    # The names in the config of D0, which the values above do not follow.
-    for key, value in (('image_size', image_size), ('act_cfg', act_cfg)):
-        if key in base:
-            base[key] = value
+    nodes = [model['backbone'], model['neck'], model['bbox_head']]
+    # D0's config has two names which the values above do not follow.
+    if 'act_cfg' in base:
+        nodes.append(base)
+    if 'image_size' in base:
+        base['image_size'] = image_size
+    for node in nodes:
+        node['act_cfg'] = dict(type=row.activation)
     for transform in _dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size

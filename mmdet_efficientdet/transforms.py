@@ -47,22 +47,24 @@ class ResizeCrop(BaseTransform):
         image_size: Union[int, Tuple[int, int]],
         ratio_range: Tuple[float, float] = (0.1, 2.0)
     ) -> None:
-        if isinstance(image_size, int):
-            image_size = (image_size, image_size)
-        if len(image_size) != 2 or min(image_size) < 1:
-            raise ValueError(f'image_size={image_size} must be a positive '
-                             'int or a pair (height, width)')
+        pair = isinstance(image_size, (list, tuple))
+        sides = tuple(image_size) if pair else (image_size, ) * 2
+        if len(sides) != 2 or any(not isinstance(n, int) or n < 1
+                                  for n in sides):
+            raise ValueError(f'image_size={image_size!r} must be a positive '
+                             'int or a pair (height, width) of them')
         if len(ratio_range) != 2 or not 0 < ratio_range[0] <= ratio_range[1]:
             raise ValueError(f'ratio_range={ratio_range} must be a pair '
                              '(low, high) with 0 < low <= high')
-        self.image_size = tuple(image_size)
+        self.image_size = sides
         self.ratio_range = tuple(ratio_range)
 
     def transform(self, results: dict) -> Optional[dict]:
         """Resizes and crops the image and its boxes."""
-        if len(results.get('gt_masks', ())):
-            raise ValueError('ResizeCrop has no masks; load the annotations '
-                             'with with_mask=False or use Resize of mmdet')
+        if {'gt_masks', 'gt_seg_map'} & results.keys():
+            raise ValueError('ResizeCrop cannot crop masks; load annotations '
+                             'with_mask=False, with_seg=False, or use Resize '
+                             'of mmdet')
         seed = results.get('transform_seed')
         random = np.random if seed is None else np.random.default_rng(seed)
         ratio = random.uniform(*self.ratio_range)

@@ -90,7 +90,8 @@ def main():
     check_distributions()
     table = dict(python=platform.python_version())
     if not ((3, 10) <= sys.version_info < (3, 13) and sys.platform == 'linux'):
-        cautions.append('the tests ran on Linux with Python 3.10-3.12 only')
+        cautions.append('meant is Python 3.10-3.12 on Linux; the tests ran '
+                        'with 3.11')
     if dist('mmengine').startswith('0.10.'):
         load('pkg_resources')  # mmengine does, at a `package::` base config
     for name, tested in TESTED.items():

@@ -54,6 +54,17 @@ def run(title: str, log: Path, *command: str) -> None:
                          f'output is in {log}. Run the same command again')
 
 
+def check_recipe(work_dir: Path, seed: int) -> None:
+    """Refuses to mix what two recipes left in one folder."""
+    recipe = f'{Config.fromfile(ROOT / CONFIG).pretty_text}# seed {seed}\n'
+    receipt = work_dir / 'recipe.py'
+    if receipt.is_file() and receipt.read_text() != recipe:
+        raise SystemExit(f'{work_dir} is of another recipe or seed; remove '
+                         'it, or give another --work-dir')
+    work_dir.mkdir(parents=True, exist_ok=True)
+    receipt.write_text(recipe)
+
+
 def train(work_dir: Path, *options: str) -> Path:
     """Trains, or goes on from the last checkpoint; returns the final one."""
     cfg = Config.fromfile(ROOT / CONFIG)
@@ -106,10 +117,11 @@ def draw(work_dir: Path, checkpoint: Path, threshold: float) -> Path:
 def main() -> None:
     """Runs all steps and prints AP, AP50 and the path of the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--work-dir', default='work_dirs/trees', type=Path)
+    parser.add_argument('--work-dir', type=Path)
     parser.add_argument('--seed', default=0, type=int)
     args = parser.parse_args()
-    work_dir = ROOT / args.work_dir
+    work_dir = ROOT / (args.work_dir or f'work_dirs/trees_seed{args.seed}')
+    check_recipe(work_dir, args.seed)
     run('data', work_dir / 'data.log', 'tools/prepare_trees.py')
     checkpoint = train(work_dir, '--cfg-options',
                        f'randomness.seed={args.seed}')

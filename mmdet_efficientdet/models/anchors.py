@@ -30,6 +30,9 @@ class AnchorGenerator:
             anchor's sides. The default pairs, with which the published D0-D7x
             were trained, lose 2 % of the area; ``sqrt(2)`` and its inverse
             keep it.
+
+    Raises:
+        ValueError: If an aspect is no pair.
     """
 
     def __init__(
@@ -41,6 +44,11 @@ class AnchorGenerator:
     ) -> None:
         self.octave_base_scale = octave_base_scale
         self.scales_per_octave = scales_per_octave
+        if not aspect_pairs or any(
+                not isinstance(pair, (list, tuple)) or len(pair) != 2
+                for pair in aspect_pairs):
+            raise ValueError(f'aspect_pairs={aspect_pairs} must be a list of '
+                             'pairs (width, height), such as (1.4, 0.7)')
         self.aspect_pairs = tuple(tuple(pair) for pair in aspect_pairs)
 
     @property

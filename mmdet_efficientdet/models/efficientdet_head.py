@@ -181,10 +181,11 @@ class EfficientDetHead(AnchorHead):
 
     def _flatten(self, maps: List[Tensor], width: int) -> Tensor:
         """Joins level maps ``(N, A * width, H, W)`` to ``(N, *, width)``."""
-        return torch.cat([
-            x.permute(0, 2, 3, 1).reshape(len(x), -1, width).float()
-            for x in maps
-        ], 1)
+        flat = torch.cat(
+            [x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps],
+            1)
+        # Losses and decoding need at least single precision.
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
     def loss_by_feat(self,
                      cls_scores: List[Tensor],

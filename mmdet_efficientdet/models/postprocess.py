@@ -3,7 +3,8 @@
 The official evaluation (google/automl ``tf2/postprocess.py``, ``nms_np.py``)
 selects the 5000 strongest pairs of anchor and class of the image, decodes
 them and suppresses within each class. None of the three functions branches on
-values, and none loops over boxes, classes or images.
+values or loops over classes, images or the boxes of an image; suppression is a
+loop of ``max_per_img`` steps.
 """
 from typing import Tuple
 
@@ -19,7 +20,8 @@ def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
     Args:
         logits (Tensor): ``(N, A, K)``. An anchor may be selected for several
             classes.
-        num (int): How many pairs to keep, over all levels together.
+        num (int): How many pairs to keep, over all levels together; below 1
+            for all.
 
     Returns:
         tuple[Tensor]: Logits, anchor indices and labels, each ``(N, num)``,
@@ -27,7 +29,9 @@ def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
     """
     num_classes = logits.shape[-1]
     logits = logits.flatten(1)
-    logits, index = logits.topk(min(num, logits.shape[1]))
+    if not 0 < num < logits.shape[1]:
+        num = logits.shape[1]
+    logits, index = logits.topk(num)
     return logits, index // num_classes, index % num_classes
 
 
@@ -104,7 +108,9 @@ def suppress(bboxes: Tensor,
         height = torch.minimum(y2, y2.gather(1, best)) - torch.maximum(
             y1, y1.gather(1, best)) + offset
         inter = width.clamp_(min=0) * height.clamp_(min=0)
+        # Boxes that overflow give inf / inf and overlap nothing.
         iou = inter / (areas + areas.gather(1, best) - inter)
+        iou = iou.nan_to_num(0)
         if soft:
             weaker = scores * torch.exp(iou.square() / -sigma)
             weaker = torch.where(weaker < min_score, 0, weaker)
