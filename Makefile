@@ -121,7 +121,7 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	sys.exit(torch.cuda.is_available() and cpp.CUDA_HOME is None)'
 	compile_mmcv() {
 	    # With a GPU mmcv insists on nvcc, which a driver alone does not bring.
-	    if ! $(PY) -c "$$gpu_has_nvcc"; then
+	    if ! $(PY) -c "$$gpu_has_nvcc" 2>/dev/null; then
 	        echo "A GPU but no CUDA toolkit (nvcc): mmcv gets operators for the" \
 	            "CPU only. For the GPU install the toolkit, then: make clean setup"
 	        local -x CUDA_VISIBLE_DEVICES=

@@ -19,7 +19,7 @@ from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
-CONFIG = 'configs/efficientdet/efficientdet_lite0_1xb8-400i_trees.py'
+CONFIG = 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
 
 
 def run(title: str, log: Path, *command: str) -> None:
