@@ -201,6 +201,17 @@ def test_no_stale_anchors():
     assert small[0].tolist() == [-11.25, -10.5, 18.75, 17.5]
 
 
+@pytest.mark.parametrize('pairs', [
+    (),
+    (1.0, 2.0, 0.5),
+    ((1.0, 1.0), (1.4, 0.7, 1.0)),
+])
+def test_aspects_that_are_no_pairs_raise(pairs):
+    """Ratios, as other generators have them, are refused."""
+    with pytest.raises(ValueError, match=r'pairs \(width, height\)'):
+        AnchorGenerator(aspect_pairs=pairs)
+
+
 def test_anchors_of_inference_serve_training():
     """Anchors first made in inference mode can enter a graph."""
     sizes = feature_sizes((72, 88))
@@ -265,8 +276,7 @@ def test_coder_equals_effdet():
     expected = FasterRcnnBoxCoder().encode(
         BoxList(boxes[:, swap]), BoxList(anchors[:, swap]))
     deltas = AnchorBoxCoder().encode(anchors, boxes)
-    torch.testing.assert_close(
-        deltas, expected[:, swap], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(deltas, expected[:, swap], rtol=1e-5, atol=1e-5)
     deltas = torch.randn(300, 4)
     expected = decode_box_outputs(deltas[:, swap], anchors[:, swap], True)
     torch.testing.assert_close(
@@ -293,9 +303,10 @@ def slow_matches(anchors, boxes):
     iou = np.zeros((len(boxes), len(anchors)))
     for g, (x1, y1, x2, y2) in enumerate(np.float64(boxes)):
         for a, (u1, v1, u2, v2) in enumerate(np.float64(anchors)):
-            inter = max(0, min(x2, u2) - max(x1, u1)) * max(
-                0,
-                min(y2, v2) - max(y1, v1))
+            inter = max(0,
+                        min(x2, u2) - max(x1, u1)) * max(
+                            0,
+                            min(y2, v2) - max(y1, v1))
             union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter
             iou[g, a] = inter / union
     for a in range(len(anchors)):
@@ -484,8 +495,7 @@ def test_targets_follow_the_matches():
 def test_targets_equal_effdet():
     """Labels and deltas of effdet's labeler at the sizes of a detector."""
     swap = [1, 0, 3, 2]
-    labeler = AnchorLabeler(
-        Anchors(3, 7, 3, PUBLISHED, 4.0, (256, 384)), 90)
+    labeler = AnchorLabeler(Anchors(3, 7, 3, PUBLISHED, 4.0, (256, 384)), 90)
     boxes = [random_boxes(n, 1) for n in (7, 40)]
     labels = [torch.randint(90, (n, )) for n in (7, 40)]
     cls, box, num_positive = labeler.batch_label_anchors(
@@ -501,8 +511,8 @@ def test_targets_equal_effdet():
 def test_box_without_area_has_a_finite_target():
     """A box of zero area claims the first anchor, with finite deltas."""
     anchors = make((64, 64))
-    labels, deltas, num_positive = targets(
-        [torch.tensor([[9., 9., 9., 9.]])], [torch.tensor([2])], anchors)
+    labels, deltas, num_positive = targets([torch.tensor([[9., 9., 9., 9.]])],
+                                           [torch.tensor([2])], anchors)
     assert num_positive == 1
     assert labels[0, 0] == 2 and (labels[0, 1:] == 7).all()
     assert deltas.isfinite().all()

@@ -194,8 +194,8 @@ def test_projections(build_detector, name, nodes):
     found = {
         name: module
         for name, module in neck.named_modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-        and not name.endswith('pointwise')
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (
+            1, 1) and not name.endswith('pointwise')
     }
     expected = {
         f'layers.0.nodes.{i}.resamples.0.conv': channels
@@ -206,8 +206,7 @@ def test_projections(build_detector, name, nodes):
     assert all(m.out_channels == width for m in found.values())
     assert all(m.bias is not None for m in found.values())
     assert len({id(m.weight) for m in found.values()}) == 6
-    assert not any(
-        list(level.parameters()) for level in neck.extra_levels[1:])
+    assert not any(list(level.parameters()) for level in neck.extra_levels[1:])
 
 
 @pytest.mark.parametrize('name', FUSION_WEIGHTS)
@@ -360,7 +359,10 @@ def test_initialisers(width):
     """Kernels are uniform up to Glorot's limits; all else is 1 or 0."""
     neck = BiFPN([40, 112], width, 5, stack_times=1)
     neck.init_weights()
-    state = {k: v for k, v in neck.state_dict().items() if v.is_floating_point()}
+    state = {
+        k: v
+        for k, v in neck.state_dict().items() if v.is_floating_point()
+    }
     for kind, limit in zip(('depthwise', 'pointwise'), LIMITS[width]):
         kernels = np.concatenate([
             v.flatten().numpy() for k, v in state.items()

@@ -17,13 +17,14 @@ from mmdet_efficientdet.scaling import scale_config
 
 ALL = sorted(CONFIGS.parent.rglob('*.py'))
 SIZES = {
-    name: CONFIGS / (f'efficientdet_{name}_8xb16-'
-                     f'{600 if name in ("d7", "d7x") else 300}e_coco.py')
+    name:
+    CONFIGS / (f'efficientdet_{name}_8xb16-'
+               f'{600 if name in ("d7", "d7x") else 300}e_coco.py')
     for name in TABLE
 }
 
 
-def small_detector(name, image_size=(64, 96)):
+def small_detector(name, image_size=(64, 128)):
     """A detector of full width and depth, on small images."""
     init_default_scope('mmdet')
     config = Config.fromfile(SIZES[name])
@@ -122,12 +123,12 @@ def test_numbers_of_the_size(name):
     model = config.model
     assert config.image_size == side
     assert model.data_preprocessor.pad_size_divisor == side
-    assert (model.data_preprocessor.mean, model.data_preprocessor.std) == (
-        list(mean), list(std))
+    assert (model.data_preprocessor.mean,
+            model.data_preprocessor.std) == (list(mean), list(std))
     # The pipelines by themselves and inside the three loaders.
     assert sizes_in(config.to_dict()) == [side] * 5
-    assert (model.backbone.arch, model.backbone.init_cfg.checkpoint) == (
-        arch, checkpoint)
+    assert (model.backbone.arch,
+            model.backbone.init_cfg.checkpoint) == (arch, checkpoint)
     assert model.neck.in_channels == list(channels)
     assert model.neck.out_channels == model.bbox_head.in_channels == width
     assert model.neck.num_outs == model.bbox_head.num_levels == level - 2
@@ -190,7 +191,7 @@ def test_every_size_runs(name):
     """Loss and prediction work at full width and depth."""
     model = small_detector(name)
     inputs, _, _ = check_loss_and_results(model, batch((64, 96)))
-    assert inputs.shape == (1, 3, 64, 96)
+    assert inputs.shape == (1, 3, 64, 128)
 
 
 def test_config_of_a_user(tmp_path):

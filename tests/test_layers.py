@@ -57,8 +57,7 @@ def test_pool_window(size, stride):
 def test_nearest_literals(size, index):
     """Nearest enlargement repeats these pixels, on both axes alike."""
     line = torch.arange(float(size[0]))
-    up = resize_to(
-        (line[:, None] * 10 + line)[None, None], (size[1], size[1]))
+    up = resize_to((line[:, None] * 10 + line)[None, None], (size[1], size[1]))
     index = torch.tensor(index)
     assert torch.equal(up[0, 0], (index[:, None] * 10 + index).float())
 

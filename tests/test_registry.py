@@ -67,8 +67,8 @@ def test_public_names():
     """What users may import from the package itself."""
     expected = [name for names in CLASSES.values() for name in names]
     assert sorted(mmdet_efficientdet.__all__) == sorted(
-        expected + ['__version__', 'SCALING', 'CompoundScaling',
-                    'scale_config'])
+        expected +
+        ['__version__', 'SCALING', 'CompoundScaling', 'scale_config'])
 
 
 def test_prefix_is_enough(run):
@@ -215,7 +215,8 @@ def test_part_in_a_stock_detector(part):
     else:
         model = retinanet(
             backbone=dict(
-                _delete_=True, type='mmdet_efficientdet.EfficientNet',
+                _delete_=True,
+                type='mmdet_efficientdet.EfficientNet',
                 arch='lite0'),
             neck=dict(
                 in_channels=[40, 112, 320], start_level=0, out_channels=32),
@@ -223,8 +224,10 @@ def test_part_in_a_stock_detector(part):
     assert type(model).__module__.startswith('mmdet.models')
     model.init_weights()
     data = model.data_preprocessor(batch((128, 96), (96, 128)), training=True)
-    assert [x.shape[-2:] for x in model.extract_feat(data['inputs'])] == [
-        (16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+    assert [x.shape[-2:]
+            for x in model.extract_feat(data['inputs'])] == [(16, 16), (8, 8),
+                                                             (4, 4), (2, 2),
+                                                             (1, 1)]
     losses = model(**data, mode='loss')
     assert set(losses) == {'loss_cls', 'loss_bbox'}
     sum(sum(loss) for loss in losses.values()).backward()

@@ -113,8 +113,8 @@ def test_row_is_official(name):
     row = SCALING[name]
     channels, checkpoint = BACKBONES[row.backbone]
     assert (row.backbone, channels, row.image_size, row.bifpn_channels,
-            row.bifpn_layers, row.head_layers, row.anchor_scale,
-            row.max_level, row.fusion, row.activation, row.epochs, checkpoint,
+            row.bifpn_layers, row.head_layers, row.anchor_scale, row.max_level,
+            row.fusion, row.activation, row.epochs, checkpoint,
             (row.mean, row.std)) == TABLE[name]
     assert row.num_levels == (6 if name == 'd7x' else 5)
 
@@ -242,6 +242,18 @@ def test_missing_parts_stay_missing():
     assert set(base) == keys
 
 
+def test_own_weights_and_schedule_stay():
+    """What a user has set is no part of the table."""
+    base = copy.deepcopy(d0_config())
+    base['model']['backbone']['init_cfg']['checkpoint'] = 'mine.pth'
+    base['train_cfg']['max_epochs'] = 12
+    schedule = copy.deepcopy(base['param_scheduler'])
+    scale_config(base, 'd7')
+    assert base['model']['backbone']['init_cfg']['checkpoint'] == 'mine.pth'
+    assert base['train_cfg']['max_epochs'] == 12
+    assert base['param_scheduler'] == schedule
+
+
 def sizes_in(config):
     """All (key, value) of image sizes in the pipelines of a config."""
     found = []
@@ -283,7 +295,7 @@ def test_image_size(given, sides, divisor):
 
 @pytest.mark.parametrize('given', [
     0, 63, -512, 512.0, '512', '51', (512, ), (512, 32), (512, 512, 3),
-    (512, 512.0), ()
+    (512, 512.0), (64, 96), (512, 513), ()
 ])
 def test_bad_image_size(given):
     """The message names the value, what is allowed, and how to write it."""
@@ -350,7 +362,8 @@ def test_classes_are_kept():
         classes=('tree', ))
 
 
-@pytest.mark.parametrize('given', ['tree', '', [], (), ['a', 'b', 'a'], 3])
+@pytest.mark.parametrize(
+    'given', ['tree', '', [], (), ['a', 'b', 'a'], 3, [1, 2], {'tree'}])
 def test_bad_classes(given):
     """The message names the value, what is allowed, and an example."""
     with pytest.raises(ValueError) as error:

@@ -68,13 +68,14 @@ def make_dataset(root):
         name = f'{i + 1:06}'
         cv2.imwrite(str(root / 'JPEGImages' / f'{name}.jpg'), pixels)
         images.append(
-            dict(id=i + 1, file_name=f'{name}.jpg', height=height,
-                 width=width))
+            dict(
+                id=i + 1, file_name=f'{name}.jpg', height=height, width=width))
         (root / 'Annotations' / f'{name}.xml').write_text(
             f'<annotation><size><width>{width}</width><height>{height}'
             f'</height><depth>3</depth></size>{objects}</annotation>')
     categories = [
-        dict(id=10 * label + 5, name=name) for label, name in enumerate(CLASSES)
+        dict(id=10 * label + 5, name=name)
+        for label, name in enumerate(CLASSES)
     ]
     (root / 'coco.json').write_text(
         json.dumps(
@@ -86,7 +87,11 @@ def make_dataset(root):
     return root
 
 
-def write_config(path, root, size='lite0', image_size=64, classes=CLASSES,
+def write_config(path,
+                 root,
+                 size='lite0',
+                 image_size=64,
+                 classes=CLASSES,
                  extra=''):
     """Writes what a user writes to train on own data; returns the path."""
     base = LITE0 if size.startswith('lite') else D0
@@ -144,8 +149,8 @@ def run_tool(name, *args, cwd, source=None, timeout=300):
     log = Path(cwd) / f'{Path(name).stem}.txt'
     script = str(TOOLS / name)
     process = context.Process(
-        target=_run, args=(script, [str(a) for a in args], str(cwd), source,
-                           str(log)))
+        target=_run,
+        args=(script, [str(a) for a in args], str(cwd), source, str(log)))
     process.start()
     process.join(timeout)
     if process.is_alive():

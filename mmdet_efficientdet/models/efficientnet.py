@@ -7,6 +7,7 @@ block's index.
 import math
 from typing import List, Optional, Sequence, Tuple
 
+import torch
 from mmcv.cnn import ConvModule
 from mmdet.models.layers import InvertedResidual
 from mmengine.model import BaseModule
@@ -221,6 +222,9 @@ class EfficientNet(StrictLoading, BaseModule):
         Args:
             x (Tensor): Images ``(N, 3, H, W)``, normalised.
         """
+        if x.device.type == 'cpu':
+            # All convolutions follow; a training step took 0.68 of the time.
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         outs = {}
         for i, block in enumerate(self.blocks):
