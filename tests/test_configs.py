@@ -85,7 +85,7 @@ def test_one_config_for_each_size():
     for path in ALL:
         if path.parent == CONFIGS:
             assert re.fullmatch(
-                r'efficientdet_[a-z0-9]+_\d+xb\d+-\d+[ei]_[a-z]+', path.stem)
+                r'efficientdet_[a-z0-9]+_\d+xb\d+(-\d+e)?_[a-z]+', path.stem)
 
 
 def test_basenames_are_unique():

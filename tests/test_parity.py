@@ -115,7 +115,10 @@ def test_gradients_equal_effdet(build_detector):
             torch.manual_seed(1)
         else:
             box = to_xy(box)
-        sums.append(sum((x * torch.randn_like(x)).sum() for x in [*cls, *box]))
+        sums.append(
+            sum((x *
+                 torch.randn_like(x, memory_format=torch.contiguous_format)
+                 ).sum() for x in [*cls, *box]))
     torch.testing.assert_close(*sums, rtol=1e-9, atol=0)
     for total in sums:
         total.backward()

@@ -339,6 +339,7 @@ def test_predict_equals_the_official_steps():
 def test_defaults_are_the_official_ones():
     """Without a test_cfg: 5000 pairs, soft-NMS, 100 boxes, no threshold."""
     outs = predictions(num_classes=20)
+    outs = [x - 8 for x in outs[0]], outs[1]  # weak boxes count, too
     cfg = dict(
         nms_pre=5000,
         score_thr=0.0,
@@ -369,8 +370,13 @@ def test_one_scale_maps_back(scale):
 def test_predict_batch_equals_single():
     """Each image of a batch is predicted as if alone."""
     head, outs = EfficientDetHead(4, 8), predictions(3)
-    for i, result in enumerate(predict(head, outs)):
-        single, = predict(head, [[x[i:i + 1] for x in maps] for maps in outs])
+    outs = [x - torch.arange(3.).view(3, 1, 1, 1) for x in outs[0]], outs[1]
+    cfg = dict(score_thr=0.3)
+    results = predict(head, outs, cfg=cfg)
+    assert len({len(result.scores) for result in results}) > 1
+    for i, result in enumerate(results):
+        single, = predict(
+            head, [[x[i:i + 1] for x in maps] for maps in outs], cfg=cfg)
         for key, value in result.items():
             assert torch.equal(value, single[key])
 

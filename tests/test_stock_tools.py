@@ -80,7 +80,7 @@ def test_train_script_as_a_user_calls_it(tmp_path):
             text=True)
         output = done.stdout + done.stderr
         assert done.returncode == 0, output
-        assert 'LR has been automatically scaled from 0.64 to 0.01' in output
+        assert 'Scaling the original LR by 0.015625' in output
         check_losses(output, steps=3)
         # The third step ends the warm-up of one epoch.
         rates = re.findall(r'base_lr: (\S+) lr: (\S+) ', output)

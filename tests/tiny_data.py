@@ -124,7 +124,7 @@ randomness = dict(seed=0)
     return path
 
 
-def run_tool(name, *args, cwd, source=None, timeout=300):
+def run_tool(name, *args, cwd, source=None, timeout=1200):
     """Runs a script of the host, or a source text, in a process of its own.
 
     The process is forked from one that has imported the host, and not the

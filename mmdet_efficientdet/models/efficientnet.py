@@ -222,7 +222,7 @@ class EfficientNet(StrictLoading, BaseModule):
         Args:
             x (Tensor): Images ``(N, 3, H, W)``, normalised.
         """
-        if x.device.type == 'cpu':
+        if self.training and x.device.type == 'cpu':
             # All convolutions follow; a training step took 0.68 of the time.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
