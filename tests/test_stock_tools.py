@@ -87,6 +87,9 @@ def test_train_script_as_a_user_calls_it(tmp_path):
         rates = re.findall(r' lr: (\S+) ', output)
         if epochs == 1:
             assert rates[-1] == '1.0000e-02'
+        saved = tmp_path / 'work_dirs' / 'mine' / f'epoch_{epochs}.pth'
+        assert saved.is_file()
+    assert 'resumed epoch: 1, iter: 3' in output
 
 
 def test_training_reports(run):
