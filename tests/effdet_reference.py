@@ -28,7 +28,7 @@ _RULES = [
 def build(name: str, image_size, num_classes: int = 90, seed: int = 0):
     """effdet's network with random weights, none of them trivial."""
     config = get_efficientdet_config(f'tf_efficientdet_{name}')
-    config.image_size = list(image_size)
+    config.image_size = tuple(image_size)
     config.num_classes = num_classes
     model = EffDet(config, pretrained_backbone=False)
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def build(name: str, image_size, num_classes: int = 90, seed: int = 0):
 def anchors(name: str, image_size):
     """effdet's anchors (x1, y1, x2, y2), all levels."""
     config = get_efficientdet_config(f'tf_efficientdet_{name}')
-    config.image_size = list(image_size)
+    config.image_size = tuple(image_size)
     boxes = effdet.anchors.Anchors.from_config(config).boxes
     return boxes[:, [1, 0, 3, 2]]
 

@@ -95,7 +95,8 @@ from mmengine.registry import HOOKS, TRANSFORMS, MODELS, init_default_scope
 text = Config.fromfile(FILE).pretty_text
 bare = re.sub(r"mmdet_efficientdet\\.", '', text)
 assert bare.count('type=') == text.count('type=') and bare != text
-for text, scope in ((text, 'mmdet'), (bare, 'mmdet_efficientdet')):
+# Ours first: what it needs, the other has not imported yet.
+for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
     config = Config.fromstring(text, '.py')
     assert config.default_scope == 'mmdet'
     init_default_scope(scope)

@@ -258,8 +258,8 @@ class BiFPN(BaseModule):
             tuple[Tensor]: ``num_outs`` maps ``(N, out_channels, H_i, W_i)``.
 
         Raises:
-            ValueError: If the number of inputs is wrong, or a level is larger
-                than the one below it.
+            ValueError: If the number of inputs is wrong, or if from one level
+                to another one axis grows and the other shrinks.
         """
         if len(inputs) != len(self.in_channels):
             raise ValueError(
