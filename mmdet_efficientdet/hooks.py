@@ -22,8 +22,7 @@ class ClassCheckHook(Hook):
         """Checks the training and the validation data."""
         dataset = runner.train_dataloader.dataset
         self._check(runner, dataset)
-        for part in _innermost(dataset):
-            _check_objects(runner, part)
+        _check_objects(runner, dataset)
         if runner.val_loop is not None:
             self._check(runner, runner.val_dataloader.dataset)
 
@@ -71,18 +70,23 @@ class ClassCheckHook(Hook):
 def _check_objects(runner, dataset) -> None:
     """Where no file lists the classes, the objects have to tell them."""
     classes = dataset.metainfo.get('classes')
-    if (hasattr(dataset, 'cat_ids') or not hasattr(dataset, 'get_data_info')
-            or not classes or not len(dataset)):
+    # One part may well hold nothing but negatives: all count together.
+    parts = [
+        part for part in _innermost(dataset) if len(part)
+        and not hasattr(part, 'cat_ids') and hasattr(part, 'get_data_info')
+    ]
+    if not classes or not parts:
         return
     seen = {
         instance['bbox_label']
-        for index in range(len(dataset))
-        for instance in dataset.get_data_info(index).get('instances', [])
+        for part in parts
+        for index in range(len(part))
+        for instance in part.get_data_info(index).get('instances', [])
     }
     unseen = [name for i, name in enumerate(classes) if i not in seen]
-    message = (f'{dataset.ann_file} has no object of the classes '
-               f'{_shorten(unseen)}. Write names as they are in the '
-               'annotations')
+    files = ', '.join(str(part.ann_file) for part in parts)
+    message = (f'{files} has no object of the classes {_shorten(unseen)}. '
+               'Write names as they are in the annotations')
     if not seen:
         raise ValueError(message)
     if unseen:

@@ -152,14 +152,12 @@ def scale_config(base: dict,
         num_levels=row.num_levels)
     model['bbox_head']['anchor_generator'].update(
         octave_base_scale=row.anchor_scale)
-    nodes = [model['backbone'], model['neck'], model['bbox_head']]
+    for part in ('backbone', 'neck', 'bbox_head'):
+        model[part]['act_cfg'] = dict(type=row.activation)
     # D0's config has two names which the values above do not follow.
-    if 'act_cfg' in base:
-        nodes.append(base)
-    if 'image_size' in base:
-        base['image_size'] = image_size
-    for node in nodes:
-        node['act_cfg'] = dict(type=row.activation)
+    names = dict(image_size=image_size, act_cfg=dict(type=row.activation))
+    for key in names.keys() & base.keys():
+        base[key] = names[key]
     for transform in _dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
@@ -204,18 +202,20 @@ def _set_epochs(base: dict, epochs: int) -> None:
 def _set_classes(base: dict, classes: Sequence[str]) -> None:
     base['model']['bbox_head']['num_classes'] = len(classes)
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        for dataset in _datasets(base.get(key)):
-            dataset['metainfo'] = dict(classes=tuple(classes))
+        dataset = (base.get(key) or {}).get('dataset')
+        for part in _innermost(dataset) if dataset else []:
+            part['metainfo'] = dict(classes=tuple(classes))
 
 
-def _datasets(node: Optional[dict]) -> Iterator[dict]:
-    """The innermost datasets of a dataloader, inside any wrappers."""
-    parts = [node['dataset']] if node and node.get('dataset') else []
-    for part in [*parts, *(node or {}).get('datasets', [])]:
-        if 'dataset' in part or 'datasets' in part:
-            yield from _datasets(part)
-        else:
-            yield part
+def _innermost(dataset: dict) -> Iterator[dict]:
+    """The datasets inside wrappers such as RepeatDataset."""
+    if 'datasets' in dataset:
+        for part in dataset['datasets']:
+            yield from _innermost(part)
+    elif 'dataset' in dataset:
+        yield from _innermost(dataset['dataset'])
+    else:
+        yield dataset
 
 
 def _dicts(node) -> Iterator[dict]:

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import mmengine
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import DetInferencer
+from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.dataset import ConcatDataset
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from tiny_data import (CLASSES, COLOURS, CONFIGS, IMAGES, TOOLS, make_dataset,
                        run_tool, trained_run, write_config)
+
+from mmdet_efficientdet.hooks import ClassCheckHook
 
 
 @pytest.fixture(scope='module')
@@ -276,6 +281,33 @@ def test_wrong_classes_stop_training(name, tmp_path):
         assert part in message
     assert 'Epoch(train)' not in done.output
     assert not list(tmp_path.rglob('*.pth'))
+
+
+def test_part_without_objects(tmp_path):
+    """Negatives alone tell no classes, but other parts of the data may."""
+    init_default_scope('mmdet')
+    root = make_dataset(tmp_path / 'VOC2007')
+    (root / 'negatives.txt').write_text('000003')
+    parts = [
+        DATASETS.build(
+            dict(
+                type='XMLDataset',
+                metainfo=dict(classes=CLASSES),
+                data_root=str(tmp_path),
+                ann_file=f'VOC2007/{name}.txt',
+                data_prefix=dict(sub_data_root='VOC2007/')))
+        for name in ('negatives', 'ids')
+    ]
+    loader = SimpleNamespace(dataset=ConcatDataset(parts))
+    head = SimpleNamespace(num_classes=3)
+    runner = SimpleNamespace(
+        train_dataloader=loader,
+        val_loop=None,
+        model=SimpleNamespace(bbox_head=head))
+    ClassCheckHook().before_train(runner)
+    loader.dataset = parts[0]
+    with pytest.raises(ValueError, match='negatives.txt has no object'):
+        ClassCheckHook().before_train(runner)
 
 
 def test_wrong_class_count_stops_testing(run, weights, tmp_path):

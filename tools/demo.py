@@ -54,9 +54,9 @@ def run(title: str, log: Path, *command: str) -> None:
                          f'output is in {log}. Run the same command again')
 
 
-def check_recipe(work_dir: Path, seed: int) -> None:
+def check_recipe(work_dir: Path, cfg: Config, seed: int) -> None:
     """Refuses to mix what two recipes left in one folder."""
-    recipe = f'{Config.fromfile(ROOT / CONFIG).pretty_text}# seed {seed}\n'
+    recipe = f'{cfg.pretty_text}# seed {seed}\n'
     receipt = work_dir / 'recipe.py'
     if receipt.is_file() and receipt.read_text() != recipe:
         raise SystemExit(f'{work_dir} is of another recipe or seed; remove '
@@ -65,9 +65,8 @@ def check_recipe(work_dir: Path, seed: int) -> None:
     receipt.write_text(recipe)
 
 
-def train(work_dir: Path, *options: str) -> Path:
+def train(work_dir: Path, cfg: Config, *options: str) -> Path:
     """Trains, or goes on from the last checkpoint; returns the final one."""
-    cfg = Config.fromfile(ROOT / CONFIG)
     checkpoint = work_dir / f'iter_{cfg.train_cfg.max_iters}.pth'
     last = work_dir / 'last_checkpoint'  # written after the file is complete
     if last.is_file() and Path(last.read_text()).name == checkpoint.name:
@@ -121,9 +120,10 @@ def main() -> None:
     parser.add_argument('--seed', default=0, type=int)
     args = parser.parse_args()
     work_dir = ROOT / (args.work_dir or f'work_dirs/trees_seed{args.seed}')
-    check_recipe(work_dir, args.seed)
+    cfg = Config.fromfile(ROOT / CONFIG)
+    check_recipe(work_dir, cfg, args.seed)
     run('data', work_dir / 'data.log', 'tools/prepare_trees.py')
-    checkpoint = train(work_dir, '--cfg-options',
+    checkpoint = train(work_dir, cfg, '--cfg-options',
                        f'randomness.seed={args.seed}')
     print(f'== {"set":9}{"AP":>7}{"AP50":>7}')
     for name in ('test', 'osbs'):

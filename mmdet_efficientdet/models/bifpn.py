@@ -20,13 +20,13 @@ from collections import OrderedDict
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS
-from .layers import (BN_CFG, SWISH_CFG, SeparableConv2d, max_pool_same,
-                     resize_to)
+from .layers import (BN_CFG, SWISH_CFG, SeparableConv2d, build_norm,
+                     max_pool_same, resize_to)
 
 FUSIONS = ('fast_normalized', 'softmax', 'sum', 'unbounded')
 
@@ -63,10 +63,10 @@ def projection(in_channels: int, out_channels: int,
     The bias in front of the norm is redundant, but the official network has
     it and stores it.
     """
-    layers = OrderedDict(conv=nn.Conv2d(in_channels, out_channels, 1))
-    if norm_cfg:
-        layers['norm'] = build_norm_layer(norm_cfg, out_channels)[1]
-    return nn.Sequential(layers)
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(in_channels, out_channels, 1),
+            norm=build_norm(norm_cfg, out_channels)))
 
 
 class FusionNode(BaseModule):
@@ -100,8 +100,7 @@ class FusionNode(BaseModule):
         })
         self.act = build_activation_layer(act_cfg)
         self.conv = SeparableConv2d(out_channels, out_channels)
-        self.norm = build_norm_layer(norm_cfg, out_channels)[1] \
-            if norm_cfg else nn.Identity()
+        self.norm = build_norm(norm_cfg, out_channels)
 
     def normalized_weights(self) -> Tensor:
         """The factor of each input, ``(num_inputs, )``."""

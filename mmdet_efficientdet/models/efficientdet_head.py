@@ -7,14 +7,14 @@ import math
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn import build_activation_layer
 from mmdet.models.dense_heads import AnchorHead
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..registry import MODELS
 from .anchors import anchor_targets
-from .layers import BN_CFG, SWISH_CFG, SeparableConv2d
+from .layers import BN_CFG, SWISH_CFG, SeparableConv2d, build_norm
 from .postprocess import decode, select, suppress
 
 ANCHORS = dict(type='mmdet_efficientdet.AnchorGenerator')
@@ -94,14 +94,11 @@ class EfficientDetHead(AnchorHead):
         def conv(out_channels: int) -> SeparableConv2d:
             return SeparableConv2d(self.feat_channels, out_channels)
 
-        def norm() -> nn.Module:
-            if self.norm_cfg is None:
-                return nn.Identity()
-            return build_norm_layer(self.norm_cfg, self.feat_channels)[1]
-
         def norms() -> nn.ModuleList:
             return nn.ModuleList(
-                nn.ModuleList(norm() for _ in range(self.num_levels))
+                nn.ModuleList(
+                    build_norm(self.norm_cfg, self.feat_channels)
+                    for _ in range(self.num_levels))
                 for _ in range(self.stacked_convs))
 
         repeats = range(self.stacked_convs)

@@ -1,7 +1,9 @@
 """What the host has no part for: TensorFlow's layers as EfficientDet uses."""
 from contextlib import contextmanager, nullcontext
+from typing import Optional
 
 import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
@@ -10,6 +12,12 @@ from torch.utils import checkpoint as torch_checkpoint
 # hundred times the usual value, and converted weights need it.
 BN_CFG = dict(type='BN', momentum=0.01, eps=1e-3)
 SWISH_CFG = dict(type='SiLU')
+
+
+def build_norm(norm_cfg: Optional[dict], channels: int) -> nn.Module:
+    """A norm for ``channels``, or nothing for ``norm_cfg=None``."""
+    return build_norm_layer(norm_cfg, channels)[1] if norm_cfg \
+        else nn.Identity()
 
 
 class SeparableConv2d(nn.Module):
