@@ -1,0 +1,504 @@
+"""Weights of others become ours: every tensor once, bit for bit."""
+import hashlib
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import effdet_reference as reference
+import h5py
+import numpy as np
+import pytest
+import torch
+from mmdet.apis import DetInferencer
+from mmengine.config import Config
+
+from mmdet_efficientdet.conversion.convert import (convert, save,
+                                                   select_coco_classes)
+from mmdet_efficientdet.conversion.layouts import LAYOUTS
+from mmdet_efficientdet.conversion.sources import open_source
+from mmdet_efficientdet.conversion.tensorflow import read_bundle
+from mmdet_efficientdet.scaling import SCALING
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
+VARIABLES, OBJECTS, EFFDET, LEVEL_FIRST, ZYLO117, PROJECT = LAYOUTS
+# Of the sorted names in the official checkpoints, joined by line ends, as
+# recomputed from the official code: the start of their SHA-256.
+OFFICIAL_NAMES = {
+    'd0': '75879e0e8552f905',
+    'd1': '7817b6f2f5e120ca',
+    'd2': '16f3c4b8af0f8713',
+    'd3': '7dc48a924e1b12a5',
+    'd4': '58207b8e49944ead',
+    'd5': 'eeb91e39dada9ccb',
+    'd6': '8e954ca27e4b1ad9',
+    'd7': '8e954ca27e4b1ad9',
+    'd7x': 'f263a1bcf0a91a0d',
+    'lite0': '675378222f56a2f0',
+    'lite1': '9c0bde8db7f58ea5',
+    'lite2': '17c20838141437a0',
+    'lite3': '85f56e31da13509a',
+    'lite3x': '85f56e31da13509a',
+    'lite4': 'adfa66cad09e9609'
+}
+OFFICIAL_OBJECTS_D0 = '17e0ff8926ac8b90'
+# One of each kind, written by hand.
+EXAMPLES = [
+    (ZYLO117, 'd0', 'backbone.blocks.0.depthwise_conv.bn.running_mean',
+     'backbone_net.model._blocks.0._bn1.running_mean'),
+    (ZYLO117, 'd0', 'neck.layers.0.nodes.4.resamples.0.norm.weight',
+     'bifpn.0.p4_down_channel_2.1.weight'),
+    (ZYLO117, 'd0', 'neck.layers.2.nodes.3.fusion_weights', 'bifpn.2.p3_w1'),
+    (ZYLO117, 'd7x', 'neck.layers.1.nodes.9.conv.pointwise.bias',
+     'bifpn.1.conv8_down.pointwise_conv.bias'),
+    (ZYLO117, 'd0', 'bbox_head.reg_norms.2.4.bias',
+     'regressor.bn_list.4.2.bias'),
+    (PROJECT, 'd0', 'backbone.blocks.9.linear_conv.conv.weight',
+     'backbone.layers.4.4.linear_conv.conv.weight'),
+    (PROJECT, 'd0', 'neck.layers.0.nodes.5.resamples.0.conv.bias',
+     'neck.bifpn.0.p5_level_connection.down_conv.bias'),
+    (PROJECT, 'd0', 'bbox_head.cls_norms.1.3.weight',
+     'bbox_head.cls_bn_list.1.3.weight'),
+    (LEVEL_FIRST, 'd0', 'bbox_head.cls_norms.1.3.weight',
+     'class_net.bn_rep.3.1.weight'),
+    (OBJECTS, 'd0', 'backbone.blocks.0.linear_conv.bn.running_var',
+     'backbone/_blocks/0/_bn2/moving_variance/.ATTRIBUTES/VARIABLE_VALUE'),
+]  # yapf: disable
+
+
+@pytest.fixture
+def shapes(build_detector):
+    """A function: shapes of a model's tensors without batch counters."""
+
+    def read(name, num_classes=90):
+        model = build_detector(name, num_classes, 'meta')
+        return {
+            key: tuple(value.shape)
+            for key, value in model.state_dict().items()
+            if 'num_batches_tracked' not in key
+        }
+
+    return read
+
+
+def levels_of(name):
+    return SCALING[name].backbone, SCALING[name].num_levels
+
+
+def names_of(layout, shapes, name):
+    return [n for key in shapes for n in layout.names(key, *levels_of(name))]
+
+
+@pytest.mark.parametrize('name', OFFICIAL_NAMES)
+def test_names_are_the_official_ones(shapes, name):
+    """The names of all variables, for every size."""
+
+    def digest(layout):
+        names = names_of(layout, shapes(name), name)
+        joined = '\n'.join(sorted(names))
+        return hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+    assert digest(VARIABLES) == OFFICIAL_NAMES[name]
+    if name == 'd0':
+        assert digest(OBJECTS) == OFFICIAL_OBJECTS_D0
+
+
+@pytest.mark.parametrize('name', ['d0', 'd7x', 'lite0'])
+def test_names_are_different(shapes, name):
+    """No two tensors of ours share a name in any layout."""
+    own = shapes(name)
+    for layout in LAYOUTS:
+        names = names_of(layout, own, name)
+        assert len(set(names)) == len(names) >= len(own)
+
+
+@pytest.mark.parametrize('layout, size, ours, theirs', EXAMPLES)
+def test_examples_of_names(layout, size, ours, theirs):
+    """One tensor of each kind."""
+    assert layout.names(ours, *levels_of(size)) == [theirs]
+
+
+def test_read_bundle():
+    """A file that TensorFlow 2.15 wrote: types, shapes and values."""
+    tensors = read_bundle(ROOT / 'tests' / 'data' / 'tensorflow')
+    norm = 'efficientnet-b0/blocks_10/tpu_batch_normalization'
+    for name, dtype, shape, start in ((f'{norm}/gamma', 'f4', (7, ), [
+            -0.80193144, -1.3243589
+    ]), (f'{norm}/gamma/ExponentialMovingAverage', 'f4', (7, ),
+         [-0.7847804,
+          0.7487458]), (f'{norm}_1/moving_variance', 'f4', (3, 3, 4, 2),
+                        [-0.7133134]), ('half', 'f2', (5, 2), [-0.517, -1.26]),
+                                      ('brain', 'f4', (4, 3),
+                                       [0.16015625,
+                                        -0.38085938]), ('long', 'i8', (3, 2), [
+                                            -365072169885769372,
+                                            987162338997014011
+                                        ]), ('global_step', 'i8', (),
+                                             [281100]), ('int', 'i4', (9, ), [
+                                                 -666821427, 1540840573
+                                             ]), ('flag', '?', (3, 5), [True]),
+                                      ('double', 'f8', (2, 2),
+                                       [-0.33770479,
+                                        0.79322085]), ('scalar', 'f4', (),
+                                                       [-1.5]), ('empty', 'f4',
+                                                                 (0, 3), []),
+                                      ('ubyte', 'u1', (10, ), [200, 201,
+                                                               202])):
+        array = tensors[name]
+        assert array.dtype == dtype and array.shape == shape, name
+        np.testing.assert_allclose(
+            array.ravel()[:len(start)],
+            start,
+            rtol=5e-4 if dtype == 'f2' else 1e-6)
+
+
+def values(names, shapes_of, seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        name: generator.normal(size=shapes_of[name]).astype('f4')
+        for name in names
+    }
+
+
+def tf_shapes(own, name, layout=VARIABLES):
+    """Shapes in TensorFlow's axes."""
+    result = {}
+    for key, shape in own.items():
+        names = layout.names(key, *levels_of(name))
+        if key.endswith('fusion_weights'):
+            shape = ()
+        elif len(shape) == 4:
+            o, i, h, w = shape
+            shape = (h, w, o, i) if 'depthwise' in key else (h, w, i, o)
+        result.update({n: shape for n in names})
+    return result
+
+
+def varint(n):
+    out = b''
+    while n > 127:
+        out += bytes([n & 127 | 128])
+        n >>= 7
+    return out + bytes([n])
+
+
+def write_bundle(prefix, tensors, compression=b'\0'):
+    """An index of several blocks, and one file of data."""
+
+    def field(number, payload):
+        if isinstance(payload, int):
+            return varint(number << 3) + varint(payload)
+        return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+    def block(rows):
+        data = b''.join(
+            varint(0) + varint(len(k)) + varint(len(v)) + k + v
+            for k, v in rows) + struct.pack('<II', 0, 1)
+        handle = varint(len(index)) + varint(len(data))
+        return data + compression + b'\0\0\0\0', handle
+
+    index, data, rows = bytearray(), bytearray(), [(b'', field(1, 1))]
+    for name in sorted(tensors):
+        array = np.asarray(tensors[name])
+        raw = array.tobytes()
+        shape = b''.join(field(2, field(1, n)) for n in array.shape)
+        rows.append(
+            (name.encode(), field(1, 9 if array.dtype == 'i8' else 1) +
+             field(2, shape) + field(4, len(data)) + field(5, len(raw))))
+        data += raw
+    handles = []
+    for i in range(0, len(rows), 100):
+        content, handle = block(rows[i:i + 100])
+        handles.append((rows[min(i + 99, len(rows) - 1)][0], handle))
+        index += content
+    meta, meta_handle = block([])
+    index += meta
+    root, root_handle = block(handles)
+    index += root
+    footer = (meta_handle + root_handle).ljust(40, b'\0')
+    Path(f'{prefix}.index').write_bytes(index + footer +
+                                        struct.pack('<Q', 0xdb4775248b80fb57))
+    Path(f'{prefix}.data-00000-of-00001').write_bytes(data)
+
+
+def run_tool(*args):
+    done = subprocess.run(
+        [sys.executable, str(TOOL), *map(str, args)],
+        capture_output=True,
+        text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def config_of(name):
+    path, = (ROOT / 'configs').rglob(f'efficientdet_{name}_8xb16-*_coco.py')
+    return path
+
+
+def same_axes(array, key):
+    if array.ndim == 4:
+        axes = [2, 3, 0, 1] if 'depthwise' in key else [3, 2, 0, 1]
+        array = array.transpose(axes)
+    if key.startswith('bbox_head.conv_reg.pointwise'):
+        array = array.reshape(9, 4, *array.shape[1:])[:, [1, 0, 3, 2]].reshape(
+            array.shape)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+@pytest.mark.parametrize('name, form', [('d0', 'prefix'), ('lite0', 'tgz'),
+                                        ('lite0', 'h5'), ('d1', 'folder')])
+def test_convert_tensorflow(shapes, tmp_path, name, form):
+    """Averages are preferred, optimiser slots left aside, all else equal."""
+    own = shapes(name)
+    sizes = tf_shapes(own, name)
+    raw = values(sizes, sizes, 0)
+    means = raw if form == 'h5' else values(sizes, sizes, 1)
+    if form == 'h5':
+        source = tmp_path / 'x.h5'
+        with h5py.File(source, 'w') as file:
+            layers = sorted({key.split('/')[0] for key in raw})
+            file.attrs['layer_names'] = layers
+            for layer in layers:
+                keys = [k for k in raw if k.split('/')[0] == layer]
+                file.create_group(layer)
+                # What is longer than 64 kB Keras cuts in parts.
+                half = len(keys) // 2
+                file[layer].attrs['weight_names0'] = [
+                    f'{k}:0' for k in keys[:half]
+                ]
+                file[layer].attrs['weight_names1'] = [
+                    f'{k}:0' for k in keys[half:]
+                ]
+                for key in keys:
+                    file[layer][f'{key}:0'] = raw[key]
+    else:
+        tensors = dict(raw, global_step=np.int64(7))
+        for key in raw:
+            tensors[f'{key}/ExponentialMovingAverage'] = means[key]
+            if 'moving_' not in key:
+                tensors[f'{key}/Momentum'] = raw[key]
+        folder = tmp_path / f'efficientdet-{name}'
+        folder.mkdir()
+        write_bundle(folder / 'model', tensors)
+        source = folder / 'model' if form == 'prefix' else folder
+        if form == 'tgz':
+            source = tmp_path / 'x.tgz'
+            with tarfile.open(source, 'w:gz') as archive:
+                archive.add(folder, folder.name)
+    code, output = run_tool(source, tmp_path / 'x.pth', '--config',
+                            config_of(name), '--num-classes', 90)
+    assert code == 0, output
+    if form != 'h5':
+        assert f'used: {len(raw)} moving averages, 0 raw' in output
+        assert 'optimizer slots' in output
+    state_dict = torch.load(
+        tmp_path / 'x.pth', weights_only=True)['state_dict']
+    assert state_dict.keys() == own.keys()
+    for key, value in state_dict.items():
+        parts = VARIABLES.names(key, *levels_of(name))
+        expected = np.stack([
+            means[p] for p in parts
+        ]) if key.endswith('fusion_weights') else means[parts[0]]
+        assert torch.equal(value, same_axes(expected, key)), key
+
+
+@pytest.mark.parametrize('name', ['d0', 'd7x', 'lite0'])
+def test_convert_effdet(shapes, name):
+    """effdet's own state dict, and the one with level-first norms."""
+    theirs = reference.build(name, (128, 128)).state_dict()
+    expected = reference.convert(theirs, SCALING[name].backbone)
+    own = shapes(name)
+    state_dict, receipt = convert(theirs, own, *levels_of(name))
+    assert state_dict.keys() == own.keys()
+    for key, value in state_dict.items():
+        assert torch.equal(value, expected[key]), key
+    assert any('batch counters' in line for line in receipt)
+    other = {}
+    for key, value in theirs.items():
+        parts = key.split('.')
+        if 'bn_rep' in parts:  # net, bn_rep, repeat, level, bn, tensor
+            key = '.'.join([*parts[:2], parts[3], parts[2], parts[5]])
+        elif key.endswith('conv_pw.bias') and 'predict' not in key:
+            continue  # without the redundant biases
+        other[key] = value
+    assert len(other) < len(theirs)
+    again, receipt = convert(other, own, *levels_of(name))
+    assert any('set to zero' in line for line in receipt)
+    for key, value in again.items():
+        if key.endswith('pointwise.bias') and 'conv_cls' not in key and \
+                'conv_reg' not in key:
+            assert not value.any()
+        else:
+            assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize('layout', [ZYLO117, PROJECT])
+@pytest.mark.parametrize('name', ['d0', 'd6'])
+def test_convert_torch_layouts(shapes, layout, name):
+    """The torch layouts, and fusion weights where the model sums."""
+    own = shapes(name)
+    generator = torch.Generator().manual_seed(0)
+    ours = {k: torch.randn(s, generator=generator) for k, s in own.items()}
+    theirs = {
+        layout.names(key, *levels_of(name))[0]: value
+        for key, value in ours.items()
+    }
+    if layout is ZYLO117:
+        theirs = {
+            k.replace('_conv.weight', '_conv.conv.weight'): v
+            for k, v in theirs.items()
+        }
+    if name == 'd6':
+        theirs['bifpn.0.p6_w1' if layout is
+               ZYLO117 else 'neck.bifpn.0.p6_w1'] = torch.ones(2)
+    state_dict, receipt = convert(theirs, own, *levels_of(name))
+    for key, value in state_dict.items():
+        expected = ours[key]
+        if key.startswith('bbox_head.conv_reg.pointwise'):
+            expected = same_axes(expected.numpy().reshape(36, -1), key)
+        assert torch.equal(value, expected.reshape(value.shape)), key
+    if name == 'd6':
+        assert any('a sum does not use' in line for line in receipt)
+
+
+def test_select_coco_classes():
+    """Row c of 90 is category c + 1; ids that nothing has are left out."""
+    key = 'bbox_head.conv_cls.pointwise.bias'
+    bias, = select_coco_classes({key: torch.arange(810.)}).values()
+    first = (bias[:80] + 1).int().tolist()
+    assert first[:12] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13]
+    assert first[-3:] == [88, 89, 90] and len(first) == 80
+    assert (bias[80:160] == bias[:80] + 90).all() and len(bias) == 720
+
+
+@pytest.fixture(scope='module')
+def effdet_file(tmp_path_factory):
+    """Weights of effdet's Lite0 in a file."""
+    path = tmp_path_factory.mktemp('effdet') / 'lite0.pth'
+    torch.save(reference.build('lite0', (128, 128)).state_dict(), path)
+    return path
+
+
+def test_converted_file_infers(effdet_file, tmp_path):
+    """Without a config, reproducibly, and with names of the classes."""
+    for name in ('a.pth', 'b.pth'):
+        code, output = run_tool(effdet_file, tmp_path / name, '--config',
+                                config_of('lite0'))
+        assert code == 0, output
+    assert 'classes: 80 of 90 slots' in output
+    assert (tmp_path / 'a.pth').read_bytes() == (tmp_path /
+                                                 'b.pth').read_bytes()
+    meta = torch.load(tmp_path / 'a.pth', weights_only=True)['meta']
+    digest = hashlib.sha256(effdet_file.read_bytes()).hexdigest()
+    assert meta['source']['sha256'] == digest
+    assert meta['aspect_pairs'][1] == [1.4, 0.7] and meta['mean'] == [127.] * 3
+    inferencer = DetInferencer(
+        weights=str(tmp_path / 'a.pth'), device='cpu', show_progress=False)
+    assert inferencer.visualizer.dataset_meta['classes'][79] == 'toothbrush'
+    result, = inferencer(np.zeros((96, 128, 3), np.uint8))['predictions']
+    assert len(result['scores']) == 100
+
+
+def broken(path, effdet_file):
+    """What is wrong: (how it is written, words of the message)."""
+    data = effdet_file.read_bytes()
+    state_dict = torch.load(effdet_file, weights_only=True)
+
+    class Call:
+
+        def __reduce__(self):
+            return (Path.touch, (path.parent / 'executed', ))
+
+    def edited(**changes):
+        torch.save({**state_dict, **changes}, path)
+
+    stem = 'backbone.conv_stem.weight'
+    return dict(
+        missing_file=(lambda: None, 'does not exist'),
+        empty=(lambda: path.write_bytes(b''), 'is empty'),
+        html=(lambda: path.write_text('<!DOCTYPE html>'), 'a web page'),
+        text=(lambda: path.write_text('weights'), 'in no known format'),
+        cut_off=(lambda: path.write_bytes(data[:len(data) // 2]), 'damaged'),
+        pickle=(lambda: torch.save(dict(a=Call()), path), 'never executed'),
+        other_model=(lambda: torch.save(dict(fc=torch.ones(1)), path),
+                     'of no known EfficientDet'),
+        left_over=(lambda: edited(extra=torch.ones(1)), '  - extra'),
+        missing=(lambda: torch.save(
+            {
+                k: v
+                for k, v in state_dict.items() if k != stem
+            }, path), '  + backbone.stem.conv.weight (32, 3, 3, 3)'),
+        nan=(lambda: edited(**{stem: state_dict[stem] * float('nan')}),
+             '1 tensors hold NaN or infinity: backbone.stem.conv.weight'))
+
+
+@pytest.mark.parametrize('what', [
+    'missing_file', 'empty', 'html', 'text', 'cut_off', 'pickle',
+    'other_model', 'left_over', 'missing', 'nan'
+])
+def test_bad_input(effdet_file, shapes, tmp_path, what):
+    """One clear error, and nothing is executed."""
+    path = tmp_path / 'x.pth'
+    write, words = broken(path, effdet_file)[what]
+    write()
+    with pytest.raises(ValueError) as error:
+        with open_source(str(path)) as (tensors, _):
+            convert(tensors, shapes('lite0'), *levels_of('lite0'))
+    assert words in str(error.value)
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_bad_bundles(tmp_path):
+    """Missing, cut off and compressed parts of a TensorFlow checkpoint."""
+    prefix = tmp_path / 'x'
+    write_bundle(prefix, dict(a=np.ones(300, 'f4')))
+    index = Path(f'{prefix}.index').read_bytes()
+    data = Path(f'{prefix}.data-00000-of-00001')
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(ValueError, match='cut off: a ends at byte 1200'):
+        read_bundle(prefix)
+    data.unlink()
+    with pytest.raises(ValueError, match='is missing'):
+        read_bundle(prefix)
+    for content, words in ((index[:60], 'cut off'),
+                           (b'\xff' * len(index[:-8]) + index[-8:],
+                            'damaged')):
+        Path(f'{prefix}.index').write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            read_bundle(prefix)
+    write_bundle(prefix, dict(a=np.ones(3, 'f4')), compression=b'\1')
+    with pytest.raises(ValueError, match='compressed'):
+        read_bundle(prefix)
+
+
+def test_wrong_size_is_named(effdet_file, tmp_path):
+    """The tool says which size it is, and writes nothing."""
+    code, output = run_tool(effdet_file, tmp_path / 'x.pth', '--config',
+                            config_of('lite1'))
+    assert code == 1
+    assert 'The weights are of lite0; give the config' in output
+    assert 'Nothing was written' in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_leaves_nothing_half_written(tmp_path):
+    """An impossible target raises and leaves no file."""
+    with pytest.raises(ValueError, match='cannot write'):
+        save(dict(), str(tmp_path / 'missing' / 'x.pth'))
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(ValueError, match='cannot write'):
+        save(dict(), str(tmp_path / 'folder'))
+    assert [p.name for p in tmp_path.iterdir()] == ['folder']
+
+
+def test_config_in_the_file_builds(effdet_file, tmp_path):
+    """The config that goes with the weights is complete."""
+    code, output = run_tool(effdet_file, tmp_path / 'x.pth', '--config',
+                            config_of('lite0'), '--num-classes', 90)
+    assert code == 0, output
+    meta = torch.load(tmp_path / 'x.pth', weights_only=True)['meta']
+    config = Config.fromstring(meta['cfg'], '.py')
+    assert config.model.bbox_head.num_classes == 90
+    assert len(meta['dataset_meta']['classes']) == 90
+    assert meta['dataset_meta']['classes'][11] == 'unused 12'
