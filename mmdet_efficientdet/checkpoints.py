@@ -85,39 +85,6 @@ class StrictLoading:
         raise ValueError('\n'.join(lines))
 
 
-# Parts of a block of others -> parts of ours. timm numbers norms in the order
-# of use, which depends on whether there is an expansion; lukemelas' family
-# (efficientnet_pytorch, efficientnet_lite_pytorch) does not.
-_TIMM = {
-    'conv_pw': 'expand_conv.conv',
-    'bn1': 'expand_conv.bn',
-    'conv_dw': 'depthwise_conv.conv',
-    'bn2': 'depthwise_conv.bn',
-    'se.conv_reduce': 'se.conv1.conv',
-    'se.conv_expand': 'se.conv2.conv',
-    'conv_pwl': 'linear_conv.conv',
-    'bn3': 'linear_conv.bn'
-}
-_TIMM_NOT_EXPANDED = {
-    'conv_dw': 'depthwise_conv.conv',
-    'bn1': 'depthwise_conv.bn',
-    'se.conv_reduce': 'se.conv1.conv',
-    'se.conv_expand': 'se.conv2.conv',
-    'conv_pw': 'linear_conv.conv',
-    'bn2': 'linear_conv.bn'
-}
-_LUKEMELAS = {
-    '_expand_conv': 'expand_conv.conv',
-    '_bn0': 'expand_conv.bn',
-    '_depthwise_conv': 'depthwise_conv.conv',
-    '_bn1': 'depthwise_conv.bn',
-    '_se_reduce': 'se.conv1.conv',
-    '_se_expand': 'se.conv2.conv',
-    '_project_conv': 'linear_conv.conv',
-    '_bn2': 'linear_conv.bn'
-}
-
-
 def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
                               arch: str) -> Dict[str, Tensor]:
     """Renames the tensors of an ImageNet EfficientNet to our backbone's.
@@ -134,31 +101,24 @@ def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
     Raises:
         ValueError: If a tensor has no place in this architecture.
     """
-    from .models.efficientnet import block_table
+    # Both import the models, which import this file.
+    from .conversion.layouts import BACKBONES
+    from .models.efficientnet import EfficientNet
 
-    is_timm = 'conv_stem.weight' in state_dict
-    if is_timm:
-        names = {'conv_stem': 'stem.conv', 'bn1': 'stem.bn'}
-        classifier = ('conv_head', 'bn2', 'classifier')
-    else:
-        names = {'_conv_stem': 'stem.conv', '_bn0': 'stem.bn'}
-        classifier = ('_conv_head', '_bn1', '_fc')
-    for index, block in enumerate(block_table(arch)[1]):
-        if not is_timm:
-            prefix, parts = f'_blocks.{index}', _LUKEMELAS
-        else:
-            prefix = 'blocks.{}.{}'.format(*block['stage'])
-            expanded = block['expansion'] != 1
-            parts = _TIMM if expanded else _TIMM_NOT_EXPANDED
-        for source, target in parts.items():
-            if not (arch.startswith('lite') and target.startswith('se.')):
-                names[f'{prefix}.{source}'] = f'blocks.{index}.{target}'
+    timm, lukemelas = BACKBONES
+    layout = timm if 'conv_stem.weight' in state_dict else lukemelas
+    with torch.device('meta'):
+        own = EfficientNet(arch).state_dict()
+    names = {
+        name: key
+        for key in own
+        for name in layout.names(f'backbone.{key}', arch, 5)
+    }
     converted, unknown = {}, []
     for key, value in state_dict.items():
-        module, leaf = key.rsplit('.', 1)
-        if module in names:
-            converted[f'{names[module]}.{leaf}'] = value
-        elif key.split('.')[0] not in classifier:
+        if key in names:
+            converted[names[key]] = value
+        elif key.split('.')[0] not in layout.classifier:
             unknown.append(key)
     if unknown:
         raise ValueError(

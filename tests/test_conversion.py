@@ -124,28 +124,23 @@ def test_read_bundle():
     """A file that TensorFlow 2.15 wrote: types, shapes and values."""
     tensors = read_bundle(ROOT / 'tests' / 'data' / 'tensorflow')
     norm = 'efficientnet-b0/blocks_10/tpu_batch_normalization'
-    for name, dtype, shape, start in ((f'{norm}/gamma', 'f4', (7, ), [
-            -0.80193144, -1.3243589
-    ]), (f'{norm}/gamma/ExponentialMovingAverage', 'f4', (7, ),
-         [-0.7847804,
-          0.7487458]), (f'{norm}_1/moving_variance', 'f4', (3, 3, 4, 2),
-                        [-0.7133134]), ('half', 'f2', (5, 2), [-0.517, -1.26]),
-                                      ('brain', 'f4', (4, 3),
-                                       [0.16015625,
-                                        -0.38085938]), ('long', 'i8', (3, 2), [
-                                            -365072169885769372,
-                                            987162338997014011
-                                        ]), ('global_step', 'i8', (),
-                                             [281100]), ('int', 'i4', (9, ), [
-                                                 -666821427, 1540840573
-                                             ]), ('flag', '?', (3, 5), [True]),
-                                      ('double', 'f8', (2, 2),
-                                       [-0.33770479,
-                                        0.79322085]), ('scalar', 'f4', (),
-                                                       [-1.5]), ('empty', 'f4',
-                                                                 (0, 3), []),
-                                      ('ubyte', 'u1', (10, ), [200, 201,
-                                                               202])):
+    expected = [
+        (f'{norm}/gamma', 'f4', (7, ), [-0.80193144, -1.3243589]),
+        (f'{norm}/gamma/ExponentialMovingAverage', 'f4', (7, ),
+         [-0.7847804, 0.7487458]),
+        (f'{norm}_1/moving_variance', 'f4', (3, 3, 4, 2), [-0.7133134]),
+        ('half', 'f2', (5, 2), [-0.517, -1.26]),
+        ('brain', 'f4', (4, 3), [0.16015625, -0.38085938]),
+        ('long', 'i8', (3, 2), [-365072169885769372, 987162338997014011]),
+        ('global_step', 'i8', (), [281100]),
+        ('int', 'i4', (9, ), [-666821427, 1540840573]),
+        ('flag', '?', (3, 5), [True]),
+        ('double', 'f8', (2, 2), [-0.33770479, 0.79322085]),
+        ('scalar', 'f4', (), [-1.5]),
+        ('empty', 'f4', (0, 3), []),
+        ('ubyte', 'u1', (10, ), [200, 201, 202])
+    ]  # yapf: disable
+    for name, dtype, shape, start in expected:
         array = tensors[name]
         assert array.dtype == dtype and array.shape == shape, name
         np.testing.assert_allclose(
@@ -154,11 +149,11 @@ def test_read_bundle():
             rtol=5e-4 if dtype == 'f2' else 1e-6)
 
 
-def values(names, shapes_of, seed=0):
+def values(shapes_of, seed):
     generator = np.random.default_rng(seed)
     return {
-        name: generator.normal(size=shapes_of[name]).astype('f4')
-        for name in names
+        name: generator.normal(size=shape).astype('f4')
+        for name, shape in shapes_of.items()
     }
 
 
@@ -252,8 +247,8 @@ def test_convert_tensorflow(shapes, tmp_path, name, form):
     """Averages are preferred, optimiser slots left aside, all else equal."""
     own = shapes(name)
     sizes = tf_shapes(own, name)
-    raw = values(sizes, sizes, 0)
-    means = raw if form == 'h5' else values(sizes, sizes, 1)
+    raw = values(sizes, 0)
+    means = raw if form == 'h5' else values(sizes, 1)
     if form == 'h5':
         source = tmp_path / 'x.h5'
         with h5py.File(source, 'w') as file:

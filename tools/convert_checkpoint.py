@@ -27,9 +27,8 @@ def build(cfg):
         return MODELS.build(cfg.model)
 
 
-def convert_for(tensors, cfg, averages):
-    """Our state dict for the model of a config, and the receipt."""
-    model = build(cfg)
+def convert_for(tensors, model, averages):
+    """Our state dict for a model, and the receipt."""
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     return convert(tensors, shapes, model.backbone.arch,
                    model.bbox_head.num_levels, averages)
@@ -42,7 +41,7 @@ def fitting_sizes(tensors, cfg):
         other = cfg.copy()
         scale_config(other, size)
         try:
-            convert_for(tensors, other, averages=False)
+            convert_for(tensors, build(other), averages=False)
         except ValueError:
             continue
         sizes.append(size)
@@ -80,16 +79,16 @@ def main():
     cfg = Config.fromfile(args.config)
     cfg.model.backbone.init_cfg = None
     cfg.model.bbox_head.num_classes = args.num_classes
+    model = build(cfg)
     try:
         with open_source(args.src) as (tensors, digest):
             try:
-                state_dict, receipt = convert_for(tensors, cfg, not args.raw)
+                state_dict, receipt = convert_for(tensors, model, not args.raw)
             except ValueError as error:
                 sizes = fitting_sizes(tensors, cfg)
                 hint = f'\nThe weights are of {" or ".join(sizes)}; give ' \
                     'the config of that size' if sizes else ''
                 raise ValueError(f'{error}{hint}') from error
-        model = build(cfg)
         anchors = model.bbox_head.prior_generator
         given = len(state_dict[BIAS]) // anchors.num_base_priors[0]
         if given == 90 and args.num_classes == 80:

@@ -4,18 +4,19 @@ A layout is a table from our modules' names to another project's. ``{0}``,
 ``{1}``, ... are the numbers in our name, in their order; what else a project
 counts by has a name and is computed in :func:`.naming.numbers_of`.
 """
-from typing import Dict
+from typing import Dict, Iterator
 
 from .naming import Layout
 
 
+def _split(rows: str) -> Iterator[list]:
+    """Both names of each row."""
+    return map(str.split, rows.strip().splitlines())
+
+
 def _backbone(rows: str) -> Dict[str, str]:
     """Rows of "ours theirs", where ours are parts of the backbone."""
-    return {
-        f'backbone.{ours}': theirs
-        for ours, theirs in map(str.split,
-                                rows.strip().splitlines())
-    }
+    return {f'backbone.{ours}': theirs for ours, theirs in _split(rows)}
 
 
 def _prefixed(prefix: str, modules: Dict[str, str]) -> Dict[str, str]:
@@ -26,8 +27,7 @@ def _neck(rows: str) -> Dict[str, str]:
     """Rows of "ours theirs", with NODE for the start of a node's name."""
     return {
         ours.replace('NODE', 'neck.layers.{}.nodes.{}'): theirs
-        for ours, theirs in map(str.split,
-                                rows.strip().splitlines())
+        for ours, theirs in _split(rows)
     }
 
 
@@ -36,8 +36,7 @@ def _head(rows: str, cls: str, reg: str) -> Dict[str, str]:
     return {
         f'bbox_head.{ours}'.replace('NET', net): theirs.replace('NET', word)
         for net, word in (('cls', cls), ('reg', reg))
-        for ours, theirs in map(str.split,
-                                rows.strip().splitlines())
+        for ours, theirs in _split(rows)
     }
 
 
@@ -224,13 +223,4 @@ BACKBONES = (Layout(
              Layout(
                  'efficientnet_pytorch',
                  LUKEMELAS,
-                 classifier=('_conv_head', '_bn1', '_fc')),
-             Layout(
-                 'MMPretrain',
-                 _prefixed('backbone.', OPENMMLAB),
-                 classifier=('backbone.layers.6', 'head')),
-             Layout(
-                 'TensorFlow variables',
-                 TF_VARIABLES,
-                 tensorflow=True,
-                 classifier=('efficientnet-{arch}/head', )))
+                 classifier=('_conv_head', '_bn1', '_fc')))

@@ -1,6 +1,7 @@
 """How a table of :mod:`.layouts` becomes the name of one tensor."""
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Dict, List, Tuple
 
 from ..models.bifpn import bifpn_graph
@@ -15,6 +16,7 @@ _TF_NORM = dict(
     running_var='moving_variance')
 
 
+@lru_cache(maxsize=4096)  # several layouts ask for the same tensor
 def numbers_of(key: str, arch: str, num_levels: int) -> dict:
     """What the names of others count by, for one tensor of ours.
 
