@@ -19,7 +19,7 @@ RETINANET = TOOLS.parent / 'configs' / 'retinanet'
 CLASSES = dict(
     MODELS=['BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet'],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
-    HOOKS=['ClassCheckHook', 'PlainCheckpointHook'],
+    HOOKS=['ClassCheckHook', 'ClassTransferHook', 'PlainCheckpointHook'],
     TRANSFORMS=['ResizeCrop'])
 
 
