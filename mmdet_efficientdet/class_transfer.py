@@ -157,15 +157,16 @@ class ClassTransferHook(Hook):
                 raise ValueError('transfer_classes=True is for models with '
                                  'EfficientDetHead; this model has none')
             return
-        classes = runner.train_dataloader.dataset.metainfo.get('classes', ())
-        check_class_count(head.num_classes, classes)
+        classes = runner.train_dataloader.dataset.metainfo.get('classes')
+        old = class_names(checkpoint)
+        if not wanted and (not old or classes is None):
+            return
+        check_class_count(head.num_classes, classes or ())
         if wanted:
             new, receipt = transfer_classes(checkpoint, classes, head)
             checkpoint.update(new)
             runner.logger.info('\n'.join(['Transferred classes:', *receipt]))
-            return
-        old = class_names(checkpoint)
-        if old and old != list(classes):
+        elif old != list(classes):
             raise ValueError(
                 f'the checkpoint is for {len(old)} classes {shorten(old)}, '
                 f'the training data has {len(classes)} {shorten(classes)}. '

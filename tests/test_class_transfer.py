@@ -1,0 +1,343 @@
+"""Checkpoints for other classes: by function, by load_from and by tool."""
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmdet.datasets import CocoDataset, VOCDataset
+from mmengine.config import Config
+from tiny_data import LITE0, make_dataset, run_tool, trained_run, write_config
+
+from mmdet_efficientdet.class_transfer import transfer_classes
+
+COCO = CocoDataset.METAINFO['classes']
+VOC = VOCDataset.METAINFO['classes']
+# By hand: which of VOC's names COCO has, too, and where.
+SHARED = dict(
+    bicycle=1,
+    bird=14,
+    boat=8,
+    bottle=39,
+    bus=5,
+    car=2,
+    cat=15,
+    chair=56,
+    cow=19,
+    dog=16,
+    horse=17,
+    person=0,
+    sheep=18,
+    train=6)
+ANEW = ('aeroplane', 'diningtable', 'motorbike', 'pottedplant', 'sofa',
+        'tvmonitor')
+PREDICTOR = 'bbox_head.conv_cls.pointwise.'
+BIAS, WEIGHT = PREDICTOR + 'bias', PREDICTOR + 'weight'
+STEM = 'backbone.stem.conv.weight'
+
+
+def scrambled(state_dict):
+    """The same with random values everywhere."""
+    return {
+        key: torch.rand_like(value) if value.is_floating_point() else value + 7
+        for key, value in state_dict.items()
+    }
+
+
+def initialised(build_detector, num_classes):
+    """A Lite0 as a training starts it, but for the ImageNet weights."""
+    model = build_detector('lite0', num_classes)
+    model.init_weights()
+    return model
+
+
+@pytest.fixture
+def coco(build_detector):
+    """A checkpoint for COCO as of a training with averages."""
+    state_dict = build_detector('lite0', 80).state_dict()
+    averages = {f'module.{k}': v for k, v in scrambled(state_dict).items()}
+    return dict(
+        meta=dict(epoch=3, dataset_meta=dict(classes=COCO, palette=None)),
+        state_dict=scrambled(state_dict),
+        ema_state_dict=dict(averages, steps=torch.tensor(9)),
+        optimizer=dict(state={}))
+
+
+def check_predictor(new, old, classes=VOC, prefix=''):
+    """Rows of shared names are the old ones; others have the focal prior.
+
+    Anchors come first: row ``anchor * number of classes + class``.
+    """
+    drawn = []
+    for label, name in enumerate(classes):
+        for anchor in range(9):
+            row = anchor * len(classes) + label
+            if name in SHARED:
+                source = anchor * 80 + SHARED[name]
+                for key in (prefix + WEIGHT, prefix + BIAS):
+                    assert torch.equal(new[key][row], old[key][source])
+            else:
+                # log(0.01 / 0.99)
+                assert new[prefix + BIAS][row] == pytest.approx(-4.59511985)
+                drawn.append(new[prefix + WEIGHT][row])
+    return torch.stack(drawn).flatten() if drawn else torch.empty(0)
+
+
+def check_kept(new, old):
+    """All but the class predictor is the same, bit for bit, in order."""
+    assert list(new) == list(old)
+    for key in new:
+        if PREDICTOR not in key:
+            assert torch.equal(new[key], old[key]), key
+            assert new[key].dtype == old[key].dtype
+
+
+def test_voc_from_coco(coco, build_detector):
+    """14 of VOC's classes are copied, 6 start anew, all else is kept."""
+    before = {k: v.clone() for k, v in coco['state_dict'].items()}
+    head = initialised(build_detector, 20).bbox_head
+    new, receipt = transfer_classes(coco, VOC, head)
+    assert new['state_dict'][WEIGHT].shape == (180, 64, 1, 1)
+    check_kept(new['state_dict'], coco['state_dict'])
+    drawn = check_predictor(new['state_dict'], coco['state_dict'])
+    # Variance scaling with a fan-in of 64: a deviation of 1 / 8, cut off at
+    # two of the underlying normal distribution's.
+    assert len(drawn) == 6 * 9 * 64
+    assert drawn.std() == pytest.approx(0.125, rel=0.05)
+    assert 0.27 < drawn.abs().max() <= 2 * 0.125 / 0.87962566
+    assert set(new) == {'meta', 'state_dict', 'ema_state_dict'}
+    assert new['meta']['epoch'] == 3
+    assert list(new['meta']['dataset_meta']['classes']) == list(VOC)
+    # The given checkpoint is as it was.
+    assert coco['meta']['dataset_meta']['classes'] == COCO
+    assert all(torch.equal(coco['state_dict'][k], before[k]) for k in before)
+    assert f'copied: 14 classes ({", ".join(n for n in VOC if n in SHARED)})' \
+        in receipt
+    assert f'new: 6 classes ({", ".join(ANEW)})' in receipt
+    # 588 tensors and 108 counters of batch norms, without two
+    assert 'kept: 694 tensors, bit for bit' in receipt
+    assert sum('left aside: 66 classes (' in line for line in receipt) == 1
+    # What the head drew is not shared with what is trained from it.
+    new['state_dict'][WEIGHT].zero_()
+    assert head.conv_cls.pointwise.weight.abs().min() > 0
+
+
+def test_shared_classes_predict_the_same(coco, build_detector):
+    """The logits of a shared class are those of the old network."""
+    old = build_detector('lite0', 80).eval()
+    old.load_state_dict(coco['state_dict'])
+    model = initialised(build_detector, 20).eval()
+    new, _ = transfer_classes(coco, VOC, model.bbox_head)
+    model.load_state_dict(new['state_dict'])
+    features = [torch.rand(1, 64, n, n) for n in (8, 4, 2, 1, 1)]
+    with torch.no_grad():
+        before, boxes_before = old.bbox_head(features)
+        after, boxes_after = model.bbox_head(features)
+    for level in range(5):
+        assert torch.equal(boxes_before[level], boxes_after[level])
+        given = before[level].reshape(9, 80, -1)
+        got = after[level].reshape(9, 20, -1)
+        for name, source in SHARED.items():
+            torch.testing.assert_close(got[:, VOC.index(name)],
+                                       given[:, source])
+
+
+def test_averages(coco, build_detector):
+    """The copy of the averages gets rows of its own, and the same new ones."""
+    head = initialised(build_detector, 20).bbox_head
+    new, receipt = transfer_classes(coco, VOC, head)
+    assert 'the same in ema_state_dict' in receipt
+    old, averages = coco['ema_state_dict'], new['ema_state_dict']
+    check_kept(averages, old)
+    assert averages['steps'] == 9
+    drawn = check_predictor(averages, old, prefix='module.')
+    assert torch.equal(drawn, check_predictor(new['state_dict'],
+                                              coco['state_dict']))
+    del coco['ema_state_dict']
+    new, receipt = transfer_classes(coco, VOC, head)
+    assert 'ema_state_dict' not in new
+    assert 'the same in ema_state_dict' not in receipt
+
+
+def test_another_order(coco, build_detector):
+    """Rows follow their names, also where no class is new."""
+    head = initialised(build_detector, 80).bbox_head
+    new, receipt = transfer_classes(coco, COCO[::-1], head)
+    for key in (WEIGHT, BIAS):
+        rows = new['state_dict'][key].reshape(9, 80, -1)
+        assert torch.equal(
+            rows.flip(1), coco['state_dict'][key].reshape(9, 80, -1))
+    assert 'new: 0 classes' in receipt
+    same, _ = transfer_classes(coco, COCO, head)
+    for key, value in same['state_dict'].items():
+        assert torch.equal(value, coco['state_dict'][key])
+
+
+@pytest.mark.parametrize('prefix', ['module.', 'student.', 'a.detector.'])
+def test_wrapped_detectors(coco, build_detector, prefix):
+    """Keys of a detector inside another module are found."""
+    old = {prefix + k: v for k, v in coco['state_dict'].items()}
+    new, _ = transfer_classes(
+        dict(meta=coco['meta'], state_dict=old), VOC,
+        initialised(build_detector, 20).bbox_head)
+    check_kept(new['state_dict'], old)
+    check_predictor(new['state_dict'], old, prefix=prefix)
+
+
+def test_case_matters(coco, build_detector):
+    """A name in other letters is new, and the receipt tells the likely one."""
+    names = ('Cat', 'dog', 'dining_table', 'sofa')
+    new, receipt = transfer_classes(coco, names,
+                                    initialised(build_detector, 4).bbox_head)
+    assert 'copied: 1 classes (dog)' in receipt
+    assert 'new: 3 classes (Cat, dining_table, sofa)' in receipt
+    check_predictor(new['state_dict'], coco['state_dict'], names)
+    hints = [line for line in receipt if line.startswith('hint')]
+    assert len(hints) == 2
+    assert "'Cat'" in hints[0] and "'cat'" in hints[0]
+    assert "'dining_table'" in hints[1] and "'dining table'" in hints[1]
+
+
+# What is done to the checkpoint: (edit, words of the message).
+WRONG = dict(
+    no_meta=(lambda c: c.pop('meta'), ['has no class names']),
+    no_names=(lambda c: c['meta'].update(dataset_meta={}),
+              ['has no class names', 'tools/convert_checkpoint.py']),
+    count=(lambda c: c['meta'].update(dataset_meta=dict(classes=COCO[:79])),
+           ['720 rows', '9 anchors', '79 classes']),
+    twice=(lambda c: c['meta'].update(
+        dataset_meta=dict(classes=('dog', *COCO[1:]))),
+           ["'dog' occurs twice"]),
+    size=(lambda c: c['state_dict'].update({
+        WEIGHT: torch.zeros(720, 88, 1, 1)
+    }), ['88 channels', '64', 'another size']),
+    averages=(lambda c: c['ema_state_dict'].clear(),
+              ['has no bbox_head.conv_cls.pointwise']),
+    other=(lambda c: c.update(state_dict=dict(fc=torch.zeros(80))),
+           ['has no bbox_head.conv_cls.pointwise']))  # yapf: disable
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_what_cannot_be_transferred(coco, build_detector, name):
+    edit, parts = WRONG[name]
+    edit(coco)
+    with pytest.raises(ValueError) as error:
+        transfer_classes(coco, VOC, initialised(build_detector, 20).bbox_head)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_new_names_differ(coco, build_detector):
+    with pytest.raises(ValueError, match="'cat' occurs twice"):
+        transfer_classes(coco, ('cat', 'dog', 'cat'),
+                         initialised(build_detector, 3).bbox_head)
+
+
+# Trainings with the host's own script
+
+STILL = '''
+train_cfg = dict(max_epochs=1)
+optim_wrapper = dict(optimizer=dict(lr=0.0))
+model = dict(backbone=dict(norm_eval=True))
+'''
+
+
+@pytest.fixture(scope='module')
+def voc(tmp_path_factory):
+    """Data with VOC's 20 names, and a file of 80 classes to start from.
+
+    Objects are of the first three classes: aeroplane, bicycle and bird.
+    """
+    folder = tmp_path_factory.mktemp('voc')
+    root = make_dataset(folder / 'data')
+    data = json.loads((root / 'coco.json').read_text())
+    data['categories'] = [
+        dict(id=10 * label + 5, name=name) for label, name in enumerate(VOC)
+    ]
+    (root / 'coco.json').write_text(json.dumps(data))
+    run = trained_run(tmp_path_factory.getbasetemp())
+    trained = torch.load(run.work_dir / 'epoch_2.pth', weights_only=True)
+    state_dict = dict(trained['state_dict'])
+    generator = torch.Generator().manual_seed(1)
+    for key, shape in ((WEIGHT, (720, 64, 1, 1)), (BIAS, (720, ))):
+        state_dict[key] = torch.rand(shape, generator=generator) / 10 - 5
+    checkpoint = folder / 'coco.pth'
+    torch.save(
+        dict(
+            meta=dict(dataset_meta=dict(classes=COCO)), state_dict=state_dict),
+        checkpoint)
+    return SimpleNamespace(
+        root=root, checkpoint=checkpoint, state_dict=state_dict)
+
+
+def config_of(voc, folder, extra='', classes=VOC):
+    return write_config(
+        folder / 'mine.py',
+        voc.root,
+        classes=classes,
+        extra=f'{STILL}\nload_from = {str(voc.checkpoint)!r}\n{extra}')
+
+
+@pytest.fixture(scope='module')
+def tuned(voc, tmp_path_factory):
+    """A run of an epoch that changes no weights, and its log."""
+    folder = tmp_path_factory.mktemp('tuned')
+    config = config_of(voc, folder, 'transfer_classes = True')
+    done = run_tool('train.py', config, cwd=folder)
+    assert done.code == 0, done.output
+    return SimpleNamespace(
+        config=config, folder=folder, output=done.output)
+
+
+def is_statistic(key):
+    return key.endswith(('running_mean', 'running_var', 'batches_tracked'))
+
+
+def test_load_from(voc, tuned):
+    """train.py fine-tunes 80 classes to 20 with one line in the config."""
+    print(tuned.output)
+    assert 'new: 6 classes (aeroplane, diningtable, motorbike' in tuned.output
+    assert 'copied: 14 classes (bicycle, bird, boat' in tuned.output
+    assert 'do not match' not in tuned.output
+    saved = torch.load(
+        tuned.folder / 'work_dirs' / 'mine' / 'epoch_1.pth', weights_only=True)
+    assert tuple(saved['meta']['dataset_meta']['classes']) == VOC
+    # A model and its averages start alike, and nothing was learned.
+    averages = {
+        k[len('module.'):]: v
+        for k, v in saved['ema_state_dict'].items() if k != 'steps'
+    }
+    for state_dict in (saved['state_dict'], averages):
+        drawn = check_predictor(state_dict, voc.state_dict)
+        assert drawn.std() == pytest.approx(0.125, rel=0.05)
+        for key, value in state_dict.items():
+            if PREDICTOR not in key and not is_statistic(key):
+                assert torch.equal(value, voc.state_dict[key]), key
+    torch.testing.assert_close(averages, dict(saved['state_dict']))
+
+
+def test_new_rows_follow_the_seed(voc, tuned, tmp_path):
+    """The same seed draws the same rows, another one others.
+
+    The weights of a training without load_from are those before the transfer.
+    """
+    rows = []
+    for seed in (0, 1):
+        done = run_tool(
+            'train.py',
+            tuned.config,
+            '--cfg-options',
+            'load_from=None',
+            'transfer_classes=False',
+            f'randomness.seed={seed}',
+            cwd=tmp_path)
+        assert done.code == 0, done.output
+        saved = tmp_path / 'work_dirs' / 'mine' / 'epoch_1.pth'
+        rows.append(
+            torch.load(saved, weights_only=True)['state_dict'][WEIGHT])
+    saved = tuned.folder / 'work_dirs' / 'mine' / 'epoch_1.pth'
+    got = torch.load(saved, weights_only=True)['state_dict'][WEIGHT]
+    for name in ANEW:
+        label = VOC.index(name)
+        assert torch.equal(got[label::20], rows[0][label::20])
+        assert not torch.equal(got[label::20], rows[1][label::20])
