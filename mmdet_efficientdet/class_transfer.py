@@ -102,8 +102,8 @@ def _receipt(old: List[str], new: Sequence[str], kept: int,
              averaged: bool) -> List[str]:
 
     def listed(title: str, names: list) -> str:
-        return f'{title}: {len(names)} classes' + (
-            f' ({", ".join(names)})' if names else '')
+        return f'{title}: {len(names)} classes' + (f' ({", ".join(names)})'
+                                                   if names else '')
 
     lines = [
         f'classes of the checkpoint: {len(old)}, wanted: {len(new)}',

@@ -1,14 +1,15 @@
 """Checkpoints for other classes: by function, by load_from and by tool."""
 import json
-import math
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmdet.datasets import CocoDataset, VOCDataset
-from mmengine.config import Config
-from tiny_data import LITE0, make_dataset, run_tool, trained_run, write_config
+from mmengine.runner import EpochBasedTrainLoop
+from tiny_data import make_dataset, run_tool, trained_run, write_config
 
+from mmdet_efficientdet import ClassTransferHook
 from mmdet_efficientdet.class_transfer import transfer_classes
 
 COCO = CocoDataset.METAINFO['classes']
@@ -33,7 +34,6 @@ ANEW = ('aeroplane', 'diningtable', 'motorbike', 'pottedplant', 'sofa',
         'tvmonitor')
 PREDICTOR = 'bbox_head.conv_cls.pointwise.'
 BIAS, WEIGHT = PREDICTOR + 'bias', PREDICTOR + 'weight'
-STEM = 'backbone.stem.conv.weight'
 
 
 def scrambled(state_dict):
@@ -138,8 +138,8 @@ def test_shared_classes_predict_the_same(coco, build_detector):
         given = before[level].reshape(9, 80, -1)
         got = after[level].reshape(9, 20, -1)
         for name, source in SHARED.items():
-            torch.testing.assert_close(got[:, VOC.index(name)],
-                                       given[:, source])
+            torch.testing.assert_close(got[:, VOC.index(name)], given[:,
+                                                                      source])
 
 
 def test_averages(coco, build_detector):
@@ -151,8 +151,8 @@ def test_averages(coco, build_detector):
     check_kept(averages, old)
     assert averages['steps'] == 9
     drawn = check_predictor(averages, old, prefix='module.')
-    assert torch.equal(drawn, check_predictor(new['state_dict'],
-                                              coco['state_dict']))
+    assert torch.equal(drawn,
+                       check_predictor(new['state_dict'], coco['state_dict']))
     del coco['ema_state_dict']
     new, receipt = transfer_classes(coco, VOC, head)
     assert 'ema_state_dict' not in new
@@ -285,8 +285,7 @@ def tuned(voc, tmp_path_factory):
     config = config_of(voc, folder, 'transfer_classes = True')
     done = run_tool('train.py', config, cwd=folder)
     assert done.code == 0, done.output
-    return SimpleNamespace(
-        config=config, folder=folder, output=done.output)
+    return SimpleNamespace(config=config, folder=folder, output=done.output)
 
 
 def is_statistic(key):
@@ -295,14 +294,13 @@ def is_statistic(key):
 
 def test_load_from(voc, tuned):
     """train.py fine-tunes 80 classes to 20 with one line in the config."""
-    print(tuned.output)
     assert 'new: 6 classes (aeroplane, diningtable, motorbike' in tuned.output
     assert 'copied: 14 classes (bicycle, bird, boat' in tuned.output
     assert 'do not match' not in tuned.output
     saved = torch.load(
         tuned.folder / 'work_dirs' / 'mine' / 'epoch_1.pth', weights_only=True)
     assert tuple(saved['meta']['dataset_meta']['classes']) == VOC
-    # A model and its averages start alike, and nothing was learned.
+    # The model and its averages both start so, and nothing was learned.
     averages = {
         k[len('module.'):]: v
         for k, v in saved['ema_state_dict'].items() if k != 'steps'
@@ -313,7 +311,6 @@ def test_load_from(voc, tuned):
         for key, value in state_dict.items():
             if PREDICTOR not in key and not is_statistic(key):
                 assert torch.equal(value, voc.state_dict[key]), key
-    torch.testing.assert_close(averages, dict(saved['state_dict']))
 
 
 def test_new_rows_follow_the_seed(voc, tuned, tmp_path):
@@ -333,11 +330,112 @@ def test_new_rows_follow_the_seed(voc, tuned, tmp_path):
             cwd=tmp_path)
         assert done.code == 0, done.output
         saved = tmp_path / 'work_dirs' / 'mine' / 'epoch_1.pth'
-        rows.append(
-            torch.load(saved, weights_only=True)['state_dict'][WEIGHT])
+        rows.append(torch.load(saved, weights_only=True)['state_dict'][WEIGHT])
     saved = tuned.folder / 'work_dirs' / 'mine' / 'epoch_1.pth'
     got = torch.load(saved, weights_only=True)['state_dict'][WEIGHT]
     for name in ANEW:
         label = VOC.index(name)
         assert torch.equal(got[label::20], rows[0][label::20])
         assert not torch.equal(got[label::20], rows[1][label::20])
+
+
+def test_resuming_changes_nothing(tuned, tmp_path):
+    """--resume goes on with the rows of the file, whatever its names say."""
+    saved = torch.load(
+        tuned.folder / 'work_dirs' / 'mine' / 'epoch_1.pth', weights_only=True)
+    # With load_from, all rows would change places.
+    saved['meta']['dataset_meta']['classes'] = VOC[::-1]
+    torch.save(saved, tmp_path / 'renamed.pth')
+    done = run_tool(
+        'train.py',
+        tuned.config,
+        '--resume',
+        tmp_path / 'renamed.pth',
+        '--cfg-options',
+        'train_cfg.max_epochs=2',
+        cwd=tmp_path)
+    assert done.code == 0, done.output
+    assert 'resumed epoch: 1, iter: 3' in done.output
+    assert 'Transferred' in tuned.output
+    assert 'Transferred' not in done.output
+    later = torch.load(
+        tmp_path / 'work_dirs' / 'mine' / 'epoch_2.pth', weights_only=True)
+    for key in (WEIGHT, BIAS):
+        assert torch.equal(later['state_dict'][key], saved['state_dict'][key])
+
+
+# What is wrong: (options, words of the message).
+STOPS = dict(
+    off=(['transfer_classes=False'], [
+        "80 classes ('person', 'bicycle'", "has 20 ('aeroplane', 'bicycle'",
+        'transfer_classes=True beside load_from'
+    ]),
+    head=(['model.bbox_head.num_classes=5'],
+          ['num_classes=5', "20 classes ('aeroplane'", 'scale_config(_base_']),
+    names=(['transfer_classes=[cat,dog]'],
+           ["transfer_classes=['cat', 'dog'] must be True or False"]),
+    from_nothing=(['load_from=None'], ['needs a checkpoint: set load_from']),
+    order=(['load_from=reversed.pth', 'transfer_classes=False'], [
+        "20 classes ('tvmonitor', 'train'", "has 20 ('aeroplane', 'bicycle'",
+        'transfer_classes=True beside load_from'
+    ]),
+    nameless=(['load_from=bare.pth'], ['has no class names']),
+    nameless_off=(['load_from=bare.pth', 'transfer_classes=False'], [
+        'predicts 80 classes, this model 20', 'transfer_classes=True beside',
+        'tools/convert_checkpoint.py --classes'
+    ]))
+
+
+@pytest.mark.parametrize('name', STOPS)
+def test_what_stops_a_training(voc, tuned, tmp_path, name):
+    """train.py stops before the first step and says what to write."""
+    torch.save(dict(state_dict=voc.state_dict), tmp_path / 'bare.pth')
+    torch.save(
+        dict(
+            meta=dict(dataset_meta=dict(classes=VOC[::-1])),
+            state_dict=voc.state_dict), tmp_path / 'reversed.pth')
+    options, parts = STOPS[name]
+    done = run_tool(
+        'train.py', tuned.config, '--cfg-options', *options, cwd=tmp_path)
+    assert done.code == 1, done.output
+    message = done.output[done.output.index('ValueError: '):]
+    for part in parts:
+        assert part in message
+    assert 'Epoch(train)' not in done.output
+    assert not list((tmp_path / 'work_dirs').rglob('*.pth'))
+
+
+def test_testing_transfers_nothing(voc, tuned, tmp_path):
+    """test.py would evaluate rows that nothing has trained."""
+    done = run_tool('test.py', tuned.config, voc.checkpoint, cwd=tmp_path)
+    assert done.code == 1
+    assert 'predicts 80 classes, this model 20' in done.output
+    assert 'transfer_classes=True beside load_from' in done.output
+
+
+def test_hook_finds_the_head_in_wrappers(coco, build_detector):
+    """Of a model inside others, the first head is taken."""
+    student = initialised(build_detector, 20)
+    wrapped = torch.nn.ModuleDict(
+        dict(module=torch.nn.ModuleDict(dict(student=student))))
+    loop = EpochBasedTrainLoop.__new__(EpochBasedTrainLoop)
+    loop.dataloader = SimpleNamespace(
+        dataset=SimpleNamespace(metainfo=dict(classes=VOC)))
+    runner = SimpleNamespace(
+        _resume=False,
+        _train_loop=loop,
+        train_dataloader=loop.dataloader,
+        cfg=dict(transfer_classes=True),
+        logger=logging.getLogger('test'),
+        model=wrapped)
+    given = dict(coco)
+    ClassTransferHook().after_load_checkpoint(runner, given)
+    check_predictor(given['state_dict'], coco['state_dict'])
+    torch.testing.assert_close(
+        given['state_dict'][WEIGHT][0],  # aeroplane, of the first anchor
+        student.bbox_head.conv_cls.pointwise.weight[0].detach())
+    runner.model = student.backbone
+    with pytest.raises(ValueError, match='this model has none'):
+        ClassTransferHook().after_load_checkpoint(runner, dict(coco))
+    runner.cfg['transfer_classes'] = False
+    ClassTransferHook().after_load_checkpoint(runner, dict(coco))
