@@ -1,15 +1,23 @@
 """From a checkpoint for some classes to one for others."""
 import copy
 import re
+from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
+import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
+from .conversion.convert import convert_file
+from .conversion.sources import open_source
 from .hooks import check_class_count, shorten
 from .models import EfficientDetHead
-from .registry import HOOKS
+from .registry import HOOKS, MODELS
+from .scaling import set_classes
+from .utils import register_all_modules
 
 # All that depends on classes. Its depthwise half serves them all together.
 _PREDICTOR = re.compile(
@@ -49,14 +57,63 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
         if twice:
             raise ValueError(f'the class name {twice[0]!r} occurs twice in '
                              f'{shorten(names)}; names must differ')
-    meta = dict(checkpoint['meta'])
-    meta['dataset_meta'] = dict(meta['dataset_meta'], classes=list(classes))
-    new = dict(meta=meta)
+    # Colours and whatever else belongs to the old classes are left aside.
+    new = dict(
+        meta=dict(
+            checkpoint['meta'], dataset_meta=dict(classes=list(classes))))
     averaged = 'ema_state_dict' in checkpoint
     for entry in ('state_dict', 'ema_state_dict')[:1 + averaged]:
         new[entry] = _transfer(checkpoint[entry], old, classes, head)
     kept = sum(not _PREDICTOR.fullmatch(key) for key in new['state_dict'])
     return new, _receipt(old, classes, kept, averaged)
+
+
+def transfer_file(path: str,
+                  config: Config,
+                  classes: Sequence[str],
+                  averages: bool = True) -> dict:
+    """Reads a file of weights for other classes than its own.
+
+    Args:
+        path (str): A checkpoint of ours, converted or trained, or published
+            weights, which are converted.
+        config (Config): Config of the size; it is not changed.
+        classes (Sequence[str]): Names of the new classes.
+        averages (bool): For published weights, as in ``convert_file``.
+
+    Returns:
+        dict: A checkpoint as of :func:`transfer_classes`, whose ``meta``
+        holds the config for these classes and the receipt. New rows are the
+        same each time.
+
+    Raises:
+        ValueError: If the file cannot be read, its classes cannot be
+            transferred, or it does not fit the config.
+    """
+    register_all_modules(init_default_scope=False)
+    config = copy.deepcopy(config)
+    config.model.backbone.init_cfg = None
+    set_classes(config, classes)
+    with open_source(path) as (tensors, digest):
+        ours = any(_PREDICTOR.fullmatch(key) for key in tensors)
+    checkpoint = torch.load(
+        path, 'cpu', weights_only=True) if ours else convert_file(
+            path, config, averages=averages)
+    with DefaultScope.overwrite_default_scope('mmdet_efficientdet'):
+        head = MODELS.build(config.model.bbox_head)
+        with torch.device('meta'):
+            model = MODELS.build(config.model)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        head.init_weights()
+    new, receipt = transfer_classes(checkpoint, classes, head)
+    model.load_state_dict(new['state_dict'], assign=True)  # or raises
+    source = new['meta'].get('source') or dict(
+        file=Path(path).name, sha256=digest, receipt=[])
+    new['meta'].update(
+        cfg=config.pretty_text,
+        source=dict(source, receipt=source['receipt'] + receipt))
+    return new
 
 
 def class_names(checkpoint: dict) -> List[str]:

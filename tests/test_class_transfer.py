@@ -1,13 +1,19 @@
 """Checkpoints for other classes: by function, by load_from and by tool."""
+import hashlib
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
+import effdet_reference
 import pytest
 import torch
+from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset, VOCDataset
+from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
-from tiny_data import make_dataset, run_tool, trained_run, write_config
+from tiny_data import (D0, LITE0, make_dataset, run_tool, trained_run,
+                       write_config)
 
 from mmdet_efficientdet import ClassTransferHook
 from mmdet_efficientdet.class_transfer import transfer_classes
@@ -57,7 +63,7 @@ def coco(build_detector):
     state_dict = build_detector('lite0', 80).state_dict()
     averages = {f'module.{k}': v for k, v in scrambled(state_dict).items()}
     return dict(
-        meta=dict(epoch=3, dataset_meta=dict(classes=COCO, palette=None)),
+        meta=dict(epoch=3, dataset_meta=dict(classes=COCO, palette=[(0, 0, 0)] * 80)),
         state_dict=scrambled(state_dict),
         ema_state_dict=dict(averages, steps=torch.tensor(9)),
         optimizer=dict(state={}))
@@ -107,7 +113,7 @@ def test_voc_from_coco(coco, build_detector):
     assert 0.27 < drawn.abs().max() <= 2 * 0.125 / 0.87962566
     assert set(new) == {'meta', 'state_dict', 'ema_state_dict'}
     assert new['meta']['epoch'] == 3
-    assert list(new['meta']['dataset_meta']['classes']) == list(VOC)
+    assert new['meta']['dataset_meta'] == dict(classes=list(VOC))
     # The given checkpoint is as it was.
     assert coco['meta']['dataset_meta']['classes'] == COCO
     assert all(torch.equal(coco['state_dict'][k], before[k]) for k in before)
@@ -439,3 +445,116 @@ def test_hook_finds_the_head_in_wrappers(coco, build_detector):
         ClassTransferHook().after_load_checkpoint(runner, dict(coco))
     runner.cfg['transfer_classes'] = False
     ClassTransferHook().after_load_checkpoint(runner, dict(coco))
+
+
+# The tool
+
+TOOL = Path(__file__).parents[1] / 'tools' / 'convert_checkpoint.py'
+
+
+def run_convert(*args, cwd):
+    return run_tool(
+        'convert_checkpoint.py', *args, cwd=cwd, source=TOOL.read_text())
+
+
+def test_tool_converts_and_transfers(tmp_path):
+    """Published weights for the 90 slots of COCO become ones for VOC."""
+    published = effdet_reference.build('lite0', (128, 128)).state_dict()
+    torch.save(published, tmp_path / 'effdet.pth')
+    for name in ('a.pth', 'b.pth'):
+        done = run_convert(
+            'effdet.pth',
+            name,
+            '--config',
+            LITE0,
+            '--classes',
+            *VOC,
+            cwd=tmp_path)
+        assert done.code == 0, done.output
+    assert 'layout: effdet' in done.output
+    assert 'copied: 14 classes (bicycle, bird, boat' in done.output
+    assert f'new: 6 classes ({", ".join(ANEW)})' in done.output
+    assert (tmp_path / 'a.pth').read_bytes() == (tmp_path /
+                                                 'b.pth').read_bytes()
+    saved = torch.load(tmp_path / 'a.pth', weights_only=True)
+    # Slots of the ids 3, 17 and 62 of COCO.
+    for kind, shape in (('bias', (9, )), ('weight', (9, 64, 1, 1))):
+        slots = published[f'class_net.predict.conv_pw.{kind}']
+        rows = saved['state_dict'][PREDICTOR + kind]
+        for name, slot in dict(car=2, cat=16, chair=61).items():
+            row = rows[VOC.index(name)::20]
+            assert row.shape == shape
+            assert torch.equal(row, slots[slot::90])
+        for name in ANEW:
+            row = rows[VOC.index(name)::20]
+            if kind == 'bias':
+                torch.testing.assert_close(row, torch.full((9, ), -4.59511985))
+            else:
+                assert 0.1 < row.std() < 0.15
+    assert torch.equal(
+        saved['state_dict']['bbox_head.conv_cls.depthwise'
+                            '.weight'],
+        published['class_net.predict.conv_dw.weight'])
+    inferencer = DetInferencer(
+        weights=str(tmp_path / 'a.pth'), device='cpu', show_progress=False)
+    assert inferencer.model.bbox_head.num_classes == 20
+    assert tuple(inferencer.model.dataset_meta['classes']) == VOC
+
+
+def test_tool_takes_a_training(tmp_path, tmp_path_factory):
+    """A checkpoint of a training keeps its averages, not its optimizer."""
+    run = trained_run(tmp_path_factory.getbasetemp())
+    trained = torch.load(run.work_dir / 'epoch_2.pth', weights_only=True)
+    done = run_convert(
+        run.work_dir / 'epoch_2.pth',
+        'x.pth',
+        '--config',
+        run.config,
+        '--classes',
+        'violet',
+        'green',
+        cwd=tmp_path)
+    assert done.code == 0, done.output
+    assert 'copied: 1 classes (green)' in done.output
+    assert 'left aside: 2 classes (red, blue)' in done.output
+    assert 'the same in ema_state_dict' in done.output
+    saved = torch.load(tmp_path / 'x.pth', weights_only=True)
+    assert set(saved) == {'meta', 'state_dict', 'ema_state_dict'}
+    for entry, prefix in (('state_dict', ''), ('ema_state_dict', 'module.')):
+        check_kept(saved[entry], trained[entry])
+        for key in (prefix + BIAS, prefix + WEIGHT):
+            assert torch.equal(saved[entry][key][1::2],
+                               trained[entry][key][1::3])
+    config = Config.fromstring(saved['meta']['cfg'], '.py')
+    assert config.model.bbox_head.num_classes == 2
+    assert config.train_dataloader.dataset.metainfo.classes == ('violet',
+                                                                'green')
+    digest = hashlib.sha256((run.work_dir / 'epoch_2.pth').read_bytes())
+    assert saved['meta']['source']['sha256'] == digest.hexdigest()
+
+
+def test_tool_writes_nothing_when_it_cannot(voc, tmp_path):
+    """One clear message, and no file."""
+    torch.save(dict(state_dict=voc.state_dict), tmp_path / 'bare.pth')
+    for source, config, classes, words in (('bare.pth', LITE0, VOC,
+                                            'has no class names'),
+                                           (voc.checkpoint, D0, VOC,
+                                            'does not fit EfficientDet'),
+                                           (voc.checkpoint, LITE0, ('cat',
+                                                                    'cat'),
+                                            'must be a list of different'),
+                                           ('none.pth', LITE0, VOC,
+                                            'none.pth does not exist')):
+        done = run_convert(
+            source,
+            'x.pth',
+            '--config',
+            config,
+            '--classes',
+            *classes,
+            cwd=tmp_path)
+        assert done.code == 1, done.output
+        assert words in done.output
+        assert 'Nothing was written' in done.output
+        assert 'Traceback' not in done.output
+        assert not (tmp_path / 'x.pth').exists()

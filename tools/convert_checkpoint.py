@@ -3,11 +3,13 @@
 SRC may be a checkpoint of google/automl (its prefix, its folder or the packed
 folder), a Keras .h5, or a .pth of effdet, of Yet-Another-EfficientDet-Pytorch
 or of what mmdet's projects/EfficientDet converted; its format is found out.
+With --classes it may also be a checkpoint of ours.
 """
 import argparse
 
 from mmengine.config import Config
 
+from mmdet_efficientdet.class_transfer import transfer_file
 from mmdet_efficientdet.conversion.convert import convert_file, save
 
 
@@ -16,23 +18,33 @@ def main():
     parser.add_argument('src', help='published weights, in any known format')
     parser.add_argument('dst', help='the checkpoint to write')
     parser.add_argument('--config', required=True, help='config of the size')
-    parser.add_argument(
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument(
         '--num-classes',
         type=int,
         default=80,
         choices=(80, 90),
         help='90 keeps the slots of COCO ids that no object has')
+    outputs.add_argument(
+        '--classes',
+        nargs='+',
+        metavar='NAME',
+        help='classes of your own: what was learned is kept for those of '
+        'equal names, others start anew')
     parser.add_argument(
         '--raw',
         action='store_true',
         help='take raw weights, even where there are moving averages')
     args = parser.parse_args()
     try:
-        checkpoint = convert_file(
-            args.src,
-            Config.fromfile(args.config),
-            args.num_classes,
-            averages=not args.raw)
+        config = Config.fromfile(args.config)
+        averages = not args.raw
+        if args.classes:
+            checkpoint = transfer_file(args.src, config, args.classes,
+                                       averages)
+        else:
+            checkpoint = convert_file(args.src, config, args.num_classes,
+                                      averages)
         save(checkpoint, args.dst)
     except ValueError as error:
         raise SystemExit(f'{error}\nNothing was written.') from error
