@@ -94,7 +94,7 @@ def transfer_file(path: str,
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     set_classes(config, classes)
-    with open_source(path) as (tensors, digest):
+    with open_source(str(path)) as (tensors, digest):
         ours = any(_PREDICTOR.fullmatch(key) for key in tensors)
     checkpoint = torch.load(
         path, 'cpu', weights_only=True) if ours else convert_file(
@@ -194,12 +194,15 @@ class ClassTransferHook(Hook):
     priority = 'VERY_HIGH'  # EMAHook copies what this one changes
 
     def before_train(self, runner) -> None:
-        """Raises if there is nothing to transfer from."""
-        if (self._wanted(runner) and runner._load_from is None
-                and not runner._resume):
+        """Raises if there is nothing to transfer from.
+
+        So it is, too, where --resume finds nothing: it hides load_from.
+        """
+        if self._wanted(runner) and not runner._has_loaded:
             raise ValueError(
-                'transfer_classes=True needs a checkpoint: set load_from, or '
-                'remove the setting to train without one')
+                'transfer_classes=True needs a checkpoint, and none was '
+                'loaded: set load_from, and leave out --resume until there '
+                'is something to resume')
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Replaces the rows of the class predictor, and logs a receipt."""

@@ -63,7 +63,9 @@ def coco(build_detector):
     state_dict = build_detector('lite0', 80).state_dict()
     averages = {f'module.{k}': v for k, v in scrambled(state_dict).items()}
     return dict(
-        meta=dict(epoch=3, dataset_meta=dict(classes=COCO, palette=[(0, 0, 0)] * 80)),
+        meta=dict(
+            epoch=3, dataset_meta=dict(classes=COCO,
+                                       palette=[(0, 0, 0)] * 80)),
         state_dict=scrambled(state_dict),
         ema_state_dict=dict(averages, steps=torch.tensor(9)),
         optimizer=dict(state={}))
@@ -380,7 +382,10 @@ STOPS = dict(
           ['num_classes=5', "20 classes ('aeroplane'", 'scale_config(_base_']),
     names=(['transfer_classes=[cat,dog]'],
            ["transfer_classes=['cat', 'dog'] must be True or False"]),
-    from_nothing=(['load_from=None'], ['needs a checkpoint: set load_from']),
+    from_nothing=(['load_from=None'],
+                  ['needs a checkpoint, and none was loaded: set load_from']),
+    resume_nothing=(['transfer_classes=True',
+                     '--resume'], ['none was loaded', 'leave out --resume']),
     order=(['load_from=reversed.pth', 'transfer_classes=False'], [
         "20 classes ('tvmonitor', 'train'", "has 20 ('aeroplane', 'bicycle'",
         'transfer_classes=True beside load_from'
