@@ -20,6 +20,7 @@ _EXPORTS = dict(
     AnchorGenerator='models',
     BiFPN='models',
     ClassCheckHook='hooks',
+    ClassTransferHook='class_transfer',
     CompoundScaling='scaling',
     EfficientDet='models',
     EfficientDetHead='models',

@@ -39,17 +39,8 @@ class ClassCheckHook(Hook):
         classes = dataset.metainfo.get('classes')
         if classes is None:
             return
-        num_classes = getattr(model.bbox_head, 'num_classes', len(classes))
-        if isinstance(classes, str):
-            raise ValueError(
-                f'classes={classes!r} is a string; write a list, such as '
-                f'[{classes!r}]')
-        if num_classes != len(classes):
-            raise ValueError(
-                f'the head has num_classes={num_classes}, but the dataset '
-                f'{len(classes)} classes {_shorten(classes)}. Set both '
-                "together in the config: scale_config(_base_, '<size>', "
-                "classes=['<name>', ...])")
+        check_class_count(
+            getattr(model.bbox_head, 'num_classes', len(classes)), classes)
         for part in _innermost(dataset):
             if not hasattr(part, 'cat_ids'):  # not of COCO's format
                 continue
@@ -62,9 +53,23 @@ class ClassCheckHook(Hook):
             if list(classes) != [name for name in names if name in classes]:
                 # MMDetection numbers classes in the order of the file.
                 raise ValueError(
-                    f'the classes {_shorten(classes)} do not fit '
-                    f'{part.ann_file}, which has {_shorten(names)}. Write '
+                    f'the classes {shorten(classes)} do not fit '
+                    f'{part.ann_file}, which has {shorten(names)}. Write '
                     'names of that file, in the same order')
+
+
+def check_class_count(num_classes: int, classes) -> None:
+    """Raises a ValueError unless a head has one output for each name."""
+    if isinstance(classes, str):
+        raise ValueError(
+            f'classes={classes!r} is a string; write a list, such as '
+            f'[{classes!r}]')
+    if num_classes != len(classes):
+        raise ValueError(
+            f'the head has num_classes={num_classes}, but the dataset '
+            f'{len(classes)} classes {shorten(classes)}. Set both '
+            "together in the config: scale_config(_base_, '<size>', "
+            "classes=['<name>', ...])")
 
 
 def _check_objects(runner, dataset) -> None:
@@ -85,7 +90,7 @@ def _check_objects(runner, dataset) -> None:
     }
     unseen = [name for i, name in enumerate(classes) if i not in seen]
     files = ', '.join(str(part.ann_file) for part in parts)
-    message = (f'{files} has no object of the classes {_shorten(unseen)}. '
+    message = (f'{files} has no object of the classes {shorten(unseen)}. '
                'Write names as they are in the annotations')
     if not seen:
         raise ValueError(message)
@@ -102,7 +107,8 @@ def _innermost(dataset) -> list:
     return [dataset]
 
 
-def _shorten(classes) -> str:
+def shorten(classes) -> str:
+    """The first ten names, for a message."""
     names = ', '.join(map(repr, classes[:10]))
     return f'({names}{", ..." if len(classes) > 10 else ""})'
 

@@ -125,7 +125,7 @@ def scale_config(base: dict,
         image_size = row.image_size
     image_size = _check_image_size(image_size)
     if classes is not None:
-        _check_classes(classes)
+        set_classes(base, classes)
     channels, checkpoint = BACKBONES[row.backbone]
     model = base['model']
     model['data_preprocessor'].update(
@@ -162,8 +162,6 @@ def scale_config(base: dict,
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
     _set_epochs(base, row.epochs)
-    if classes is not None:
-        _set_classes(base, classes)
 
 
 def _check_image_size(image_size) -> Union[int, Tuple[int, int]]:
@@ -199,7 +197,18 @@ def _set_epochs(base: dict, epochs: int) -> None:
             scheduler['T_max'] += epochs - now
 
 
-def _set_classes(base: dict, classes: Sequence[str]) -> None:
+def set_classes(base: dict, classes: Sequence[str]) -> None:
+    """Sets the head's width and the ``metainfo`` of every dataset.
+
+    Args:
+        base (dict): A config of this family, changed in place.
+        classes (Sequence[str]): Class names.
+
+    Raises:
+        ValueError: If these are no different names.
+    """
+    base = getattr(base, '_cfg_dict', base)  # of a Config outside of a file
+    _check_classes(classes)
     base['model']['bbox_head']['num_classes'] = len(classes)
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         dataset = (base.get(key) or {}).get('dataset')

@@ -11,6 +11,7 @@ import os
 
 from mmengine.config import Config
 
+from mmdet_efficientdet.class_transfer import transfer_file
 from mmdet_efficientdet.conversion.convert import convert_file, save
 
 
@@ -21,12 +22,19 @@ def main():
     parser.add_argument('src', help='published weights, in any known format')
     parser.add_argument('dst', help='the checkpoint to write')
     parser.add_argument('--config', required=True, help='config of the size')
-    parser.add_argument(
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument(
         '--num-classes',
         type=int,
         default=80,
         choices=(80, 90),
         help='90 keeps the slots of COCO ids that no object has')
+    outputs.add_argument(
+        '--classes',
+        nargs='+',
+        metavar='NAME',
+        help='classes of your own: what was learned is kept for those of '
+        'equal names, others start anew')
     parser.add_argument(
         '--raw',
         action='store_true',
@@ -35,11 +43,14 @@ def main():
     try:
         if os.path.realpath(args.src) == os.path.realpath(args.dst):
             raise ValueError('DST is SRC itself; give another name')
-        checkpoint = convert_file(
-            args.src,
-            Config.fromfile(args.config),
-            args.num_classes,
-            averages=not args.raw)
+        config = Config.fromfile(args.config)
+        averages = not args.raw
+        if args.classes:
+            checkpoint = transfer_file(args.src, config, args.classes,
+                                       averages)
+        else:
+            checkpoint = convert_file(args.src, config, args.num_classes,
+                                      averages)
         save(checkpoint, args.dst)
     except ValueError as error:
         raise SystemExit(f'{error}\nNothing was written.') from error

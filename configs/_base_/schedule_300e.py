@@ -56,6 +56,7 @@ default_hooks = dict(
         strict_load=True,
         priority=49),
     class_check=dict(type='mmdet_efficientdet.ClassCheckHook'),
+    class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'),
     plain_checkpoint=dict(type='mmdet_efficientdet.PlainCheckpointHook'))
 
 env_cfg = dict(
@@ -73,4 +74,6 @@ visualizer = dict(
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 log_level = 'INFO'
 load_from = None
+# Fits the checkpoint of load_from to the classes of the data, by their names.
+transfer_classes = False
 resume = False

@@ -45,4 +45,6 @@ class EfficientDet(StrictLoading, SingleStageDetector):
         num_priors = self.bbox_head.num_base_priors
         return (f'The checkpoint predicts {given[0] / num_priors:g} classes, '
                 f'this model {own[0] / num_priors:g}. Use a checkpoint of '
-                'the same classes. ')
+                'the same classes, or turn this one into one for yours: '
+                'transfer_classes=True beside load_from in the config of a '
+                'training, or tools/convert_checkpoint.py --classes. ')

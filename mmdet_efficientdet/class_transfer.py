@@ -1,0 +1,243 @@
+"""From a checkpoint for some classes to one for others."""
+import copy
+import re
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
+from mmengine.runner import BaseLoop
+from torch import Tensor
+
+from .conversion.convert import convert_file
+from .conversion.sources import open_source
+from .hooks import check_class_count, shorten
+from .models import EfficientDetHead
+from .registry import HOOKS, MODELS
+from .scaling import set_classes
+from .utils import register_all_modules
+
+# All that depends on classes. Its depthwise half serves them all together.
+_PREDICTOR = re.compile(
+    r'(.*\.)?bbox_head\.conv_cls\.pointwise\.(weight|bias)')
+
+
+def transfer_classes(checkpoint: dict, classes: Sequence[str],
+                     head: EfficientDetHead) -> Tuple[dict, List[str]]:
+    """Makes a checkpoint fit other classes.
+
+    The class predictor gets the checkpoint's rows for classes of the same
+    name, and those of ``head`` for the others. All else is kept.
+
+    Args:
+        checkpoint (dict): With class names in ``meta['dataset_meta']``, with
+            ``state_dict``, and maybe with the ``ema_state_dict`` of
+            mmengine's EMAHook. It is not changed.
+        classes (Sequence[str]): New names; case matters.
+        head (EfficientDetHead): For the new classes, just initialised.
+
+    Returns:
+        tuple: A checkpoint of these entries alone, because the state of an
+        optimizer does not fit any more, and the lines of a receipt.
+
+    Raises:
+        ValueError: If the checkpoint does not tell its classes, names occur
+            twice, or the predictor does not fit ``head``.
+    """
+    old = class_names(checkpoint)
+    if not old:
+        raise ValueError(
+            "the checkpoint has no class names in meta['dataset_meta']"
+            "['classes'], by which rows could be copied. MMDetection's "
+            'training and tools/convert_checkpoint.py write them')
+    for names in (old, classes):
+        twice = [name for name in names if list(names).count(name) > 1]
+        if twice:
+            raise ValueError(f'the class name {twice[0]!r} occurs twice in '
+                             f'{shorten(names)}; names must differ')
+    # Colours and whatever else belongs to the old classes are left aside.
+    new = dict(
+        meta=dict(
+            checkpoint['meta'], dataset_meta=dict(classes=list(classes))))
+    averaged = 'ema_state_dict' in checkpoint
+    for entry in ('state_dict', 'ema_state_dict')[:1 + averaged]:
+        new[entry] = _transfer(checkpoint[entry], old, classes, head)
+    kept = sum(not _PREDICTOR.fullmatch(key) for key in new['state_dict'])
+    return new, _receipt(old, classes, kept, averaged)
+
+
+def transfer_file(path: str,
+                  config: Config,
+                  classes: Sequence[str],
+                  averages: bool = True) -> dict:
+    """Reads a file of weights for other classes than its own.
+
+    Args:
+        path (str): A checkpoint of ours, converted or trained, or published
+            weights, which are converted.
+        config (Config): Config of the size; it is not changed.
+        classes (Sequence[str]): Names of the new classes.
+        averages (bool): For published weights, as in ``convert_file``.
+
+    Returns:
+        dict: A checkpoint as of :func:`transfer_classes`, whose ``meta``
+        holds the config for these classes and the receipt. New rows are the
+        same each time.
+
+    Raises:
+        ValueError: If the file cannot be read, its classes cannot be
+            transferred, or it does not fit the config.
+    """
+    register_all_modules(init_default_scope=False)
+    config = copy.deepcopy(config)
+    config.model.backbone.init_cfg = None
+    set_classes(config, classes)
+    with open_source(path) as source:
+        ours = any(_PREDICTOR.fullmatch(key) for key in source.tensors)
+    checkpoint = torch.load(
+        path, 'cpu', weights_only=True) if ours else convert_file(
+            path, config, averages=averages)
+    with DefaultScope.overwrite_default_scope('mmdet_efficientdet'):
+        head = MODELS.build(config.model.bbox_head)
+        with torch.device('meta'):
+            model = MODELS.build(config.model)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        head.init_weights()
+    new, receipt = transfer_classes(checkpoint, classes, head)
+    model.load_state_dict(new['state_dict'], assign=True)  # or raises
+    origin = new['meta'].get('source') or dict(
+        file=Path(path).name, sha256=source.sha256, receipt=[])
+    new['meta'].update(
+        cfg=config.pretty_text,
+        source=dict(origin, receipt=origin['receipt'] + receipt))
+    return new
+
+
+def class_names(checkpoint: dict) -> List[str]:
+    """The names of a checkpoint's classes; none where it does not tell."""
+    meta = checkpoint.get('meta') or {}
+    return list((meta.get('dataset_meta') or {}).get('classes') or ())
+
+
+def _transfer(state_dict: Dict[str, Tensor], old: List[str],
+              new: Sequence[str], head: EfficientDetHead) -> dict:
+    """The same state dict with another predictor."""
+    num_anchors = head.num_base_priors
+    copied = [i for i, name in enumerate(new) if name in old]
+    sources = [old.index(new[i]) for i in copied]
+    result = copy.copy(state_dict)
+    found = False
+    for key, value in state_dict.items():
+        match = _PREDICTOR.fullmatch(key)
+        if not match:
+            continue
+        found = True
+        if len(value) != num_anchors * len(old):
+            raise ValueError(
+                f'{key} of the checkpoint has {len(value)} rows, which are '
+                f'not {num_anchors} anchors for each of its {len(old)} '
+                f'classes {shorten(old)}')
+        initial = getattr(head.conv_cls.pointwise, match[2]).detach()
+        if value.shape[1:] != initial.shape[1:]:
+            raise ValueError(
+                f'{key} of the checkpoint has {value.shape[1]} channels, '
+                f'that of the model {initial.shape[1]}: the checkpoint is of '
+                'another size')
+        rows = initial.to(value, copy=True).unflatten(0, (num_anchors, -1))
+        rows[:, copied] = value.unflatten(0, (num_anchors, -1))[:, sources]
+        result[key] = rows.flatten(0, 1)
+    if not found:
+        raise ValueError('the checkpoint has no bbox_head.conv_cls.pointwise, '
+                         'the class predictor of EfficientDet')
+    return result
+
+
+def _receipt(old: List[str], new: Sequence[str], kept: int,
+             averaged: bool) -> List[str]:
+
+    def listed(title: str, names: list) -> str:
+        return f'{title}: {len(names)} classes' + (f' ({", ".join(names)})'
+                                                   if names else '')
+
+    lines = [
+        f'classes of the checkpoint: {len(old)}, wanted: {len(new)}',
+        f'kept: {kept} tensors, bit for bit',
+        listed('copied', [name for name in new if name in old]),
+        listed('new', [name for name in new if name not in old]),
+        listed('left aside', [name for name in old if name not in new])
+    ]
+    spellings = {_plain(name): name for name in old}
+    lines += [
+        f'hint: {name!r} is new; the checkpoint has '
+        f'{spellings[_plain(name)]!r}' for name in new
+        if name not in old and _plain(name) in spellings
+    ]
+    return lines + ['the same in ema_state_dict'] * averaged
+
+
+def _plain(name: str) -> str:
+    """A name without case, spaces and hyphens."""
+    return re.sub(r'[\W_]', '', name).lower()
+
+
+@HOOKS.register_module()
+class ClassTransferHook(Hook):
+    """Fits the checkpoint of ``load_from`` to the classes of the training.
+
+    It does so when the config says ``transfer_classes = True``; otherwise it
+    raises where the names differ. Resuming and testing are left alone.
+    """
+
+    priority = 'VERY_HIGH'  # EMAHook copies what this one changes
+
+    def before_train(self, runner) -> None:
+        """Raises if there is nothing to transfer from.
+
+        So it is, too, where --resume finds nothing: it hides load_from.
+        """
+        if self._wanted(runner) and not runner._has_loaded:
+            raise ValueError(
+                'transfer_classes=True needs a checkpoint, and none was '
+                'loaded: set load_from, and leave out --resume until there '
+                'is something to resume')
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Replaces the rows of the class predictor, and logs a receipt."""
+        # Until a training starts, the loop is a config.
+        if runner._resume or not isinstance(runner._train_loop, BaseLoop):
+            return
+        wanted = self._wanted(runner)
+        head = next((module for module in runner.model.modules()
+                     if isinstance(module, EfficientDetHead)), None)
+        if head is None:
+            if wanted:
+                raise ValueError('transfer_classes=True is for models with '
+                                 'EfficientDetHead; this model has none')
+            return
+        classes = runner.train_dataloader.dataset.metainfo.get('classes')
+        old = class_names(checkpoint)
+        if not wanted and (not old or classes is None):
+            return
+        check_class_count(head.num_classes, classes or ())
+        if wanted:
+            new, receipt = transfer_classes(checkpoint, classes, head)
+            checkpoint.update(new)
+            runner.logger.info('\n'.join(['Transferred classes:', *receipt]))
+        elif old != list(classes):
+            raise ValueError(
+                f'the checkpoint is for {len(old)} classes {shorten(old)}, '
+                f'the training data has {len(classes)} {shorten(classes)}. '
+                'Set transfer_classes=True beside load_from: what was learned '
+                'is kept for classes of equal names, and others start anew')
+
+    @staticmethod
+    def _wanted(runner) -> bool:
+        wanted = runner.cfg.get('transfer_classes', False)
+        if not isinstance(wanted, bool):
+            raise ValueError(
+                f'transfer_classes={wanted!r} must be True or False; the '
+                'classes are those of the training data')
+        return wanted
