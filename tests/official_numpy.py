@@ -272,6 +272,10 @@ def detections(logits, codes, priors, scale=1.0, num_inputs=5000, **kwargs):
     top = np.argsort(-flat, kind='stable')[:num_inputs]  # as tf.math.top_k
     index, labels = np.divmod(top, logits.shape[1])
     boxes = decode(codes[index], priors[index])
-    rows = per_class(boxes, 1 / (1 + np.exp(-flat[top])), labels, **kwargs)
+    # Suppression is in float32, where next to no overlap leaves a score as it
+    # is, and equal ones equal.
+    rows = per_class(
+        np.float32(boxes), np.float32(1 / (1 + np.exp(-flat[top]))), labels,
+        **kwargs)
     rows[:, :4] /= scale
     return rows

@@ -196,7 +196,7 @@ def test_hard_nms_equals_torchvision(seed, threshold):
 @pytest.mark.parametrize('offset, survivors', [(None, 2), (0, 2), (1, 1)])
 def test_hard_nms_may_count_the_last_pixel(offset, survivors):
     """An IoU equal to the threshold survives, a larger one does not."""
-    # The IoUs are 1/2 and 10/11, or 12/22 and 11/12 with the last pixel.
+    # The IoUs are 1/2 and 10/11, or 11/21 and 11/12 with the last pixel.
     boxes = torch.tensor([[[0., 0., 10., 10.], [0., 0., 10., 20.],
                            [0., 0., 10., 11.]]])
     scores = torch.tensor([[0.9, 0.8, 0.7]])
