@@ -26,16 +26,18 @@ def anchors(image_size, scale=4.0, pairs=PAIRS, octaves=3, max_level=7):
     boxes = []
     for height, width in feature_sizes(image_size, max_level):
         stride_y, stride_x = image_size[0] / height, image_size[1] / width
+        half = []
+        for octave in range(octaves):
+            for aspect_x, aspect_y in pairs:
+                base = scale * 2**(octave / octaves)
+                half.append((base * stride_y * aspect_y / 2,
+                             base * stride_x * aspect_x / 2))
         for y in np.arange(stride_y / 2, image_size[0], stride_y):
             for x in np.arange(stride_x / 2, image_size[1], stride_x):
-                for octave in range(octaves):
-                    for aspect_x, aspect_y in pairs:
-                        base = scale * 2**(octave / octaves)
-                        half_y = base * stride_y * aspect_y / 2
-                        half_x = base * stride_x * aspect_x / 2
-                        boxes.append(
-                            (y - half_y, x - half_x, y + half_y, x + half_x))
-    return np.array(boxes).astype(np.float32).astype(np.float64)
+                boxes.append(
+                    np.hstack([(y, x) - np.array(half),
+                               (y, x) + np.array(half)]))
+    return np.concatenate(boxes).astype(np.float32).astype(np.float64)
 
 
 def encode(boxes, priors):
@@ -68,20 +70,16 @@ def pairwise_iou(boxes, priors):
 
 def match(boxes, priors):
     """Index of the box that each anchor has to predict, or -1."""
-    matches = np.full(len(priors), -1)
     if len(boxes) == 0:
-        return matches
+        return np.full(len(priors), -1)
     iou = pairwise_iou(boxes, priors)
-    for a in range(len(priors)):
-        best = np.argmax(iou[:, a])  # of equal ones, the first box
-        if iou[best, a] >= 0.5:
-            matches[a] = best
-    forced = {}
-    for g in range(len(boxes)):
-        best = np.argmax(iou[g])  # of equal ones, the first anchor
-        forced.setdefault(best, g)  # the first box keeps it
-    for a, g in forced.items():
-        matches[a] = g
+    # argmax takes the first of equal ones, be they boxes or anchors.
+    matches = np.where(iou.max(0) >= 0.5, iou.argmax(0), -1)
+    forced = set()
+    for g, a in enumerate(iou.argmax(1)):
+        if a not in forced:
+            matches[a] = g
+            forced.add(a)
     return matches
 
 
@@ -90,10 +88,9 @@ def targets(boxes, labels, priors, num_classes):
     matches = match(boxes, priors)
     classes = np.zeros((len(priors), num_classes))
     codes = np.zeros((len(priors), 4))
-    for a, g in enumerate(matches):
-        if g >= 0:
-            classes[a, labels[g]] = 1
-            codes[a] = encode(boxes[g], priors[a])
+    for a in np.flatnonzero(matches >= 0):
+        classes[a, labels[matches[a]]] = 1
+        codes[a] = encode(boxes[matches[a]], priors[a])
     return classes, codes, int((matches >= 0).sum())
 
 
@@ -118,6 +115,7 @@ def mixed_batch(image_size, num_classes):
     rng = np.random.default_rng(0)
     corner = rng.uniform(-9, min(image_size) - 9, (25, 2))
     many = np.hstack([corner, corner + rng.uniform(1, 90, (25, 2))])
+    many = many.astype(np.float32).astype(np.float64)
     boxes = [
         np.array(special, dtype=float), many[:1],
         np.zeros((0, 4)), many,

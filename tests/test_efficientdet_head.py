@@ -204,8 +204,8 @@ def test_official_huber_literals(error, expected, slope):
     (1, ((1, 1), (2, 0.5), (0.5, 2))),
 ])
 def test_losses_and_gradients_equal_the_official_formulas(
-        image_size, num_classes, octaves, pairs):
-    """A mixed batch, with a crowd, in float64.
+        monkeypatch, image_size, num_classes, octaves, pairs):
+    """A mixed batch, with a crowd, all in float64.
 
     With the second anchors there are ties, exact halves and zero targets. Of
     an input of 64x256, the two upper levels have one row.
@@ -217,6 +217,10 @@ def test_losses_and_gradients_equal_the_official_formulas(
             type='mmdet_efficientdet.AnchorGenerator',
             scales_per_octave=octaves,
             aspect_pairs=pairs))
+    single = head.prior_generator.grid_priors
+    monkeypatch.setattr(
+        head.prior_generator, 'grid_priors',
+        lambda *args, **kwargs: [x.double() for x in single(*args, **kwargs)])
     batch = official.mixed_batch(image_size, num_classes)
     cls_scores, bbox_preds = ([
         torch.randn(len(batch), *x.shape[1:], dtype=torch.double) * 3
@@ -239,17 +243,15 @@ def test_losses_and_gradients_equal_the_official_formulas(
         numpy(cls_scores, num_classes),
         numpy(bbox_preds, 4)[..., YX], batch,
         official.anchors(image_size, pairs=pairs, octaves=octaves))
-    # Targets are computed in float32, which class and box loss share.
     assert loss['loss_cls'].item() == pytest.approx(expected[0], rel=1e-12)
-    assert loss['loss_bbox'].item() == pytest.approx(expected[1], rel=1e-6)
+    assert loss['loss_bbox'].item() == pytest.approx(expected[1], rel=1e-12)
     for name, maps, width, grad in (('loss_cls', cls_scores, num_classes,
                                      expected[2]),
                                     ('loss_bbox', bbox_preds, 4,
                                      expected[3][..., YX])):
         got = numpy(torch.autograd.grad(loss[name], maps), width)
-        tolerance = 1e-12 if name == 'loss_cls' else 1e-6
         np.testing.assert_allclose(
-            got, grad, rtol=0, atol=tolerance * np.abs(grad).max())
+            got, grad, rtol=0, atol=1e-12 * np.abs(grad).max())
 
 
 def test_losses_equal_effdet():
