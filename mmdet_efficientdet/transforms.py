@@ -13,11 +13,10 @@ class ResizeCrop(BaseTransform):
     """Resizes by a random factor, keeping the ratio, and crops at random.
 
     The image is enlarged or reduced to fit ``ratio * image_size``, sizes
-    computed in float32 and cut off, interpolated bilinearly in float32 with
-    half-pixel centres and without antialiasing, and cropped to at most
-    ``image_size`` at an offset that is drawn for each axis. The preprocessor
-    pads. Boxes are clipped to ``[0, side - 1]``, and those without an area
-    are removed.
+    computed in float32 and cut off, interpolated bilinearly in float32
+    without antialiasing, and cropped to at most ``image_size`` at an offset
+    that is drawn for each axis. The preprocessor pads. Boxes are clipped to
+    ``[0, side - 1]``, and those without an area are removed.
 
     For testing, ``ratio_range=(1, 1)`` makes the image fit, and the
     ``scale_factor`` is one scalar for both axes, by which predicted boxes are
@@ -36,6 +35,12 @@ class ResizeCrop(BaseTransform):
             width), in pixels.
         ratio_range (tuple[float]): Range of the factor. Defaults to (0.1,
             2.0), the official scale jitter.
+        half_pixel_centers (bool): Pixel ``i`` of the result shows the
+            original at ``(i + 0.5) * in / out - 0.5``, as in today's official
+            code, OpenCV and PyTorch. With False it shows ``i * in / out``, as
+            TensorFlow 1's ``resize_images`` did, which the official code used
+            until July 2020; contents then lie ``0.5 * (1 - out / in)`` pixels
+            further to the lower right. Defaults to True.
 
     Raises:
         ValueError: If an argument is out of range, or the pipeline loads
@@ -45,7 +50,8 @@ class ResizeCrop(BaseTransform):
     def __init__(
         self,
         image_size: Union[int, Tuple[int, int]],
-        ratio_range: Tuple[float, float] = (0.1, 2.0)
+        ratio_range: Tuple[float, float] = (0.1, 2.0),
+        half_pixel_centers: bool = True,
     ) -> None:
         pair = isinstance(image_size, (list, tuple))
         sides = tuple(image_size) if pair else (image_size, ) * 2
@@ -58,6 +64,7 @@ class ResizeCrop(BaseTransform):
                              '(low, high) with 0 < low <= high')
         self.image_size = sides
         self.ratio_range = tuple(ratio_range)
+        self.half_pixel_centers = half_pixel_centers
 
     def transform(self, results: dict) -> Optional[dict]:
         """Resizes and crops the image and its boxes."""
@@ -75,8 +82,11 @@ class ResizeCrop(BaseTransform):
             int(max(0, n - side) * random.uniform())
             for n, side in zip(scaled, self.image_size)
         ]
-        image = mmcv.imresize(
-            results['img'].astype(np.float32), scaled[::-1], backend='cv2')
+        image = results['img'].astype(np.float32)
+        if self.half_pixel_centers:
+            image = mmcv.imresize(image, scaled[::-1], backend='cv2')
+        else:
+            image = resize_from_corner(image, scaled)
         (top, left), (height, width) = offset, self.image_size
         image = image[top:top + height, left:left + width]
         results['img'] = np.ascontiguousarray(image)
@@ -102,7 +112,8 @@ class ResizeCrop(BaseTransform):
 
     def __repr__(self) -> str:
         return (f'{type(self).__name__}(image_size={self.image_size}, '
-                f'ratio_range={self.ratio_range})')
+                f'ratio_range={self.ratio_range}, '
+                f'half_pixel_centers={self.half_pixel_centers})')
 
 
 def scaled_size(shape: Tuple[int, int],
@@ -125,3 +136,25 @@ def scaled_size(shape: Tuple[int, int],
     target = (np.float32(ratio) * np.float32(image_size)).astype(np.int32)
     scale = np.min(target.astype(np.float32) / shape)
     return scale, tuple(max(1, int(n)) for n in shape * scale)
+
+
+def resize_from_corner(image: np.ndarray, size: Tuple[int,
+                                                      int]) -> np.ndarray:
+    """Bilinear resizing between the pixels' corners instead of centres.
+
+    This is TensorFlow's ``resize_bilinear`` with ``half_pixel_centers=False``
+    and ``align_corners=False``, which OpenCV and PyTorch do not have.
+
+    Args:
+        image (np.ndarray): float32 ``(H, W, ...)``.
+        size (tuple[int]): New height and width.
+    """
+    for axis, (old, new) in enumerate(zip(image.shape, size)):
+        place = np.arange(new, dtype=np.float32) * np.float32(old / new)
+        low = place.astype(int)
+        weight = (place - low).astype(np.float32)
+        weight = weight.reshape(-1, *[1] * (image.ndim - axis - 1))
+        first = image.take(low, axis)
+        second = image.take(np.minimum(low + 1, old - 1), axis)
+        image = first + (second - first) * weight
+    return image

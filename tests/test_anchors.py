@@ -1,7 +1,8 @@
-"""Anchors, box coding and targets against slow float64 transcriptions."""
+"""Anchors, box coding and targets against the official formulas."""
 import math
 
 import numpy as np
+import official_numpy as official
 import pytest
 import torch
 from effdet.anchors import AnchorLabeler, Anchors, decode_box_outputs
@@ -11,13 +12,16 @@ from effdet.object_detection import (ArgMaxMatcher, BoxList,
 from effdet_reference import anchors as effdet_anchors
 from mmdet.registry import TASK_UTILS
 from mmdet.structures.bbox import HorizontalBoxes
+from official_numpy import YX, feature_sizes
 
 from mmdet_efficientdet.models.anchors import (AnchorBoxCoder, AnchorGenerator,
                                                anchor_targets, match_anchors)
 
 ROOT2 = math.sqrt(2)
-PUBLISHED = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
+PUBLISHED = official.PAIRS
 EQUAL_AREA = ((1.0, 1.0), (ROOT2, 1 / ROOT2), (1 / ROOT2, ROOT2))
+# With these the anchors' corners are integers, and equal IoUs really equal.
+INTEGER = dict(octaves=1, pairs=((1, 1), (2, 0.5), (0.5, 2)))
 # Anchors (y1, x1, y2, x2) of the first cell of D0, by index.
 GOLDEN = {
     PUBLISHED: {
@@ -39,39 +43,11 @@ GOLDEN = {
 }
 
 
-def feature_sizes(image_size, max_level=7):
-    """Sizes of levels 3 to max_level: halved upwards, level by level."""
-    sizes = [tuple(image_size)]
-    for _ in range(max_level):
-        sizes.append(tuple(-(-n // 2) for n in sizes[-1]))
-    return sizes[3:]
-
-
 def make(image_size, max_level=7, **kwargs):
     """The anchors of all levels in one tensor."""
     return torch.cat(
         AnchorGenerator(**kwargs).grid_priors(
             feature_sizes(image_size, max_level), image_size))
-
-
-def transcription(image_size, scale=4.0, pairs=PUBLISHED, max_level=7):
-    """The official loops, in float64, as (x1, y1, x2, y2)."""
-    levels = []
-    for height, width in feature_sizes(image_size, max_level):
-        stride_y, stride_x = image_size[0] / height, image_size[1] / width
-        boxes = []
-        for y in np.arange(stride_y / 2, image_size[0], stride_y):
-            for x in np.arange(stride_x / 2, image_size[1], stride_x):
-                for octave in range(3):
-                    for aspect_x, aspect_y in pairs:
-                        base = scale * 2**(octave / 3)
-                        half_x = base * stride_x * aspect_x / 2
-                        half_y = base * stride_y * aspect_y / 2
-                        boxes.append(
-                            (x - half_x, y - half_y, x + half_x, y + half_y))
-        assert len(boxes) == height * width * 9
-        levels += boxes
-    return np.array(levels)
 
 
 @pytest.mark.parametrize('pairs', GOLDEN)
@@ -151,9 +127,9 @@ def test_stride_of_the_last_level(side, cells, stride):
     ((448, 320), dict(scale=3.0, pairs=EQUAL_AREA)),
     ((256, 384), dict(scale=5.0, max_level=8)),
 ])
-def test_transcription(image_size, kwargs):
+def test_anchors_equal_the_official_loops(image_size, kwargs):
     """Level, row, column, octave, aspect: the order of the official loops."""
-    expected = transcription(image_size, **kwargs)
+    expected = official.anchors(image_size, **kwargs)[:, YX]
     anchors = make(
         image_size,
         kwargs.get('max_level', 7),
@@ -269,6 +245,19 @@ def test_decode_has_no_limits():
         10 * math.exp(-7), rel=1e-3)
 
 
+def test_coder_equals_the_official_formulas():
+    """In float64, but for the order of the coordinates, to rounding."""
+    boxes, anchors = (random_boxes(300, n).double() for n in (0, 1))
+    boxes[:3, 2:] = boxes[:3, :2]  # without area
+    codes = AnchorBoxCoder().encode(anchors, boxes)
+    expected = official.encode(boxes.numpy()[:, YX], anchors.numpy()[:, YX])
+    np.testing.assert_allclose(codes, expected[:, YX], rtol=1e-12, atol=1e-12)
+    codes = torch.randn(300, 4, dtype=torch.double) * 3
+    expected = official.decode(codes.numpy()[:, YX], anchors.numpy()[:, YX])
+    decoded = AnchorBoxCoder().decode(anchors, codes)
+    np.testing.assert_allclose(decoded, expected[:, YX], rtol=1e-11)
+
+
 def test_coder_equals_effdet():
     """The official coder, but for the order of the coordinates."""
     swap = [1, 0, 3, 2]
@@ -293,39 +282,6 @@ def test_boxes_without_area_are_coded():
     deltas = AnchorBoxCoder().encode(anchor, box)[0].tolist()
     size = math.log(1e-8 / 8)
     assert deltas == pytest.approx([0, 0, size, size], rel=1e-5)
-
-
-def slow_matches(anchors, boxes):
-    """The official matching, one anchor and one box at a time."""
-    matches = np.full(len(anchors), -1)
-    if len(boxes) == 0:
-        return matches
-    iou = np.zeros((len(boxes), len(anchors)))
-    for g, (x1, y1, x2, y2) in enumerate(np.float64(boxes)):
-        for a, (u1, v1, u2, v2) in enumerate(np.float64(anchors)):
-            inter = max(0,
-                        min(x2, u2) - max(x1, u1)) * max(
-                            0,
-                            min(y2, v2) - max(y1, v1))
-            union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter
-            iou[g, a] = inter / union
-    for a in range(len(anchors)):
-        best = 0
-        for g in range(len(boxes)):
-            if iou[g, a] > iou[best, a]:
-                best = g
-        if iou[best, a] >= 0.5:
-            matches[a] = best
-    taken = set()
-    for g in range(len(boxes)):
-        best = 0
-        for a in range(len(anchors)):
-            if iou[g, a] > iou[g, best]:
-                best = a
-        if best not in taken:
-            matches[best] = g
-            taken.add(best)
-    return matches
 
 
 def grid_boxes(rng, num, grid):
@@ -366,7 +322,7 @@ def match(anchors, batch):
     return match_anchors(torch.as_tensor(anchors), boxes, valid)
 
 
-def test_matches_equal_the_slow_loop():
+def test_matches_equal_the_official_loop():
     """Hundreds of batches with many ties, image by image."""
     ties = forced = background = 0
     for seed in range(300):
@@ -374,7 +330,7 @@ def test_matches_equal_the_slow_loop():
         matches = match(anchors, batch).numpy()
         assert matches.shape == (len(batch), len(anchors))
         for image, boxes in zip(matches, batch):
-            expected = slow_matches(anchors, boxes)
+            expected = official.match(boxes, anchors)
             np.testing.assert_array_equal(image, expected, f'seed {seed}')
             background += (expected < 0).sum()
             forced += len(boxes) > 2 and 2 in expected
@@ -428,7 +384,7 @@ def test_match_literals(anchors, boxes, expected):
     """Every rule once, by hand."""
     anchors, boxes = np.float32(anchors), np.float32(boxes)
     assert match(anchors, [boxes])[0].tolist() == expected
-    assert slow_matches(anchors, boxes).tolist() == expected
+    assert official.match(boxes, anchors).tolist() == expected
 
 
 def test_no_boxes_at_all():
@@ -468,28 +424,46 @@ def test_targets_of_a_batch_are_those_of_its_images():
     assert [int(image[2]) > 0 for image in single] == [n > 0 for n in numbers]
 
 
-def test_targets_follow_the_matches():
-    """Labels and deltas are those of the matched box, or background."""
-    # Integer corners, so that float32 has the same ties as float64.
-    anchors = make((128, 128),
-                   scales_per_octave=1,
-                   aspect_pairs=((1, 1), (2, .5), (.5, 2)))
-    boxes = random_boxes(20, 2).round()
-    labels = torch.randint(7, (20, ))
-    got_labels, got_deltas, num_positive = targets([boxes], [labels], anchors)
-    matches = slow_matches(anchors.numpy(), boxes.numpy())
-    assert (matches >= 0).sum() == num_positive > 20
-    for label, delta, anchor, index in zip(got_labels[0], got_deltas[0],
-                                           anchors.double().numpy(), matches):
-        if index < 0:
-            assert label == 7 and not delta.any()
-            continue
-        box = boxes[index].double().numpy()
-        side, anchor_side = box[2:] - box[:2], anchor[2:] - anchor[:2]
-        offset = (box[:2] + box[2:] - anchor[:2] - anchor[2:]) / 2
-        expected = [*(offset / anchor_side), *np.log(side / anchor_side)]
-        assert label == labels[index]
-        assert delta.tolist() == pytest.approx(expected, abs=2e-5)
+@pytest.mark.parametrize('image_size', [(128, 192), (64, 256), (128, 64),
+                                        (97, 131)])
+@pytest.mark.parametrize('kwargs', [{}, INTEGER])
+def test_targets_equal_the_official_formulas(image_size, kwargs):
+    """Labels, codes and number of positives of a mixed batch, in float64.
+
+    Of an input of 64x256, the two upper levels have one row.
+    """
+    priors = official.anchors(image_size, **kwargs)
+    batch = official.mixed_batch(image_size, num_classes=7)
+    labels, deltas, num_positive = targets(
+        [torch.from_numpy(boxes[:, YX]) for boxes, _ in batch],
+        [torch.from_numpy(labels) for _, labels in batch],
+        torch.from_numpy(priors[:, YX]))
+    count = 0
+    for i, image in enumerate(batch):
+        classes, codes, positives = official.targets(*image, priors, 7)
+        one_hot = torch.nn.functional.one_hot(labels[i], 8)[:, :7]
+        np.testing.assert_array_equal(one_hot, classes)
+        np.testing.assert_allclose(
+            deltas[i], codes[:, YX], rtol=1e-12, atol=1e-14)
+        count += positives
+    assert num_positive == count
+
+
+def test_mixed_batch_is_mixed():
+    """What the batch claims to contain really occurs."""
+    priors = official.anchors((128, 192), **INTEGER)
+    batch = official.mixed_batch((128, 192), num_classes=7)
+    assert {len(boxes) for boxes, _ in batch} >= {0, 1}
+    boxes = batch[0][0]
+    iou = official.pairwise_iou(boxes, priors)
+    matches = official.match(boxes, priors)
+    best = iou.max(0)
+    assert ((best == 0.5) & (matches >= 0)).any()
+    assert ((best < 0.5) & (matches >= 0)).sum() > 1  # forced
+    assert ((iou == best).sum(0)[best >= 0.5] > 1).any()  # boxes tie
+    assert ((iou == iou.max(1, keepdims=True)).sum(1) > 1).any()  # anchors
+    assert len(np.unique(iou.argmax(1))) < len(boxes)  # claim the same
+    assert (iou == 1).any() and (iou.max(1) == 0).any()
 
 
 def test_targets_equal_effdet():

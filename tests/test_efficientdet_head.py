@@ -1,7 +1,8 @@
-"""The head's nets, initialisers and losses against literals and effdet."""
+"""The head's nets and losses against literals, formulas and effdet."""
 import math
 
 import numpy as np
+import official_numpy as official
 import pytest
 import torch
 from effdet.anchors import AnchorLabeler, Anchors
@@ -9,11 +10,12 @@ from effdet.loss import loss_fn
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
+from official_numpy import YX
 from torch import nn
 
 from mmdet_efficientdet.models.efficientdet_head import EfficientDetHead
 
-PAIRS = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
+PAIRS = official.PAIRS
 # Deviations of the kernels by width: depthwise, pointwise.
 DEVIATIONS = {
     64: (0.04167, 0.125),
@@ -34,10 +36,7 @@ SQUARES = dict(
 
 
 def feature_sizes(image_size, num_levels=5):
-    sizes = [tuple(image_size)]
-    for _ in range(2 + num_levels):
-        sizes.append(tuple(-(-n // 2) for n in sizes[-1]))
-    return sizes[3:]
+    return official.feature_sizes(image_size, num_levels + 2)
 
 
 def make_feats(channels, image_size, num_levels=5, batch=1):
@@ -151,48 +150,6 @@ def test_huber_terms(error, expected):
         50 * expected / 8, rel=2e-4, abs=1e-7)
 
 
-def test_normaliser_is_that_of_the_batch():
-    """Images share one divisor: all positives of the batch plus 1."""
-    head = EfficientDetHead(3, 4)
-    images = [
-        truth([(10, 10, 60, 70), (30, 20, 110, 120)], [0, 2]),
-        truth(),
-        truth([(5, 5, 9, 9)], [1]),
-    ]
-    outs = [[torch.randn(3, *x.shape[1:]) for x in maps]
-            for maps in outputs(head, (128, 128))]
-    whole = losses(head, outs, images, (128, 128))
-    sums = dict(loss_cls=0, loss_bbox=0)
-    positives = []
-    anchors = torch.cat(
-        head.prior_generator.grid_priors(
-            feature_sizes((128, 128)), (128, 128)))
-    for i, image in enumerate(images):
-        single = [[x[i:i + 1] for x in maps] for maps in outs]
-        num = count_positives(anchors.numpy(), image.bboxes.numpy())
-        loss = losses(head, single, [image], (128, 128))
-        for key in sums:
-            sums[key] += loss[key] * (num + 1)
-        positives.append(num)
-    assert positives[0] > 2 and positives[1:] == [0, 1]
-    for key, value in sums.items():
-        torch.testing.assert_close(whole[key], value / (sum(positives) + 1))
-
-
-def count_positives(anchors, boxes):
-    """Anchors with an IoU of 0.5, and one for each box without any."""
-    if not len(boxes):
-        return 0
-    start = np.maximum(anchors[:, None, :2], boxes[:, :2])
-    end = np.minimum(anchors[:, None, 2:], boxes[:, 2:])
-    inter = np.clip(end - start, 0, None).prod(-1)
-    areas = [(b[..., 2:] - b[..., :2]).prod(-1) for b in (anchors, boxes)]
-    iou = inter / (areas[0][:, None] + areas[1] - inter)
-    positive = iou.max(1) >= 0.5
-    positive[iou.argmax(0)] = True
-    return int(positive.sum())
-
-
 def test_targets_of_zero_cost_nothing():
     """The mask is by value: a coordinate that fits exactly is left out."""
     head = EfficientDetHead(3, 4, num_levels=2, anchor_generator=SQUARES)
@@ -209,10 +166,97 @@ def test_targets_of_zero_cost_nothing():
     assert not bbox_preds[1].grad.any()
 
 
-@pytest.mark.parametrize('num_classes', [1, 90])
-def test_losses_equal_effdet(num_classes):
+@pytest.mark.parametrize('logit, y, expected', [
+    (PRIOR, 0, NEGATIVE),
+    (PRIOR, 1, POSITIVE),
+    (0.0, 1, 0.25 * 0.5**1.5 * math.log(2)),
+    (-800.0, 1, 200.0),
+    (800.0, 1, 0.0),
+])
+def test_official_focal_literals(logit, y, expected):
+    """The transcription is right itself, and its slopes are."""
+    assert official.focal(np.float64(logit), y)[0] == pytest.approx(
+        expected, rel=1e-6)
+    x, step = np.linspace(-30, 30, 121), 1e-6
+    for label in (0, 1):
+        above, below = (
+            official.focal(x + d, label)[0] for d in (step, -step))
+        np.testing.assert_allclose(
+            official.focal(x, label)[1], (above - below) / (2 * step),
+            rtol=1e-6,
+            atol=1e-8)
+
+
+@pytest.mark.parametrize('error, expected, slope', [
+    (0.05, 0.00125, 0.05),
+    (0.1, 0.005, 0.1),
+    (-1.0, 0.095, -0.1),
+])
+def test_official_huber_literals(error, expected, slope):
+    """The transcription is right itself."""
+    assert official.huber(error) == pytest.approx((expected, slope))
+
+
+@pytest.mark.parametrize('image_size', [(128, 192), (64, 256), (97, 131)])
+@pytest.mark.parametrize('num_classes', [1, 5])
+@pytest.mark.parametrize('octaves, pairs', [
+    (3, PAIRS),
+    (1, ((1, 1), (2, 0.5), (0.5, 2))),
+])
+def test_losses_and_gradients_equal_the_official_formulas(
+        monkeypatch, image_size, num_classes, octaves, pairs):
+    """A mixed batch, with a crowd, all in float64.
+
+    With the second anchors there are ties, exact halves and zero targets. Of
+    an input of 64x256, the two upper levels have one row.
+    """
+    head = EfficientDetHead(
+        num_classes,
+        4,
+        anchor_generator=dict(
+            type='mmdet_efficientdet.AnchorGenerator',
+            scales_per_octave=octaves,
+            aspect_pairs=pairs))
+    single = head.prior_generator.grid_priors
+    monkeypatch.setattr(
+        head.prior_generator, 'grid_priors',
+        lambda *args, **kwargs: [x.double() for x in single(*args, **kwargs)])
+    batch = official.mixed_batch(image_size, num_classes)
+    cls_scores, bbox_preds = ([
+        torch.randn(len(batch), *x.shape[1:], dtype=torch.double) * 3
+        for x in maps
+    ] for maps in outputs(head, image_size))
+    for x in (*cls_scores, *bbox_preds):
+        x.requires_grad_()
+    metas = [dict(batch_input_shape=image_size)] * len(batch)
+    loss = head.loss_by_feat(
+        cls_scores,
+        bbox_preds,
+        [truth(boxes[:, YX].tolist(), labels) for boxes, labels in batch],
+        metas,
+        batch_gt_instances_ignore=[truth([(8, 8, 90, 60)])] * len(batch))
+
+    def numpy(maps, width):
+        return flat([x.detach() for x in maps], width).numpy()
+
+    expected = official.losses(
+        numpy(cls_scores, num_classes),
+        numpy(bbox_preds, 4)[..., YX], batch,
+        official.anchors(image_size, pairs=pairs, octaves=octaves))
+    assert loss['loss_cls'].item() == pytest.approx(expected[0], rel=1e-12)
+    assert loss['loss_bbox'].item() == pytest.approx(expected[1], rel=1e-12)
+    for name, maps, width, grad in (('loss_cls', cls_scores, num_classes,
+                                     expected[2]),
+                                    ('loss_bbox', bbox_preds, 4,
+                                     expected[3][..., YX])):
+        got = numpy(torch.autograd.grad(loss[name], maps), width)
+        np.testing.assert_allclose(
+            got, grad, rtol=0, atol=1e-12 * np.abs(grad).max())
+
+
+def test_losses_equal_effdet():
     """effdet's loss of random outputs and boxes, with its gradients."""
-    size, swap = (128, 192), [1, 0, 3, 2]
+    size, swap, num_classes = (128, 192), [1, 0, 3, 2], 90
     head = EfficientDetHead(num_classes, 4)
     outs = [[torch.randn(3, *x.shape[1:]).requires_grad_() for x in maps]
             for maps in outputs(head, size)]

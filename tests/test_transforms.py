@@ -1,5 +1,6 @@
 """Resizing, cropping and padding against the official rules."""
 import numpy as np
+import official_numpy as official
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,23 @@ from mmdet.structures.bbox import HorizontalBoxes
 from mmdet_efficientdet.transforms import ResizeCrop, scaled_size
 
 FIT = (1.0, 1.0)
+# An image and what TensorFlow 2.15 makes of it, half-pixel and legacy:
+# tf.image.resize and tf.compat.v1.image.resize_images.
+GRAY = [[0, 10, 40, 90], [100, 0, 50, 20], [7, 8, 9, 250]]
+RESIZED = {
+    (5, True): [[0.0, 5.0, 15.0, 35.0, 65.0, 90.0],
+                [40.0, 23.0, 12.333, 37.667, 53.0, 62.0],
+                [100.0, 50.0, 8.333, 41.667, 35.0, 20.0],
+                [44.2, 24.5, 8.233, 21.967, 91.7, 158.0],
+                [7.0, 7.5, 8.167, 8.833, 129.5, 250.0]],
+    (5, False): [[0.0, 6.667, 20.0, 40.0, 73.333, 90.0],
+                 [60.0, 22.667, 18.0, 46.0, 47.333, 48.0],
+                 [81.4, 28.2, 15.0, 41.8, 57.933, 66.0],
+                 [25.6, 12.8, 10.0, 17.2, 141.733, 204.0],
+                 [7.0, 7.667, 8.333, 9.0, 169.667, 250.0]],
+    (2, True): [[16.25, 57.5], [18.125, 105.875]],
+    (2, False): [[0.0, 40.0], [53.5, 29.5]],
+}
 
 
 def sample(height, width, boxes=(), labels=None, flags=None, **extra):
@@ -62,22 +80,18 @@ def test_scaled_size_is_one_short(side, sides):
 
 
 def test_scaled_size_rule():
-    """int(size * min(target / size)) in float32 scalars, axis by axis."""
+    """Of random sizes, float64 would cut off some differently."""
     rng = np.random.default_rng(0)
     differ = 0
     for height, width, top, left in rng.integers(20, 1500, (2000, 4)):
         ratio = rng.uniform(0.1, 2.0)
         target = [int(np.float32(ratio) * np.float32(n)) for n in (top, left)]
-        scale = min(
-            np.float32(target[0]) / np.float32(height),
-            np.float32(target[1]) / np.float32(width))
-        expected = [
-            max(1, int(np.float32(n) * scale)) for n in (height, width)
-        ]
+        scale, expected = official.scaled_size((height, width), target)
+        expected = tuple(max(1, n) for n in expected)
         got = scaled_size((height, width), (top, left), ratio)
-        assert got == (scale, tuple(expected))
+        assert got == (scale, expected)
         exact = min(target[0] / height, target[1] / width)
-        differ += expected != [int(n * exact) for n in (height, width)]
+        differ += expected != (int(height * exact), int(width * exact))
     assert differ > 20
 
 
@@ -93,6 +107,22 @@ def test_ratio_multiplies_the_target(ratio, expected):
     assert scaled_size((256, 256), (512, 512), ratio)[1] == expected
 
 
+@pytest.mark.parametrize('side, half_pixel_centers', RESIZED)
+def test_pixels_of_tensorflow(side, half_pixel_centers):
+    """Both conventions, enlarging and reducing, to TensorFlow's values."""
+    image = np.uint8(GRAY)[..., None].repeat(3, -1)
+    transform = ResizeCrop((side, 10), FIT, half_pixel_centers)
+    assert f'half_pixel_centers={half_pixel_centers}' in repr(transform)
+    expected = np.array(RESIZED[side, half_pixel_centers])[..., None]
+    out = transform(dict(img=image))['img']
+    assert out.dtype == np.float32 and out.flags['C_CONTIGUOUS']
+    np.testing.assert_allclose(out, expected.repeat(3, -1), atol=1e-3)
+    # The literals bear out the transcription of the other tests, too.
+    again = official.resize(image, expected.shape[:2], half_pixel_centers)
+    np.testing.assert_allclose(again, expected.repeat(3, -1), atol=1e-3)
+
+
+@pytest.mark.parametrize('half_pixel_centers', [True, False])
 @pytest.mark.parametrize('shape, side', [
     ((40, 60), 97),
     ((120, 90), 64),
@@ -100,19 +130,26 @@ def test_ratio_multiplies_the_target(ratio, expected):
     ((50, 50), 50),
     ((33, 7), 128),
 ])
-def test_pixels(shape, side):
-    """Bilinear with half-pixel centres, in float32, without antialiasing."""
+def test_pixels(shape, side, half_pixel_centers):
+    """Bilinear, in float32, without antialiasing."""
     results = sample(*shape)
-    image = torch.from_numpy(results['img']).permute(2, 0, 1)[None].float()
-    size = scaled_size(shape, (side, side))[1]
-    expected = F.interpolate(
-        image, size, mode='bilinear', align_corners=False, antialias=False)
-    out = ResizeCrop(side, FIT)(results)['img']
-    assert out.dtype == np.float32 and out.flags['C_CONTIGUOUS']
+    size = official.scaled_size(shape, (side, side))[1]
+    expected = official.resize(results['img'], size, half_pixel_centers)
+    out = ResizeCrop(side, FIT, half_pixel_centers)(results)['img']
     assert out.shape == (*size, 3) == (*results['img_shape'], 3)
-    np.testing.assert_allclose(
-        out, expected[0].permute(1, 2, 0).numpy(), atol=0.01)
+    np.testing.assert_allclose(out, expected, atol=0.01)
     assert side == 50 or (out % 1 > 0.01).any()
+
+
+def test_half_pixel_centers_by_default():
+    """As in the host, and in the official code of today."""
+    image = sample(40, 60)['img']
+    default, written, legacy = (
+        ResizeCrop(97, FIT, **kwargs)(dict(img=image))['img']
+        for kwargs in ({}, dict(half_pixel_centers=True),
+                       dict(half_pixel_centers=False)))
+    np.testing.assert_array_equal(default, written)
+    assert np.abs(default - legacy).max() > 10
 
 
 def test_crop_is_a_part_of_the_resized_image():
@@ -324,12 +361,15 @@ def test_bad_arguments_raise(kwargs, words):
         ResizeCrop(**{**dict(image_size=64), **kwargs})
 
 
-def preprocess(cfg, image, **changes):
-    """Runs a square image of 64 or less through pipeline and preprocessor."""
+def preprocess(cfg, image, half_pixel_centers=True, **changes):
+    """Runs an image through pipeline and preprocessor of 64x64 pixels."""
     results = dict(img=image, img_id=0, img_path='', ori_shape=image.shape[:2])
     for transform in (dict(
-            type='mmdet_efficientdet.ResizeCrop', image_size=64,
-            ratio_range=FIT), dict(type='PackDetInputs')):
+            type='mmdet_efficientdet.ResizeCrop',
+            image_size=64,
+            ratio_range=FIT,
+            half_pixel_centers=half_pixel_centers),
+                      dict(type='PackDetInputs')):
         results = TRANSFORMS.build(transform)(results)
     cfg = {**cfg, 'pad_size_divisor': 64, **changes}
     data = MODELS.build(cfg)(
@@ -340,6 +380,28 @@ def preprocess(cfg, image, **changes):
     meta = data['data_samples'][0].metainfo
     assert meta['batch_input_shape'] == (64, 64)
     return data['inputs'][0], meta
+
+
+@pytest.mark.parametrize('shape', [(40, 60), (171, 256), (150, 75)])
+@pytest.mark.parametrize('half_pixel_centers', [True, False])
+@pytest.mark.parametrize('name, mean, std', [
+    ('d0', (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    ('lite0', (127, 127, 127), (128, 128, 128)),
+])
+def test_inputs_equal_the_official_ones(model_cfg, shape, half_pixel_centers,
+                                        name, mean, std):
+    """From a loaded image to the padded input of the network.
+
+    The official code normalises first, then resizes, then pads.
+    """
+    image = np.random.randint(0, 256, (*shape, 3), dtype=np.uint8)
+    inputs, _ = preprocess(
+        model_cfg(name).data_preprocessor, image, half_pixel_centers)
+    expected = official.preprocess(image[..., ::-1], 64, mean, std,
+                                   half_pixel_centers)
+    assert (expected == 0).all(-1).any()
+    np.testing.assert_allclose(
+        inputs.permute(1, 2, 0), expected, rtol=0, atol=2e-4)
 
 
 def test_padding_is_zero(model_cfg):

@@ -6,7 +6,7 @@ them and suppresses within each class. None of the three functions branches on
 values or loops over classes, images or the boxes of an image; suppression is a
 loop of ``max_per_img`` steps.
 """
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ METHODS = ('soft_nms', 'nms')
 
 def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
     """Selects the strongest pairs of anchor and class of each image.
+
+    Of equal logits the lower class comes first, then the lower anchor, as the
+    official code has them after suppression; only if they are equal to the
+    weakest one that is kept, which of them are kept is up to ``topk``.
 
     Args:
         logits (Tensor): ``(N, A, K)``. An anchor may be selected for several
@@ -27,12 +31,16 @@ def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
         tuple[Tensor]: Logits, anchor indices and labels, each ``(N, num)``,
         best first.
     """
-    num_classes = logits.shape[-1]
+    num_anchors, num_classes = logits.shape[1:]
     logits = logits.flatten(1)
     if not 0 < num < logits.shape[1]:
         num = logits.shape[1]
     logits, index = logits.topk(num)
-    return logits, index // num_classes, index % num_classes
+    index, labels = index // num_classes, index % num_classes
+    # Sorted by rank among the different logits, then by label and anchor.
+    rank = (logits != logits.roll(1, 1)).cumsum(1)
+    order = ((rank * num_classes + labels) * num_anchors + index).argsort(1)
+    return logits, index.gather(1, order), labels.gather(1, order)
 
 
 def decode(bbox_preds: Tensor, anchors: Tensor, index: Tensor,
@@ -59,7 +67,8 @@ def suppress(bboxes: Tensor,
              type: str = 'soft_nms',
              sigma: float = 0.5,
              iou_threshold: float = 0.5,
-             min_score: float = 0.001) -> Tuple[Tensor, Tensor, Tensor]:
+             min_score: float = 0.001,
+             offset: Optional[int] = None) -> Tuple[Tensor, Tensor, Tensor]:
     """Suppresses boxes of the same class that overlap a stronger one.
 
     Repeatedly the strongest box of the image is taken, and those of its class
@@ -67,10 +76,9 @@ def suppress(bboxes: Tensor,
     gives the same boxes in the same order as suppressing class by class and
     then keeping the best, but ends after ``max_per_img`` steps, in each of
     which all boxes and images are handled at once. Classes are told apart by
-    label and not by shifting boxes, so coordinates may be anything.
-
-    IoU counts the last pixel (+1) in 'soft_nms', as the official NumPy code
-    does, and not in 'nms'.
+    label and not by shifting boxes, so coordinates may be anything. Of equal
+    scores the first is taken; the official loop shuffles its list, so that of
+    scores that have decayed to equal values it may take another.
 
     Args:
         bboxes (Tensor): ``(N, num, 4)``, xyxy pixels.
@@ -81,6 +89,10 @@ def suppress(bboxes: Tensor,
             then drops those below ``min_score``; 'nms' drops boxes with an
             IoU above ``iou_threshold``. Defaults to 'soft_nms'.
         sigma, iou_threshold, min_score (float): See ``type``.
+        offset (int, optional): 1 if IoU counts a box's last pixel, else 0.
+            Defaults to 1 for 'soft_nms', as in the official NumPy code, and
+            to 0 for 'nms', as in TensorFlow's operator; the official hard
+            suppression in NumPy has 1.
 
     Returns:
         tuple[Tensor]: Boxes ``(N, max, 4)``, scores and labels ``(N, max)``,
@@ -94,7 +106,8 @@ def suppress(bboxes: Tensor,
         raise ValueError(
             f'nms type {type!r} is unknown; write one of {METHODS}')
     soft = type == 'soft_nms'
-    offset = 1.0 if soft else 0.0
+    if offset is None:
+        offset = 1 if soft else 0
     x1, y1, x2, y2 = bboxes.unbind(-1)
     areas = (x2 - x1 + offset) * (y2 - y1 + offset)
     scores = scores.clone()
