@@ -105,14 +105,29 @@ def find(path: str) -> Tuple[PublishedFile, str]:
                          'behind #sha256=')
     entries = manifest()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, 5, 0.4)
+        near = _nearest(name)
         raise ValueError(
             f'{name!r} is no published file that is known here. '
-            f'{"Nearest are " if near else ""}{", ".join(near)}; all names '
-            f'stand in {Path(__file__).with_suffix(".yml")}')
+            f'{"Nearest are " + ", ".join(near) + ". " if near else ""}All '
+            f'names stand in {Path(__file__).with_suffix(".yml")}')
     if entries[name].unusable:
         raise ValueError(f'{name} cannot be used: {entries[name].unusable}')
     return entries[name], pin
+
+
+def _nearest(path: str) -> list:
+    """Names that differ little, in any scheme."""
+
+    def letters(path: str) -> str:
+        return re.sub('[^a-z0-9]', '', path.lower().partition('://')[2])
+
+    entries = {entry: letters(entry) for entry in manifest()}
+    near = difflib.get_close_matches(
+        letters(path), set(entries.values()), 5, 0.7)
+    return [
+        entry for match in near for entry, name in entries.items()
+        if name == match
+    ]
 
 
 def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
