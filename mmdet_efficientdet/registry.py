@@ -12,6 +12,8 @@ import warnings
 import mmdet.registry as mmdet_registry
 from mmengine.registry import Registry
 
+from . import checkpoints, published  # noqa: F401
+
 if not ((3, 10) <= sys.version_info[:2] <=
         (3, 12) and sys.platform == 'linux'):
     warnings.warn(

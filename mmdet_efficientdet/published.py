@@ -1,0 +1,346 @@
+"""Published weights by name, wherever mmengine takes a checkpoint.
+
+``effdet://tf_efficientdet_d0`` or ``automl://efficientdet-d0`` is downloaded
+to ``torch.hub.get_dir()/mmdet_efficientdet``, checked and converted to a
+checkpoint for the 80 classes of COCO. ``published.yml`` lists all names.
+
+With ``MMDET_EFFICIENTDET_WEIGHTS=/folder`` in the environment the files are
+taken from that folder, and nothing is downloaded. A file may be pinned:
+``automl://efficientdet-d2#sha256=<at least 8 digits>``.
+"""
+import difflib
+import gzip
+import hashlib
+import logging
+import os
+import re
+import zlib
+from dataclasses import dataclass, fields
+from functools import lru_cache, reduce
+from http.client import HTTPException
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+import yaml
+from filelock import FileLock
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
+from tqdm import tqdm
+
+from .scaling import scale_config
+from .utils import config_file
+
+VARIABLE = 'MMDET_EFFICIENTDET_WEIGHTS'
+TIMEOUT = 30  # seconds without a byte, after which the next mirror is tried
+_CHUNK = 1 << 18  # bytes
+_MAGIC = {'.pth': (b'PK', b'\x80'), '.h5': b'\x89HDF'}
+_GZIP = b'\x1f\x8b'
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One file of ``published.yml``, where the fields are explained."""
+    scheme: str
+    name: str
+    size: str
+    file: str
+    origin: str
+    addresses: Tuple[str, ...]
+    licence: str
+    mean: list
+    std: list
+    aspect_pairs: list
+    resize: str
+    how_sure: Dict[str, str]
+    pad_value: float = 0.0
+    image_size: Optional[int] = None
+    bytes: Optional[int] = None
+    sha256: str = ''
+    ap: Optional[float] = None
+    test_dev: Optional[float] = None
+    unusable: str = ''
+
+    @property
+    def path(self) -> str:
+        """What is written into a config."""
+        return f'{self.scheme}://{self.name}'
+
+    @property
+    def known_hash(self) -> str:
+        """SHA-256, or the start of it that its name ends with, or ''."""
+        short = re.search(r'-([0-9a-f]{8})\.pth$', self.file)
+        return self.sha256 or (short.group(1) if short else '')
+
+
+@lru_cache(maxsize=None)
+def manifest() -> Dict[str, PublishedFile]:
+    """All published files by ``scheme://name``."""
+    text = Path(__file__).with_suffix('.yml').read_text()
+    own = {field.name for field in fields(PublishedFile)}
+    entries = [
+        PublishedFile(
+            name=name,
+            **{key: group[key]
+               for key in own & group.keys()},
+            **file) for group in yaml.safe_load(text)
+        for name, file in group['files'].items()
+    ]
+    return {entry.path: entry for entry in entries}
+
+
+def find(path: str) -> Tuple[PublishedFile, str]:
+    """The file that a path names, and the hash to which it is pinned.
+
+    Raises:
+        ValueError: If the name is unknown, or its file cannot be used; the
+            message suggests the nearest names.
+    """
+    name, mark, pin = path.partition('#sha256=')
+    if mark and not re.fullmatch('[0-9a-f]{8,64}', pin):
+        raise ValueError(f'{path!r}: write 8 to 64 small hexadecimal digits '
+                         'behind #sha256=')
+    entries = manifest()
+    if name not in entries:
+        near = _nearest(name)
+        raise ValueError(
+            f'{name!r} is no published file that is known here. '
+            f'{"Nearest are " + ", ".join(near) + ". " if near else ""}All '
+            f'names stand in {Path(__file__).with_suffix(".yml")}')
+    if entries[name].unusable:
+        raise ValueError(f'{name} cannot be used: {entries[name].unusable}')
+    return entries[name], pin
+
+
+def _nearest(path: str) -> list:
+    """Names that differ little, in any scheme."""
+
+    def letters(path: str) -> str:
+        return re.sub('[^a-z0-9]', '', path.lower().partition('://')[2])
+
+    entries = {entry: letters(entry) for entry in manifest()}
+    near = difflib.get_close_matches(
+        letters(path), set(entries.values()), 5, 0.7)
+    return [
+        entry for match in near for entry, name in entries.items()
+        if name == match
+    ]
+
+
+def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
+    """Says what is wrong with a file, or '' if it is what was published.
+
+    Args:
+        path (Path): An existing file.
+        entry (PublishedFile): What it should be.
+        pin (str): Start of the SHA-256 that is asked for. Defaults to ''.
+    """
+    start, digest = b'', hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(_CHUNK):
+            start = start or chunk
+            digest.update(chunk)
+    size = path.stat().st_size
+    if not size:
+        return 'it is empty'
+    if start.lstrip()[:1] == b'<':
+        return 'it is a web page, not weights'
+    if entry.bytes and size != entry.bytes:
+        return f'it has {size} bytes instead of {entry.bytes}'
+    for known in (entry.known_hash, pin):
+        if not digest.hexdigest().startswith(known):
+            return (f'its SHA-256 is {digest.hexdigest()}, but should '
+                    f'{"be" if len(known) == 64 else "start with"} {known}')
+    suffix = Path(entry.file).suffix
+    if not start.startswith(_MAGIC.get(suffix, _GZIP)):
+        return 'it is in another format than its name says'
+    if suffix not in _MAGIC and not entry.known_hash:
+        try:
+            with gzip.open(path) as file:
+                while file.read(_CHUNK):
+                    pass
+        except (OSError, EOFError, zlib.error) as error:
+            return f'it is damaged or cut off ({error})'
+    return ''
+
+
+def fetch(entry: PublishedFile, pin: str = '') -> Path:
+    """Returns the checked file, downloaded if need be.
+
+    Several processes may ask for it at once; one of each machine downloads,
+    the others wait for it. There is no barrier, at which they would wait for
+    ever, should one fail.
+
+    Raises:
+        ValueError: If it cannot be had; the message lists every place that
+            was tried, with its reason.
+    """
+    folder = os.environ.get(VARIABLE)
+    if folder:
+        return _from_folder(Path(folder).expanduser(), entry, pin)
+    target = Path(torch.hub.get_dir(), 'mmdet_efficientdet', entry.file)
+    if target.is_file() and not find_problem(target, entry, pin):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f'{target}.lock'):
+            if not target.is_file() or find_problem(target, entry, pin):
+                _from_mirrors(entry, pin, target)
+    except OSError as error:
+        raise ValueError(
+            f'{entry.path}: cannot write {target} ({error}). Set TORCH_HOME '
+            f'to a folder for downloads, or {VARIABLE} to a folder with the '
+            'file') from error
+    return target
+
+
+def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
+    # The bare name belongs to the first of several files of the same name.
+    name = Path(entry.file).name
+    first = next(e for e in manifest().values() if Path(e.file).name == name)
+    places = [folder / entry.file, folder / name][:1 + (first == entry)]
+    for place in places:
+        if place.is_file():
+            problem = find_problem(place, entry, pin)
+            if problem:
+                raise ValueError(f'{entry.path}: {place} is not the published '
+                                 f'file: {problem}')
+            return place
+    raise ValueError('\n'.join([
+        f'{entry.path}: {VARIABLE} is set, so nothing is downloaded, but '
+        'there is no file', *[f'  {place}' for place in places],
+        'Put it there; it is published as',
+        *[f'  {address}{entry.file}' for address in entry.addresses]
+    ]))
+
+
+def _from_mirrors(entry: PublishedFile, pin: str, target: Path) -> None:
+    reasons = []
+    partial = target.with_name(f'{target.name}.{os.getpid()}.partial')
+    for mirror in entry.addresses:
+        address = mirror + entry.file
+        print_log(f'Downloading {address} to {target}', 'current')
+        try:
+            _download(address, partial)
+            problem = find_problem(partial, entry, pin)
+            if problem:
+                raise ValueError(problem)
+            os.replace(partial, target)
+            return
+        except (OSError, HTTPException, ValueError) as error:
+            reasons.append(f'  {address}: {error}')
+            print_log(f'Failed: {error}', 'current', logging.WARNING)
+        finally:
+            partial.unlink(missing_ok=True)
+    raise ValueError('\n'.join([
+        f'{entry.path} cannot be downloaded:', *reasons,
+        f'Without network, put {Path(entry.file).name} into a folder and set '
+        f'{VARIABLE} to that folder'
+    ]))
+
+
+def _download(address: str, target: Path) -> None:
+    """Writes what a server sends, all of it.
+
+    ``torch.hub`` has a function for this, which neither gives up on a silent
+    server nor notices a body that is cut off.
+    """
+    request = Request(address, headers={'User-Agent': 'mmdet_efficientdet'})
+    with urlopen(request, timeout=TIMEOUT) as response:
+        length = response.headers.get('Content-Length')
+        length = int(length) if length else None
+        with target.open('wb') as file, tqdm(
+                total=length, unit='B', unit_scale=True, disable=None) as bar:
+            while chunk := response.read(_CHUNK):
+                bar.update(file.write(chunk))
+    size = target.stat().st_size
+    if length is not None and size != length:
+        raise ValueError(f'cut off after {size} of {length} bytes')
+
+
+def config_of(entry: PublishedFile) -> Config:
+    """The shipped config of the size, changed to what this file wants."""
+    config = Config.fromfile(config_file(entry.size))
+    if entry.image_size:
+        scale_config(config, entry.size, entry.image_size)
+    config.merge_from_dict(_settings(entry))
+    return config
+
+
+def _settings(entry: PublishedFile) -> dict:
+    """Values that depend on the file, under their names in a config."""
+    preprocessor = 'model.data_preprocessor'
+    settings = {
+        f'{preprocessor}.mean': entry.mean,
+        f'{preprocessor}.std': entry.std,
+        'model.bbox_head.anchor_generator.aspect_pairs': entry.aspect_pairs
+    }
+    if entry.pad_value:
+        settings[f'{preprocessor}.pad_value'] = entry.pad_value
+    return settings
+
+
+def _log_differences(entry: PublishedFile) -> None:
+    """Names the settings that the shipped config of the size has not."""
+    shipped = Config.fromfile(config_file(entry.size))
+    options = []
+    for key, value in _settings(entry).items():
+        own = reduce(lambda node, part: node.get(part), key.split('.'),
+                     shipped)
+        if own is None or not np.array_equal(own, value):
+            options.append(f"'{key}={value}'".replace(' ', ''))
+    if options:
+        print_log(
+            f'{entry.path} was trained with other settings than the config '
+            f'of {entry.size} has. For its AP add to the command:\n'
+            f'  --cfg-options {" ".join(options)}', 'current', logging.WARNING)
+    if entry.image_size:
+        print_log(
+            f'{entry.path} was trained with inputs of {entry.image_size}: '
+            f"scale_config(_base_, '{entry.size}', "
+            f'image_size={entry.image_size})', 'current', logging.WARNING)
+
+
+@CheckpointLoader.register_scheme(prefixes=('effdet://', 'automl://'))
+def load_from_published(filename: str, map_location=None) -> dict:
+    """Loads published weights by name, as a checkpoint of our model.
+
+    Args:
+        filename (str): ``scheme://name``, with ``#sha256=...`` if pinned.
+        map_location (str, optional): Ignored; all tensors are on the CPU.
+
+    Returns:
+        dict: ``state_dict`` and ``meta``, for 80 classes, whose ``cfg`` has
+        the conventions of the file and whose ``published`` says where it
+        comes from.
+
+    Raises:
+        ValueError: If the name is unknown, or the file cannot be had or does
+            not fit the model.
+    """
+    from .conversion.convert import convert_file  # imports the models
+
+    entry, pin = find(filename)
+    path = fetch(entry, pin)
+    try:
+        checkpoint = convert_file(str(path), config_of(entry))
+    except ValueError as error:
+        raise ValueError(f'{entry.path}: {error}\nIf {path} is damaged, '
+                         'delete it and try again') from error
+    meta = checkpoint['meta']
+    meta['published'] = dict(
+        name=entry.path,
+        origin=entry.origin,
+        licence=entry.licence,
+        ap=entry.ap,
+        resize=entry.resize,
+        how_sure=dict(entry.how_sure))
+    if not (entry.known_hash or pin):
+        print_log(
+            f'No hash of {entry.file} is published. To accept this file only, '
+            f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
+    _log_differences(entry)
+    return checkpoint
