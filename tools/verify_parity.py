@@ -8,27 +8,19 @@ largest difference of each part in units of the part's largest value; beyond
 1e-5 the size fails, and the exit status is 1. A second table shows the same
 weights written in the layout of each source and converted back.
 
-With --image, effdet's own prediction bench and MMDetection's
-inference_detector look at one picture, with weights that give it a spread of
-scores: first with the same input and suppression, which has to give the same
-list, then with each thing that effdet does in its own way.
-
 Needs effdet: pip install effdet==0.4.1
 """
 import argparse
 import math
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import mmdet
-import numpy as np
 import torch
-from mmdet.apis import inference_detector
 from mmdet.registry import MODELS
 from mmengine import ProgressBar
 from mmengine.config import Config
-from PIL import Image
-from torchvision.ops import box_iou
 
 import mmdet_efficientdet
 from mmdet_efficientdet.conversion.convert import convert
@@ -39,8 +31,6 @@ from mmdet_efficientdet.utils import register_all_modules
 try:
     import effdet
     from effdet.config import get_efficientdet_config
-    from effdet.data import resolve_input_config
-    from effdet.data.transforms import ResizePad, resolve_fill_color
     from effdet.efficientdet import EfficientDet
 except ImportError as error:
     raise SystemExit(f'verify_parity.py compares with effdet ({error}). '
@@ -250,118 +240,6 @@ def verify(sizes, tick=lambda: None):
     return outputs, sources
 
 
-def spread(weights, class_maps, box_maps):
-    """Makes the two predictors give scores and boxes as of trained weights.
-
-    Args:
-        weights (dict): State dict of effdet's network; changed in place.
-        class_maps, box_maps (list[Tensor]): What it gives so far.
-    """
-    for net, maps, mean, deviation in (('class', class_maps, -5.0, 1.5),
-                                       ('box', box_maps, 0.0, 0.2)):
-        values = torch.cat([x.flatten() for x in maps])
-        factor = deviation / values.std()
-        name = f'{net}_net.predict.conv_pw'
-        weights[f'{name}.weight'] *= factor
-        bias = weights[f'{name}.bias']
-        bias.copy_((bias - values.mean()) * factor + mean)
-
-
-def effdet_input(path, config):
-    """The input of effdet's own pipeline, and the scale back."""
-    source = resolve_input_config({}, config)
-    fill = resolve_fill_color(source['fill_color'], source['mean'])
-    picture, info = ResizePad(
-        tuple(config.image_size),
-        fill_color=fill)(Image.open(path).convert('RGB'), {})
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
-    mean, std = (
-        torch.tensor(source[key]).view(1, 3, 1, 1) * 255
-        for key in ('mean', 'std'))
-    return (x - mean) / std, info['img_scale']
-
-
-def agreement(theirs, ours):
-    """How many of effdet's detections are among ours.
-
-    Args:
-        theirs (Tensor): ``(n, 6)``: box, score, class from 1.
-        ours (InstanceData): Of MMDetection.
-
-    Returns:
-        tuple: Number with a partner, which is the box of the same class that
-        overlaps most, and by at least a half; and the largest differences of
-        partners in score and in pixels.
-    """
-    iou = box_iou(theirs[:, :4], ours.bboxes)
-    iou[theirs[:, 5:] - 1 != ours.labels] = 0
-    found, score, pixels = 0, 0.0, 0.0
-    for i, row in enumerate(theirs):
-        best = iou[i].argmax()
-        if iou[i, best] < 0.5:
-            continue
-        iou[:, best] = 0
-        found += 1
-        score = max(score, (row[4] - ours.scores[best]).abs().item())
-        pixels = max(pixels, (row[:4] - ours.bboxes[best]).abs().max().item())
-    return found, score, pixels
-
-
-@torch.no_grad()
-def compare_predictions(size, path):
-    """Detections of both on a picture, in steps.
-
-    Args:
-        size (str): A key of ``SCALING``.
-        path (str): Of the picture.
-
-    Returns:
-        list[tuple]: Step, and what :func:`agreement` gives.
-    """
-    weights = random_weights(size)
-    ours = our_network(weights, size)
-    inputs = []
-    hook = ours.backbone.register_forward_pre_hook(
-        lambda module, args: inputs.append(args[0].contiguous()))
-    inference_detector(ours, path)
-    hook.remove()
-    theirs = effdet_network(size, inputs[0].shape[-2:])
-    theirs.load_state_dict(weights, assign=True)
-    spread(weights, *theirs(inputs[0]))
-    ours = our_network(weights, size)
-    soft = inference_detector(ours, path)
-    ours.bbox_head.test_cfg.nms = dict(type='nms', iou_threshold=0.5)
-    hard = inference_detector(ours, path)
-    back = 1 / hard.scale_factor[0]
-    own, own_back = effdet_input(path, theirs.config)
-    bench = effdet.DetBenchPredict(theirs)
-
-    def predict(x, scale, clip=False, soft=False):
-        bench.soft_nms = soft
-        info = dict(
-            img_scale=torch.tensor([scale]),
-            img_size=torch.tensor([hard.ori_shape[::-1]]).float())
-        if clip:
-            return bench(x, info)[0]
-        result = bench(x)[0]
-        result[:, :4] *= scale
-        return result
-
-    hard, soft_ours = hard.pred_instances, soft.pred_instances
-    same = inputs[0], back
-    return [
-        ('same input, hard NMS in both', *agreement(predict(*same), hard)),
-        ('effdet clips boxes before NMS',
-         *agreement(predict(*same, clip=True), hard)),
-        ('effdet resizes with Pillow',
-         *agreement(predict(own, own_back), hard)),
-        ('soft-NMS in both', *agreement(predict(*same, soft=True), soft_ours)),
-        ('soft-NMS in ours only', *agreement(predict(*same), soft_ours)),
-        ('all defaults of both',
-         *agreement(predict(own, own_back, clip=True), soft_ours)),
-    ]
-
-
 def report(outputs, sources):
     """What :func:`verify` found, as two tables and whether all is equal."""
     rows = []
@@ -397,7 +275,7 @@ def main():
     args = parser.parse_args()
     register_all_modules()
     sizes = list(SCALING) if 'all' in args.size else args.size
-    print(f'effdet {effdet.__version__}, torch {torch.__version__}, mmdet '
+    print(f'effdet {version("effdet")}, torch {torch.__version__}, mmdet '
           f'{mmdet.__version__}: differences relative to the largest value, '
           f'below {BOUND:g} equal\n')
     progress = ProgressBar(len(sizes) * (len(SIDES) + 1), file=sys.stderr)
