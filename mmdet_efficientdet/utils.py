@@ -1,4 +1,7 @@
-"""What mmengine looks for when a package is used by name."""
+"""What mmengine looks for when a package is used by name, and the configs."""
+from pathlib import Path
+
+from .scaling import SCALING
 
 
 def register_all_modules(init_default_scope: bool = True) -> None:
@@ -17,3 +20,19 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     register_mmdet(init_default_scope=False)
     if init_default_scope:
         set_scope('mmdet_efficientdet')
+
+
+def config_file(size: str) -> Path:
+    """The shipped config of a size for COCO.
+
+    Args:
+        size (str): A key of ``SCALING``, such as 'd0'.
+
+    Raises:
+        KeyError: If the size is unknown.
+    """
+    if size not in SCALING:
+        raise KeyError(f'unknown size {size!r}; write one of {list(SCALING)}')
+    folder = Path(__file__).parent / '.mim' / 'configs' / 'efficientdet'
+    file, = folder.glob(f'efficientdet_{size}_8xb16-*_coco.py')
+    return file

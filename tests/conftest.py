@@ -1,6 +1,4 @@
 """What several test files share."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -8,7 +6,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-CONFIGS = Path(__file__).parents[1] / 'configs' / 'efficientdet'
+from mmdet_efficientdet.utils import config_file
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +22,7 @@ def model_cfg():
     """A function that reads the model of a shipped config, by size."""
 
     def read(name, num_classes=90):
-        file, = CONFIGS.glob(f'efficientdet_{name}_8xb16-*_coco.py')
-        model = Config.fromfile(file).model
+        model = Config.fromfile(config_file(name)).model
         model.backbone.init_cfg = None
         model.bbox_head.num_classes = num_classes
         return model

@@ -14,12 +14,13 @@ import torch
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
 
-from mmdet_efficientdet.conversion.convert import (convert, save,
-                                                   select_coco_classes)
+from mmdet_efficientdet.conversion.convert import save
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.sources import open_source
 from mmdet_efficientdet.conversion.tensorflow import read_bundle
+from mmdet_efficientdet.conversion.tensors import convert, select_coco_classes
 from mmdet_efficientdet.scaling import SCALING
+from mmdet_efficientdet.utils import config_file
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
@@ -226,11 +227,6 @@ def run_tool(*args):
     return done.returncode, done.stdout + done.stderr
 
 
-def config_of(name):
-    path, = (ROOT / 'configs').rglob(f'efficientdet_{name}_8xb16-*_coco.py')
-    return path
-
-
 def same_axes(array, key):
     if array.ndim == 4:
         axes = [2, 3, 0, 1] if 'depthwise' in key else [3, 2, 0, 1]
@@ -282,7 +278,7 @@ def test_convert_tensorflow(shapes, tmp_path, name, form):
             with tarfile.open(source, 'w:gz') as archive:
                 archive.add(folder, folder.name)
     code, output = run_tool(source, tmp_path / 'x.pth', '--config',
-                            config_of(name), '--num-classes', 90)
+                            config_file(name), '--num-classes', 90)
     assert code == 0, output
     if form != 'h5':
         assert f'used: {len(raw)} moving averages, 0 raw' in output
@@ -379,7 +375,7 @@ def test_converted_file_infers(effdet_file, tmp_path):
     """Without a config, reproducibly, and with names of the classes."""
     for name in ('a.pth', 'b.pth'):
         code, output = run_tool(effdet_file, tmp_path / name, '--config',
-                                config_of('lite0'))
+                                config_file('lite0'))
         assert code == 0, output
     assert 'classes: 80 of 90 slots' in output
     assert (tmp_path / 'a.pth').read_bytes() == (tmp_path /
@@ -470,7 +466,7 @@ def test_bad_bundles(tmp_path):
 def test_wrong_size_is_named(effdet_file, tmp_path):
     """The tool says which size it is, and writes nothing."""
     code, output = run_tool(effdet_file, tmp_path / 'x.pth', '--config',
-                            config_of('lite1'))
+                            config_file('lite1'))
     assert code == 1
     assert 'The weights are of lite0; give the config' in output
     assert 'Nothing was written' in output
@@ -490,7 +486,7 @@ def test_save_leaves_nothing_half_written(tmp_path):
 def test_config_in_the_file_builds(effdet_file, tmp_path):
     """The config that goes with the weights is complete."""
     code, output = run_tool(effdet_file, tmp_path / 'x.pth', '--config',
-                            config_of('lite0'), '--num-classes', 90)
+                            config_file('lite0'), '--num-classes', 90)
     assert code == 0, output
     meta = torch.load(tmp_path / 'x.pth', weights_only=True)['meta']
     config = Config.fromstring(meta['cfg'], '.py')

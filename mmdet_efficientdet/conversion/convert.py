@@ -1,187 +1,120 @@
-"""Turns the weights of other projects into a state dict of our model."""
+"""Turns files of published weights into checkpoints of ours."""
+import copy
 import os
-import re
 from pathlib import Path
 from typing import Dict, List, Mapping, Tuple
 
-import numpy as np
 import torch
-from torch import Tensor
+from mmdet.datasets import CocoDataset
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
 
-from .layouts import LAYOUTS
-from .naming import Layout
+from ..scaling import SCALING, scale_config
+from ..utils import register_all_modules
+from .sources import open_source
+from .tensors import UNUSED_IDS, convert, select_coco_classes
 
-# What stands in checkpoints beside weights: pattern of names, and the reason
-# why it is left aside.
-LEFT_ASIDE = (
-    (r'.*/Momentum|.*/\.OPTIMIZER_SLOT/.*|(.*/)?optimizer/_variables/.*',
-     'optimizer slots'),
-    (r'(.*/)?global_step|(.*/)?save_counter/.*|(.*/)?optimizer/.*',
-     'counters and settings of the training'),
-    (r'.*\.num_batches_tracked', 'batch counters, which nothing reads'),
-)
-_REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
-                   r'bbox_head\.\w+_convs\.\d+\.pointwise)\.bias')
-EMA_SUFFIX = '/ExponentialMovingAverage'
-# Category ids of COCO that no object has; an output of 90 has a slot for
-# each id from 1.
-UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+_BIAS = 'bbox_head.conv_cls.pointwise.bias'
 
 
-def convert(tensors: Mapping,
-            own: Mapping[str, Tuple],
-            arch: str,
-            num_levels: int,
-            averages: bool = True) -> Tuple[Dict[str, Tensor], List[str]]:
-    """Renames and transposes the tensors of another EfficientDet.
-
-    Every tensor of ours is filled, and every one of the source is used once
-    or left aside for a reason.
+def convert_file(path: str,
+                 config: Config,
+                 num_classes: int = 80,
+                 averages: bool = True) -> dict:
+    """Converts a file of published weights to a checkpoint of our model.
 
     Args:
-        tensors (Mapping): Name to array, in any of ``LAYOUTS``.
-        own (Mapping): Name to shape of our model's state dict.
-        arch (str): Architecture of its backbone.
-        num_levels (int): Number of its pyramid levels.
+        path (str): The file, in any format that ``open_source`` knows and
+            any of ``LAYOUTS``.
+        config (Config): Config of the size; it is not changed.
+        num_classes (int): 80, or 90 to keep the slots of COCO ids that no
+            object has. Defaults to 80.
         averages (bool): Whether to prefer moving averages of the weights
             where there are any. Defaults to True.
 
     Returns:
-        tuple: Our state dict, with a head of as many classes as the source,
-        and the lines of a receipt.
+        dict: ``state_dict``, and ``meta`` with ``cfg`` (text of the config),
+        ``dataset_meta`` (class names), ``source`` (``file``, ``sha256`` and
+        the lines of a ``receipt``), ``aspect_pairs``, ``mean`` and ``std``;
+        plain types and tensors only.
 
     Raises:
-        ValueError: If something is left over or missing, naming both, or a
-            value is not finite.
+        ValueError: If the file cannot be read, or does not fit the config;
+            where it fits another size, the message names that.
     """
-    own = {k: v for k, v in own.items() if 'num_batches_tracked' not in k}
-    layout = _recognise(tensors, own, arch, num_levels)
-    reasons: Dict[str, int] = {}
-    rest, means = {}, {}
-    for name, value in tensors.items():
-        reason = next(
-            (why for what, why in LEFT_ASIDE if re.fullmatch(what, name)), '')
-        average = re.sub(r'/\.OPTIMIZER_SLOT/\w+/average(?=/\.ATTR)', '', name)
-        if name.endswith(EMA_SUFFIX):
-            means[layout.normalized(name[:-len(EMA_SUFFIX)])] = value
-        elif average != name:
-            means[layout.normalized(average)] = value
-        elif reason:
-            reasons[reason] = reasons.get(reason, 0) + 1
-        else:
-            rest[layout.normalized(name)] = value
-    unknown = means.keys() - rest.keys()
-    used = {**rest, **means} if averages else rest
-    raw = len(rest.keys() - means.keys()) if averages else len(rest)
-    state_dict, missing, wrong = {}, [], []
-    without_bias = 0
-    for key, shape in own.items():
-        names = layout.names(key, arch, num_levels)
-        values = [used.get(name) for name in names]
-        if any(value is None for value in values) or not values:
-            # A bias in front of a norm is redundant; some leave it out.
-            if re.fullmatch(_REDUNDANT_BIAS, key):
-                state_dict[key] = torch.zeros(shape)
-                without_bias += 1
-            else:
-                missing += [f'{key} {tuple(shape)}']
-            continue
-        for name in names:
-            rest.pop(name, None)
-        value = _to_ours(values, key, layout)
-        classes = key.startswith('bbox_head.conv_cls.pointwise')
-        if value.shape[classes:] != tuple(shape)[classes:]:
-            wrong.append(f'{key} {tuple(value.shape)}, {tuple(shape)}')
-        state_dict[key] = value
-    unused_sums = [k for k in rest if re.search(r'\.p\d_w[12]$', k)]
-    if not any(k.endswith('fusion_weights') for k in own):
-        for name in unused_sums:
-            rest.pop(name)
-        if unused_sums:
-            reasons['fusion weights, which a sum does not use'] = \
-                len(unused_sums)
-    left = sorted([*rest, *unknown])
-    if missing or left or wrong:
-        raise ValueError('\n'.join([
-            f'the weights ({layout.title}) do not fit this model: '
-            f'{len(missing)} of its tensors are missing, {len(left)} of the '
-            f'source are left over, {len(wrong)} differ in shape',
-            *[f'  + {item}' for item in missing[:10]],
-            *[f'  - {item}'
-              for item in left[:10]], *[f'  ! {item}' for item in wrong[:10]]
-        ]))
-    broken = [k for k, v in state_dict.items() if not v.isfinite().all()]
-    if broken:
-        raise ValueError(f'{len(broken)} tensors hold NaN or infinity: '
-                         f'{", ".join(broken[:10])}')
-    receipt = [
-        f'layout: {layout.title}',
-        f'filled: {len(state_dict)} tensors of the model'
-    ]
-    if means:
-        receipt.append(f'used: {len(used) - raw} moving averages, {raw} raw'
-                       if averages else f'used: {raw} raw, not the '
-                       f'{len(means)} moving averages')
-    if without_bias:
-        receipt.append(f'set to zero: {without_bias} biases in front of '
-                       'norms, which the source does not have')
-    receipt += [f'left aside: {n} {why}' for why, n in reasons.items()]
-    return state_dict, receipt
-
-
-def _recognise(tensors: Mapping, own: Mapping, arch: str,
-               num_levels: int) -> Layout:
-    """The layout that shares the most names with the source."""
-
-    def matches(layout: Layout) -> int:
-        given = {layout.normalized(name) for name in tensors}
-        return sum(
-            name in given for key in own
-            for name in layout.names(key, arch, num_levels))
-
-    counts = {layout: matches(layout) for layout in LAYOUTS}
-    best = max(counts, key=counts.get)
-    if not counts[best]:
+    register_all_modules(init_default_scope=False)
+    config = copy.deepcopy(config)
+    config.model.backbone.init_cfg = None
+    config.model.bbox_head.num_classes = num_classes
+    model = _build(config)
+    with open_source(str(path)) as (tensors, digest):
+        try:
+            state_dict, receipt = _convert_for(tensors, model, averages)
+        except ValueError as error:
+            sizes = _fitting_sizes(tensors, config)
+            hint = f'\nThe weights are of {" or ".join(sizes)}; give the ' \
+                'config of that size' if sizes else ''
+            raise ValueError(f'{error}{hint}') from error
+    anchors = model.bbox_head.prior_generator
+    given = len(state_dict[_BIAS]) // anchors.num_base_priors[0]
+    if given == 90 and num_classes == 80:
+        state_dict = select_coco_classes(state_dict)
+        receipt.append('classes: 80 of 90 slots, bit for bit')
+    elif given != num_classes:
         raise ValueError(
-            'the names of the tensors are of no known EfficientDet, such as '
-            f'{", ".join(list(tensors)[:3])}. Known are: '
-            f'{", ".join(layout.title for layout in LAYOUTS)}')
-    return best
+            f'{path} predicts {given} classes; only heads of COCO with 80 or '
+            '90 can be converted, to 90 only from 90')
+    preprocessor = config.model.data_preprocessor
+    return dict(
+        meta=dict(
+            cfg=config.pretty_text,
+            dataset_meta=dict(classes=_class_names(num_classes)),
+            source=dict(file=Path(path).name, sha256=digest, receipt=receipt),
+            aspect_pairs=[list(pair) for pair in anchors.aspect_pairs],
+            mean=list(preprocessor.mean),
+            std=list(preprocessor.std)),
+        state_dict=state_dict)
 
 
-def _to_ours(values: list, key: str, layout: Layout) -> Tensor:
-    """One tensor in our axes, as a copy of its own."""
-    if layout.tensorflow:
-        if key.endswith('fusion_weights'):
-            values = [np.stack(values)]
-        value = np.asarray(values[0], np.float32)
-        if value.ndim == 4:
-            depthwise = 'depthwise' in key
-            value = value.transpose((2, 3, 0, 1) if depthwise else (3, 2, 0,
-                                                                    1))
-        value = torch.from_numpy(np.array(value, order='C'))
-    else:
-        value = values[0].detach().float().clone()
-    if layout.y_first and key.startswith('bbox_head.conv_reg.pointwise'):
-        # (y, x, h, w) of each anchor to (x, y, w, h)
-        value = value.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
-    return value
+def _build(config: Config) -> nn.Module:
+    """The model without memory for its weights."""
+    scope = DefaultScope.overwrite_default_scope('mmdet_efficientdet')
+    with scope, torch.device('meta'):
+        return MODELS.build(config.model)
 
 
-def select_coco_classes(state_dict: Dict[str, Tensor],
-                        num_anchors: int = 9) -> Dict[str, Tensor]:
-    """Keeps the 80 used of the 90 slots of a COCO head.
+def _convert_for(tensors: Mapping, model: nn.Module,
+                 averages: bool) -> Tuple[Dict[str, Tensor], List[str]]:
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    return convert(tensors, shapes, model.backbone.arch,
+                   model.bbox_head.num_levels, averages)
 
-    Slot ``c`` is category id ``c + 1``; what is kept is bit for bit the same.
-    """
-    ids = [i for i in range(1, 91) if i not in UNUSED_IDS]
-    rows = torch.tensor(ids) - 1
-    return {
-        key:
-        value.unflatten(0, (num_anchors, 90))[:, rows].flatten(0, 1)
-        if key.startswith('bbox_head.conv_cls.pointwise') else value
-        for key, value in state_dict.items()
-    }
+
+def _fitting_sizes(tensors: Mapping, config: Config) -> List[str]:
+    """The sizes that the weights do fit."""
+    sizes = []
+    for size in SCALING:
+        other = copy.deepcopy(config)
+        scale_config(other, size)
+        try:
+            _convert_for(tensors, _build(other), averages=False)
+        except ValueError:
+            continue
+        sizes.append(size)
+    return sizes
+
+
+def _class_names(num_classes: int) -> List[str]:
+    """Names of COCO's classes, or of all its 90 ids."""
+    names = list(CocoDataset.METAINFO['classes'])
+    if num_classes == 80:
+        return names
+    return [
+        f'unused {i}' if i in UNUSED_IDS else names.pop(0)
+        for i in range(1, 91)
+    ]
 
 
 def save(checkpoint: dict, path: str) -> None:
