@@ -20,12 +20,8 @@ from effdet.data.transforms import ResizePad, resolve_fill_color
 from mmdet.apis import inference_detector
 from PIL import Image
 from torchvision.ops import box_iou
-from verify_parity import (
-    effdet,
-    effdet_network,
-    our_network,  # noqa: E501
-    random_weights,
-    table)
+from verify_parity import our_network  # noqa: E501
+from verify_parity import effdet, effdet_network, random_weights, table
 
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import register_all_modules

@@ -14,7 +14,6 @@ import argparse
 import math
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import mmdet
 import torch
@@ -22,11 +21,10 @@ from mmdet.registry import MODELS
 from mmengine import ProgressBar
 from mmengine.config import Config
 
-import mmdet_efficientdet
-from mmdet_efficientdet.conversion.convert import convert
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
+from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.scaling import SCALING
-from mmdet_efficientdet.utils import register_all_modules
+from mmdet_efficientdet.utils import config_file, register_all_modules
 
 try:
     import effdet
@@ -58,7 +56,7 @@ def effdet_network(size, sides, **settings):
         return EfficientDet(config, pretrained_backbone=False).eval()
 
 
-def random_weights(size, seed=0):
+def random_weights(size, seed=0, **settings):
     """Weights for effdet's network of a size, none of them trivial.
 
     Statistics of norms are those of noise: so values keep their magnitude
@@ -67,9 +65,10 @@ def random_weights(size, seed=0):
     Args:
         size (str): A key of ``SCALING``.
         seed (int): Of all that is random.
+        settings: Other values of effdet's config.
     """
     generator = torch.Generator().manual_seed(seed)
-    network = effdet_network(size, (320, 320))
+    network = effdet_network(size, (320, 320), **settings)
     weights = {}
     for key, value in network.state_dict().items():
         new = torch.zeros(value.shape, dtype=value.dtype)
@@ -93,16 +92,6 @@ def random_weights(size, seed=0):
     return network.state_dict()
 
 
-def config_of(size, num_classes):
-    """The shipped config of a size."""
-    folder = Path(mmdet_efficientdet.__file__).parent / '.mim' / 'configs'
-    path, = folder.rglob(f'efficientdet_{size}_8xb16-*_coco.py')
-    cfg = Config.fromfile(path)
-    cfg.model.backbone.init_cfg = None
-    cfg.model.bbox_head.num_classes = num_classes
-    return cfg
-
-
 def our_network(weights, size, num_classes=90):
     """Our detector with converted weights.
 
@@ -111,7 +100,9 @@ def our_network(weights, size, num_classes=90):
         size (str): A key of ``SCALING``.
         num_classes (int): Classes of those weights.
     """
-    cfg = config_of(size, num_classes)
+    cfg = Config.fromfile(config_file(size))
+    cfg.model.backbone.init_cfg = None
+    cfg.model.bbox_head.num_classes = num_classes
     with torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
