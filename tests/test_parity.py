@@ -9,14 +9,12 @@ import pytest
 import torch
 import verify_detections
 import verify_parity
-from mmdet.registry import MODELS
 from verify_parity import (BOUND, PARTS, SIDES, compare, effdet_network,
                            our_network, random_weights, verify)
 
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.models.bifpn import FusionNode
-from mmdet_efficientdet.utils import config_file
 
 TOOL = Path(verify_parity.__file__)
 
@@ -189,3 +187,11 @@ def test_gradients():
     scale = max(grad.abs().max() for grad in expected.values())
     for key, value in got.items():
         assert (value - expected[key]).abs().max() < 1e-6 * scale, key
+    # The norms have counted the batch alike, too.
+    state, _ = convert(theirs.state_dict(), {
+        k: v.shape
+        for k, v in ours.state_dict().items()
+    }, 'b0', 5)
+    for key, buffer in ours.named_buffers():
+        if key.endswith('running_mean') and not key.startswith('backbone'):
+            torch.testing.assert_close(buffer.float(), state[key], msg=key)

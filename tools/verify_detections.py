@@ -15,8 +15,6 @@ import os
 
 import numpy as np
 import torch
-from effdet.data import resolve_input_config
-from effdet.data.transforms import ResizePad, resolve_fill_color
 from mmdet.apis import inference_detector
 from PIL import Image
 from torchvision.ops import box_iou
@@ -59,6 +57,9 @@ def spread(weights, class_maps, box_maps):
 
 def effdet_input(path, config):
     """The input of effdet's own pipeline, and the scale back."""
+    # Below the message about effdet that verify_parity gives.
+    from effdet.data import resolve_input_config
+    from effdet.data.transforms import ResizePad, resolve_fill_color
     source = resolve_input_config({}, config)
     fill = resolve_fill_color(source['fill_color'], source['mean'])
     picture, info = ResizePad(

@@ -28,8 +28,6 @@ from mmdet_efficientdet.utils import config_file, register_all_modules
 
 try:
     import effdet
-    from effdet.config import get_efficientdet_config
-    from effdet.efficientdet import EfficientDet
 except ImportError as error:
     raise SystemExit(f'verify_parity.py compares with effdet ({error}). '
                      'Install it: pip install effdet==0.4.1') from error
@@ -50,10 +48,10 @@ def effdet_network(size, sides, **settings):
         sides (tuple[int]): Height and width, of which effdet builds its neck.
         settings: Other values of effdet's config.
     """
-    config = get_efficientdet_config(f'tf_efficientdet_{size}')
+    config = effdet.get_efficientdet_config(f'tf_efficientdet_{size}')
     config.update(dict(image_size=tuple(sides), **settings))
     with torch.device('meta'):
-        return EfficientDet(config, pretrained_backbone=False).eval()
+        return effdet.EfficientDet(config, pretrained_backbone=False).eval()
 
 
 def random_weights(size, seed=0, **settings):
