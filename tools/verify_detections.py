@@ -18,8 +18,8 @@ import torch
 from mmdet.apis import inference_detector
 from PIL import Image
 from torchvision.ops import box_iou
-from verify_parity import our_network  # noqa: E501
-from verify_parity import effdet, effdet_network, random_weights, table
+from verify_parity import (effdet, effdet_network, our_network, random_weights,
+                           table)
 
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import register_all_modules
@@ -57,12 +57,10 @@ def spread(weights, class_maps, box_maps):
 
 def effdet_input(path, config):
     """The input of effdet's own pipeline, and the scale back."""
-    # Below the message about effdet that verify_parity gives.
-    from effdet.data import resolve_input_config
-    from effdet.data.transforms import ResizePad, resolve_fill_color
-    source = resolve_input_config({}, config)
-    fill = resolve_fill_color(source['fill_color'], source['mean'])
-    picture, info = ResizePad(
+    transforms = effdet.data.transforms
+    source = effdet.data.resolve_input_config({}, config)
+    fill = transforms.resolve_fill_color(source['fill_color'], source['mean'])
+    picture, info = transforms.ResizePad(
         tuple(config.image_size),
         fill_color=fill)(Image.open(path).convert('RGB'), {})
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()

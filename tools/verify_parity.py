@@ -107,6 +107,8 @@ def our_network(weights, size, num_classes=90):
     state_dict, _ = convert(weights, shapes, model.backbone.arch,
                             model.bbox_head.num_levels)
     model.load_state_dict(state_dict, assign=True)
+    # Mean and deviation are in no checkpoint.
+    model.data_preprocessor = MODELS.build(cfg.model.data_preprocessor)
     model.cfg = cfg
     return model
 
@@ -242,11 +244,12 @@ def report(outputs, sources):
     for layout in LAYOUTS:
         found = {size: x for size, other, x in sources if other is layout}
         wrong = [size for size, value in found.items() if value]
-        rows.append((layout.title, f'{max(found.values()):.1e}',
-                     f'{VERDICTS[False]}: {", ".join(wrong)}'
-                     if wrong else f'{VERDICTS[True]} for {len(found)} sizes'))
+        verdict = f'{VERDICTS[not wrong]} {", ".join(wrong)}'.rstrip()
+        rows.append(
+            (layout.title, len(found), f'{max(found.values()):.1e}', verdict))
         good = good and not wrong
-    return lines + table(['source', 'difference', 'verdict'], rows), good
+    return lines + table(['source', 'sizes', 'difference', 'verdict'],
+                         rows), good
 
 
 def main():
