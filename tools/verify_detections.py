@@ -1,9 +1,9 @@
 """Show that detections in a picture are effdet's, or what makes them differ.
 
 effdet's own prediction bench and MMDetection's inference_detector look at the
-same picture with the same weights, which are random and give a spread of
-scores. With the same input and hard suppression in both, the lists of 100 are
-equal, or the exit status is 1; then one thing after the other is done as
+same picture with the same weights: those of a checkpoint of ours, or random
+ones that give a spread of scores. With the same input and hard suppression in
+both, the lists are equal, or the exit status is 1; then one thing after the other is done as
 effdet does it by default. For each step a table says how many of effdet's
 detections are among ours, with the same class and an overlap of at least a
 half, and how much their scores and boxes differ at most.
@@ -18,9 +18,10 @@ import torch
 from mmdet.apis import inference_detector
 from PIL import Image
 from torchvision.ops import box_iou
-from verify_parity import (effdet, effdet_network, our_network, random_weights,
-                           table)
+from verify_parity import (effdet, effdet_network, in_layout, our_network,
+                           random_weights, table)
 
+from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import register_all_modules
 
@@ -33,9 +34,18 @@ STEPS = ('nothing: same input, hard NMS in both',
 
 
 def is_equal(step):
-    """Whether all 100 detections are the same, but for rounding."""
-    return (step['found'] == 100 and step['score'] < 1e-5
+    """Whether all detections are the same, but for rounding."""
+    return (step['found'] == step['of'] and step['score'] < 1e-5
             and step['pixels'] < 0.01)
+
+
+def load(checkpoint, size):
+    """The weights of a checkpoint of ours for effdet's network."""
+    state_dict = torch.load(checkpoint, 'cpu', weights_only=True)['state_dict']
+    own = {k: v for k, v in state_dict.items() if 'num_batches' not in k}
+    layout, = (layout for layout in LAYOUTS if layout.title == 'effdet')
+    row = SCALING[size]
+    return in_layout(own, layout, row.backbone, row.num_levels)
 
 
 def spread(weights, class_maps, box_maps):
@@ -79,9 +89,11 @@ def agreement(theirs, ours):
 
     Returns:
         dict: ``found``, the number with a partner, which is the box of the
-        same class that overlaps most, and by at least a half; and the largest
-        differences of partners, in ``score`` and in ``pixels``.
+        same class that overlaps most, and by at least a half; ``of``, the
+        number of the longer list; and the largest differences of partners, in
+        ``score`` and in ``pixels``.
     """
+    theirs = theirs[theirs[:, 4] > 0]  # effdet fills up with zeros
     iou = box_iou(theirs[:, :4], ours.bboxes)
     iou[theirs[:, 5:] - 1 != ours.labels] = 0
     found, score, pixels = 0, 0.0, 0.0
@@ -93,31 +105,38 @@ def agreement(theirs, ours):
             score = max(score, (row[4] - ours.scores[best]).abs().item())
             pixels = max(pixels,
                          (row[:4] - ours.bboxes[best]).abs().max().item())
-    return dict(found=found, score=score, pixels=pixels)
+    longer = max(len(theirs), len(ours))
+    return dict(found=found, of=longer, score=score, pixels=pixels)
 
 
 @torch.no_grad()
-def compare(size, path):
+def compare(size, path, checkpoint=None, side=None):
     """Detections of both in a picture, in steps.
 
     Args:
         size (str): A key of ``SCALING``.
         path (str): Of the picture.
+        checkpoint (str): Of our detector of that size, whose weights effdet's
+            network gets. Defaults to random weights.
+        side (int): Of the input. Defaults to the size's own.
 
     Returns:
         dict: Step to what :func:`agreement` gives; the first is the one
         without a difference.
     """
-    weights = random_weights(size)
-    ours = our_network(weights, size)
+    weights = load(checkpoint, size) if checkpoint else random_weights(size)
+    num_classes = len(weights['class_net.predict.conv_pw.bias']) // 9
+    ours = our_network(weights, size, num_classes, side)
     inputs = []
     ours.backbone.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0].contiguous()))
     inference_detector(ours, path)
-    theirs = effdet_network(size, inputs[0].shape[-2:])
+    theirs = effdet_network(
+        size, inputs[0].shape[-2:], num_classes=num_classes)
     theirs.load_state_dict(weights, assign=True)
-    spread(weights, *theirs(inputs[0]))
-    ours = our_network(weights, size)
+    if not checkpoint:
+        spread(weights, *theirs(inputs[0]))
+        ours = our_network(weights, size, num_classes, side)
     soft = inference_detector(ours, path)
     ours.bbox_head.test_cfg.nms = dict(type='nms', iou_threshold=0.5)
     hard = inference_detector(ours, path)
@@ -165,16 +184,20 @@ def main():
         choices=SCALING,
         metavar='SIZE',
         help=f'd0 (the default), or some of {", ".join(SCALING)}')
+    parser.add_argument(
+        '--checkpoint', help='of ours, instead of random weights')
+    parser.add_argument('--side', type=int, help='of the square input, px')
     args = parser.parse_args()
     if not os.path.isfile(args.picture):
         parser.error(f'{args.picture} does not exist')
     register_all_modules()
     rows, good = [], True
     for size in args.size:
-        steps = compare(size, args.picture)
+        steps = compare(size, args.picture, args.checkpoint, args.side)
         good = good and is_equal(steps[STEPS[0]])
-        rows += [(size, step, x['found'], f'{x["score"]:.1e}',
-                  f'{x["pixels"]:.1e}') for step, x in steps.items()]
+        rows += [(size, step, f'{x["found"]} of {x["of"]}',
+                  f'{x["score"]:.1e}', f'{x["pixels"]:.1e}')
+                 for step, x in steps.items()]
     print('\n'.join(
         table(('size', 'what differs', 'found again', 'score', 'pixels'),
               rows)))

@@ -23,7 +23,7 @@ from mmengine.config import Config
 
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.tensors import convert
-from mmdet_efficientdet.scaling import SCALING
+from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file, register_all_modules
 
 try:
@@ -90,15 +90,17 @@ def random_weights(size, seed=0, **settings):
     return network.state_dict()
 
 
-def our_network(weights, size, num_classes=90):
+def our_network(weights, size, num_classes=90, side=None):
     """Our detector with converted weights.
 
     Args:
         weights (dict): State dict of effdet's network.
         size (str): A key of ``SCALING``.
         num_classes (int): Classes of those weights.
+        side (int): Of the input. Defaults to the size's own.
     """
     cfg = Config.fromfile(config_file(size))
+    scale_config(cfg, size, image_size=side)
     cfg.model.backbone.init_cfg = None
     cfg.model.bbox_head.num_classes = num_classes
     with torch.device('meta'):
