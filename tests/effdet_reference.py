@@ -2,9 +2,8 @@
 import re
 
 import effdet
-import torch
 from effdet.config import get_efficientdet_config
-from effdet.efficientdet import EfficientDet as EffDet
+from verify_parity import effdet_network, random_weights
 
 from mmdet_efficientdet.checkpoints import convert_imagenet_backbone
 
@@ -25,19 +24,11 @@ _RULES = [
 ]
 
 
-def build(name: str, image_size, num_classes: int = 90, seed: int = 0):
+def build(name: str, image_size):
     """effdet's network with random weights, none of them trivial."""
-    config = get_efficientdet_config(f'tf_efficientdet_{name}')
-    config.image_size = tuple(image_size)
-    config.num_classes = num_classes
-    model = EffDet(config, pretrained_backbone=False)
-    generator = torch.Generator().manual_seed(seed)
-    for key, value in model.state_dict().items():
-        if key.endswith(('running_var', 'bn.weight', 'edge_weights')):
-            value.uniform_(0.5, 1.5, generator=generator)
-        elif key.endswith(('running_mean', 'bias')):
-            value.normal_(0, 0.1, generator=generator)
-    return model.eval()
+    model = effdet_network(name, image_size)
+    model.load_state_dict(random_weights(name), assign=True)
+    return model
 
 
 def anchors(name: str, image_size):

@@ -1,103 +1,160 @@
-"""The whole network against effdet's, with the same random weights."""
-import effdet_reference as reference
+"""The tools that compare with effdet find us equal, and find what is not."""
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
 import pytest
 import torch
-from effdet.anchors import Anchors, generate_detections
-from effdet.bench import _post_process
+import verify_detections
+import verify_parity
+from verify_parity import (BOUND, PARTS, SIDES, compare, effdet_network,
+                           our_network, random_weights, verify)
 
-from mmdet_efficientdet.scaling import SCALING
+from mmdet_efficientdet.conversion.layouts import LAYOUTS
+from mmdet_efficientdet.conversion.tensors import convert
+from mmdet_efficientdet.models.bifpn import FusionNode
 
-CASES = [
-    ('d0', (384, 256)),
-    ('d0', (512, 512)),
-    ('d1', (320, 448)),
-    ('d1', (257, 193)),
-    ('d6', (384, 256)),
-    ('d7x', (384, 256)),
-    ('lite0', (320, 320)),
-    ('lite0', (193, 321)),
-]
+TOOL = Path(verify_parity.__file__)
 
 
-def build_both(build_detector, name, size, num_classes=90):
+def build_both(size, sides, **settings):
     """effdet's network, and ours with its weights."""
-    theirs = reference.build(name, size, num_classes)
-    state_dict = reference.convert(theirs.state_dict(), SCALING[name].backbone)
-    # Straight from the meta device: drawing weights takes most of the time.
-    ours = build_detector(name, num_classes, 'meta').eval()
-    ours.load_state_dict({
-        k: v.clone()
-        for k, v in state_dict.items()
-    },
-                         assign=True)
-    assert not any(v.is_meta for v in ours.state_dict().values())
-    return theirs, ours
+    weights = random_weights(size, **settings)
+    theirs = effdet_network(size, sides, **settings)
+    theirs.load_state_dict(weights, assign=True)
+    return theirs, our_network(weights, size, settings.get('num_classes', 90))
 
 
-def assert_close(maps, expected):
-    """Equal shapes, and differences below 1e-5 of the largest value."""
-    assert len(maps) == len(expected)
-    for a, b in zip(maps, expected):
-        assert a.shape == b.shape
-        assert b.std() > 0
-        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+@pytest.mark.parametrize('size', ['d0', 'd1', 'd7x', 'lite0'])
+def test_equal(size):
+    """Every part at all sides, and the weights of every source."""
+    outputs, sources = verify([size])
+    assert [sides for _, sides, _ in outputs] == list(SIDES)
+    for _, sides, parts in outputs:
+        assert list(parts) == list(PARTS)
+        assert max(parts.values()) < BOUND, sides
+    assert [layout for _, layout, _ in sources] == list(LAYOUTS)
+    assert not any(difference for _, _, difference in sources)
 
 
-def to_xy(maps):
-    """Box maps of (ty, tx, th, tw) as (dx, dy, dw, dh)."""
-    return [
-        x.unflatten(1, (9, 4))[:, :, [1, 0, 3, 2]].flatten(1, 2) for x in maps
-    ]
+@pytest.mark.parametrize('settings', [
+    dict(head_bn_level_first=True),
+    dict(redundant_bias=False),
+    dict(head_bn_level_first=True, redundant_bias=False, num_classes=3)
+])
+def test_variants_of_effdet(settings):
+    """Both orders of the heads' norms, and no biases in front of norms."""
+    sides = (192, 258)
+    theirs, ours = build_both('d0', sides, **settings)
+    parts = compare(theirs, ours, torch.randn(2, 3, *sides))
+    assert max(parts.values()) < BOUND
 
 
-@pytest.mark.parametrize('name, size', CASES)
-@torch.no_grad()
-def test_outputs_equal_effdet(build_detector, name, size):
-    """Backbone, neck, classes and boxes, at even, odd and oblong sizes."""
-    theirs, ours = build_both(build_detector, name, size)
-    image = torch.randn(1, 3, *size)
-    levels = theirs.backbone(image)
-    assert_close(ours.backbone(image), levels)
-    feats = theirs.fpn([x.clone() for x in levels])
-    assert_close(ours.extract_feat(image), feats)
-    cls_scores, bbox_preds = ours(image, mode='tensor')
-    assert_close(cls_scores, theirs.class_net(feats))
-    assert_close(bbox_preds, to_xy(theirs.box_net(feats)))
+@pytest.mark.parametrize('key, part', [
+    ('backbone.stem.bn.running_mean', 'backbone'),
+    ('backbone.blocks.0.depthwise_conv.bn.running_var', 'backbone'),
+    ('backbone.blocks.5.se.conv1.conv.bias', 'backbone'),
+    ('neck.extra_levels.0.conv.bias', 'neck'),
+    ('neck.layers.0.nodes.4.resamples.0.norm.weight', 'neck'),
+    ('neck.layers.1.nodes.5.fusion_weights', 'neck'),
+    ('neck.layers.2.nodes.7.norm.bias', 'neck'),
+    ('bbox_head.cls_convs.1.depthwise.weight', 'classes'),
+    ('bbox_head.cls_norms.2.4.running_mean', 'classes'),
+    ('bbox_head.conv_cls.pointwise.bias', 'classes'),
+    ('bbox_head.reg_norms.0.3.weight', 'boxes'),
+    ('bbox_head.conv_reg.depthwise.weight', 'boxes'),
+])
+def test_every_tensor_counts(both, key, part):
+    """One per cent off in one tensor is found, and in the right part."""
+    theirs, ours, image = both
+    tensor = ours.state_dict()[key]
+    before = tensor.clone()
+    tensor *= 1.01
+    parts = compare(theirs, ours, image)
+    tensor.copy_(before)
+    at = PARTS.index(part)
+    # The heads do not see each other.
+    before = PARTS[:2] if at > 2 else PARTS[:at]
+    assert parts[part] > 2 * BOUND
+    assert all(parts[name] < BOUND for name in before)
 
 
-@torch.no_grad()
-def test_detections_equal_effdet(build_detector):
-    """The same outputs give the same boxes, with hard suppression."""
-    size = (256, 384)
-    theirs, ours = build_both(build_detector, 'd0', size, num_classes=20)
-    cls_scores, bbox_preds = theirs(torch.randn(2, 3, *size))
-    results = ours.bbox_head.predict_by_feat(
-        cls_scores,
-        to_xy(bbox_preds),
-        batch_img_metas=[dict(batch_input_shape=size)] * 2,
-        cfg=dict(
-            nms_pre=5000,
-            nms=dict(type='nms', iou_threshold=0.5),
-            max_per_img=100))
-    cls, box, index, labels = _post_process(cls_scores, bbox_preds, 5, 20)
-    anchors = Anchors.from_config(theirs.config).boxes
-    for i, result in enumerate(results):
-        expected = generate_detections(cls[i], box[i], anchors, index[i],
-                                       labels[i], None, None)
-        rows = torch.column_stack(
-            [result.scores, result.labels + 1, result.bboxes])
-        # Sorted again, since equal scores stand in any order.
-        rows, expected = (
-            torch.tensor(sorted(x.tolist()))
-            for x in (rows, expected[:, [4, 5, 0, 1, 2, 3]]))
-        assert len(rows) == 100
-        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-3)
+@pytest.fixture(scope='module')
+def both():
+    """Both networks of D0, and an image."""
+    verify_parity.register_all_modules()
+    image = torch.randn(1, 3, 160, 192, generator=torch.manual_seed(0))
+    return *build_both('d0', image.shape[-2:]), image
 
 
-def test_gradients_equal_effdet(build_detector):
+def run(monkeypatch, tool, *args):
+    monkeypatch.setattr(sys, 'argv', [tool.__file__, *args])
+    tool.main()
+
+
+def test_table(monkeypatch, capsys):
+    """One row for each case, one for each source, and the exit status."""
+    run(monkeypatch, verify_parity, '--size', 'lite0')
+    rows = capsys.readouterr().out.splitlines()
+    cases = [row for row in rows if row.startswith('| lite0 ')]
+    assert [row.split(' | ')[1].strip() for row in cases
+            ] == [f'{height}x{width}' for height, width in SIDES]
+    assert sum('| equal ' in row for row in rows) == len(SIDES) + len(LAYOUTS)
+    for layout in LAYOUTS:
+        assert any(row.startswith(f'| {layout.title} ') for row in rows)
+
+
+def test_difference_fails(monkeypatch, capsys):
+    """What is wrong in the neck is DIFFERENT there, and fails."""
+    monkeypatch.setattr(FusionNode, 'eps', 0.0)
+    with pytest.raises(SystemExit, match='not everything is equal'):
+        run(monkeypatch, verify_parity, '--size', 'd0')
+    output = capsys.readouterr().out
+    assert output.count('DIFFERENT') == len(SIDES)
+    assert output.count('| equal ') == len(LAYOUTS)
+
+
+def test_bad_use(monkeypatch, capsys):
+    """An unknown size, no effdet, and a missing picture are said."""
+    with pytest.raises(SystemExit):
+        run(monkeypatch, verify_parity, '--size', 'd9')
+    assert "'d9'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, verify_detections, 'none.jpg')
+    assert 'none.jpg does not exist' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'effdet', None)
+    with pytest.raises(SystemExit, match=r'pip install effdet==0\.4\.1'):
+        runpy.run_path(str(TOOL))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Noise of several scales, larger than the input and oblong."""
+    generator = np.random.default_rng(0)
+    image = sum(
+        cv2.resize(
+            generator.uniform(0, 85, (n, n, 3)), (500, 420),
+            interpolation=cv2.INTER_CUBIC) for n in (5, 20, 80))
+    path = tmp_path / 'noise.png'
+    cv2.imwrite(str(path), image.clip(0, 255).astype(np.uint8))
+    return str(path)
+
+
+def test_detections(picture):
+    """The same 100 detections from effdet's bench and from MMDetection."""
+    steps = verify_detections.compare('lite0', picture)
+    first, *others = steps.values()
+    assert verify_detections.is_equal(first)
+    # Each thing that effdet does in its own way shows.
+    assert not any(map(verify_detections.is_equal, others))
+    assert all(step['found'] >= 20 for step in others)
+
+
+def test_gradients():
     """Gradients of a training step, in float64, reach the same tensors."""
-    size = (128, 256)
-    theirs, ours = build_both(build_detector, 'd0', size, num_classes=3)
+    theirs, ours = build_both('d0', (128, 256), num_classes=3)
     for block in ours.backbone.blocks:
         assert isinstance(block.drop_path, torch.nn.Identity)
     for module in theirs.backbone.modules():
@@ -107,14 +164,13 @@ def test_gradients_equal_effdet(build_detector):
             module.drop_path = torch.nn.Identity()
     theirs.double().train()
     ours.double().train()
-    image = torch.randn(2, 3, *size, dtype=torch.double)
-    torch.manual_seed(1)
+    image = torch.randn(2, 3, 128, 256, dtype=torch.double)
     sums = []
-    for cls, box in (theirs(image), ours(image, mode='tensor')):
-        if sums:
-            torch.manual_seed(1)
-        else:
-            box = to_xy(box)
+    for network in (theirs, lambda x: ours(x, mode='tensor')):
+        torch.manual_seed(1)
+        cls, box = network(image)
+        if network is theirs:
+            box = map(verify_parity.swap_xy, box)
         sums.append(
             sum((x *
                  torch.randn_like(x, memory_format=torch.contiguous_format)
@@ -122,15 +178,20 @@ def test_gradients_equal_effdet(build_detector):
     torch.testing.assert_close(*sums, rtol=1e-9, atol=0)
     for total in sums:
         total.backward()
-    keys = dict(theirs.named_parameters())
-    expected = reference.convert({k: p.grad for k, p in keys.items()}, 'b0')
-    got = dict(ours.named_parameters())
-    assert set(got) == set(expected)
+    got = {key: value.grad for key, value in ours.named_parameters()}
+    gradients = {k: p.grad for k, p in theirs.named_parameters()}
+    expected, _ = convert(gradients, {
+        k: v.shape
+        for k, v in got.items()
+    }, 'b0', 5)
     scale = max(grad.abs().max() for grad in expected.values())
-    for key, parameter in got.items():
-        difference = (parameter.grad - expected[key]).abs().max()
-        assert difference < 1e-9 * scale, key
-    state = reference.convert(theirs.state_dict(), 'b0')
+    for key, value in got.items():
+        assert (value - expected[key]).abs().max() < 1e-6 * scale, key
+    # The norms have counted the batch alike, too.
+    state, _ = convert(theirs.state_dict(), {
+        k: v.shape
+        for k, v in ours.state_dict().items()
+    }, 'b0', 5)
     for key, buffer in ours.named_buffers():
         if key.endswith('running_mean') and not key.startswith('backbone'):
-            torch.testing.assert_close(buffer, state[key], msg=key)
+            torch.testing.assert_close(buffer.float(), state[key], msg=key)

@@ -1,0 +1,210 @@
+"""Show that detections in a picture are effdet's, or what makes them differ.
+
+effdet's own prediction bench and MMDetection's inference_detector look at the
+same picture with the same weights: those of a checkpoint of ours, or random
+ones that give a spread of scores. With the same input and hard suppression in
+both, the lists are equal, or the exit status is 1; then one thing after the other is done as
+effdet does it by default. For each step a table says how many of effdet's
+detections are among ours, with the same class and an overlap of at least a
+half, and how much their scores and boxes differ at most.
+
+Needs effdet: pip install effdet==0.4.1
+"""
+import argparse
+import os
+
+import numpy as np
+import torch
+from mmdet.apis import inference_detector
+from PIL import Image
+from torchvision.ops import box_iou
+from verify_parity import (effdet, effdet_network, in_layout, our_network,
+                           random_weights, table)
+
+from mmdet_efficientdet.conversion.layouts import LAYOUTS
+from mmdet_efficientdet.scaling import SCALING
+from mmdet_efficientdet.utils import register_all_modules
+
+STEPS = ('nothing: same input, hard NMS in both',
+         'effdet clips boxes, before NMS',
+         'effdet resizes and pads by Pillow, in 8 bits',
+         'ours does soft-NMS, as by default',
+         'both do soft-NMS, effdet without +1 and by shifted boxes',
+         'all defaults of both')
+
+
+def is_equal(step):
+    """Whether all detections are the same, but for rounding."""
+    return (step['found'] == step['of'] and step['score'] < 1e-5
+            and step['pixels'] < 0.01)
+
+
+def load(checkpoint, size):
+    """The weights of a checkpoint of ours for effdet's network."""
+    state_dict = torch.load(checkpoint, 'cpu', weights_only=True)['state_dict']
+    own = {k: v for k, v in state_dict.items() if 'num_batches' not in k}
+    layout, = (layout for layout in LAYOUTS if layout.title == 'effdet')
+    row = SCALING[size]
+    return in_layout(own, layout, row.backbone, row.num_levels)
+
+
+def spread(weights, class_maps, box_maps):
+    """Makes the two predictors give scores and boxes as of trained weights.
+
+    Args:
+        weights (dict): State dict of effdet's network; changed in place.
+        class_maps, box_maps (list[Tensor]): What it gives so far.
+    """
+    for net, maps, mean, deviation in (('class', class_maps, -5.0, 1.5),
+                                       ('box', box_maps, 0.0, 0.2)):
+        values = torch.cat([x.flatten() for x in maps])
+        factor = deviation / values.std()
+        name = f'{net}_net.predict.conv_pw'
+        weights[f'{name}.weight'] *= factor
+        bias = weights[f'{name}.bias']
+        bias.copy_((bias - values.mean()) * factor + mean)
+
+
+def effdet_input(path, config):
+    """The input of effdet's own pipeline, and the scale back."""
+    transforms = effdet.data.transforms
+    source = effdet.data.resolve_input_config({}, config)
+    fill = transforms.resolve_fill_color(source['fill_color'], source['mean'])
+    picture, info = transforms.ResizePad(
+        tuple(config.image_size),
+        fill_color=fill)(Image.open(path).convert('RGB'), {})
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    mean, std = (
+        torch.tensor(source[key]).view(1, 3, 1, 1) * 255
+        for key in ('mean', 'std'))
+    return (x - mean) / std, info['img_scale']
+
+
+def agreement(theirs, ours):
+    """How many of effdet's detections are among ours.
+
+    Args:
+        theirs (Tensor): ``(n, 6)``: box, score, class from 1.
+        ours (InstanceData): Of MMDetection.
+
+    Returns:
+        dict: ``found``, the number with a partner, which is the box of the
+        same class that overlaps most, and by at least a half; ``of``, the
+        number of the longer list; and the largest differences of partners, in
+        ``score`` and in ``pixels``.
+    """
+    theirs = theirs[theirs[:, 4] > 0]  # effdet fills up with zeros
+    iou = box_iou(theirs[:, :4], ours.bboxes)
+    iou[theirs[:, 5:] - 1 != ours.labels] = 0
+    found, score, pixels = 0, 0.0, 0.0
+    for i, row in enumerate(theirs):
+        best = iou[i].argmax()
+        if iou[i, best] >= 0.5:
+            iou[:, best] = 0
+            found += 1
+            score = max(score, (row[4] - ours.scores[best]).abs().item())
+            pixels = max(pixels,
+                         (row[:4] - ours.bboxes[best]).abs().max().item())
+    longer = max(len(theirs), len(ours))
+    return dict(found=found, of=longer, score=score, pixels=pixels)
+
+
+@torch.no_grad()
+def compare(size, path, checkpoint=None, side=None):
+    """Detections of both in a picture, in steps.
+
+    Args:
+        size (str): A key of ``SCALING``.
+        path (str): Of the picture.
+        checkpoint (str): Of our detector of that size, whose weights effdet's
+            network gets. Defaults to random weights.
+        side (int): Of the input. Defaults to the size's own.
+
+    Returns:
+        dict: Step to what :func:`agreement` gives; the first is the one
+        without a difference.
+    """
+    weights = load(checkpoint, size) if checkpoint else random_weights(size)
+    num_classes = len(weights['class_net.predict.conv_pw.bias']) // 9
+    ours = our_network(weights, size, num_classes, side)
+    inputs = []
+    ours.backbone.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].contiguous()))
+    inference_detector(ours, path)
+    theirs = effdet_network(
+        size, inputs[0].shape[-2:], num_classes=num_classes)
+    theirs.load_state_dict(weights, assign=True)
+    if not checkpoint:
+        spread(weights, *theirs(inputs[0]))
+        ours = our_network(weights, size, num_classes, side)
+    soft = inference_detector(ours, path)
+    ours.bbox_head.test_cfg.nms = dict(type='nms', iou_threshold=0.5)
+    hard = inference_detector(ours, path)
+    bench = effdet.DetBenchPredict(theirs)
+
+    def detect(x, scale, clip=False, soft=False):
+        bench.soft_nms = soft
+        if not clip:
+            boxes = bench(x)[0]
+            boxes[:, :4] *= scale
+            return boxes
+        height, width = hard.ori_shape
+        return bench(
+            x,
+            dict(
+                img_scale=torch.tensor([scale]),
+                img_size=torch.tensor([[width, height]]).float()))[0]
+
+    same = inputs[0], 1 / hard.scale_factor[0]
+    own = effdet_input(path, theirs.config)
+    steps = {
+        STEPS[0]: (detect(*same), hard),
+        STEPS[1]: (detect(*same, clip=True), hard),
+        STEPS[2]: (detect(*own), hard),
+        STEPS[3]: (detect(*same), soft),
+        STEPS[4]: (detect(*same, soft=True), soft),
+        STEPS[5]: (detect(*own, clip=True), soft)
+    }
+    return {
+        step: agreement(boxes, found.pred_instances)
+        for step, (boxes, found) in steps.items()
+    }
+
+
+def main():
+    """Run the tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('picture', help='a photograph')
+    parser.add_argument(
+        '--size',
+        nargs='+',
+        default=['d0'],
+        choices=SCALING,
+        metavar='SIZE',
+        help=f'd0 (the default), or some of {", ".join(SCALING)}')
+    parser.add_argument(
+        '--checkpoint', help='of ours, instead of random weights')
+    parser.add_argument('--side', type=int, help='of the square input, px')
+    args = parser.parse_args()
+    if not os.path.isfile(args.picture):
+        parser.error(f'{args.picture} does not exist')
+    register_all_modules()
+    rows, good = [], True
+    for size in args.size:
+        steps = compare(size, args.picture, args.checkpoint, args.side)
+        good = good and is_equal(steps[STEPS[0]])
+        rows += [(size, step, f'{x["found"]} of {x["of"]}',
+                  f'{x["score"]:.1e}', f'{x["pixels"]:.1e}')
+                 for step, x in steps.items()]
+    print('\n'.join(
+        table(('size', 'what differs', 'found again', 'score', 'pixels'),
+              rows)))
+    if not good:
+        raise SystemExit('verify_detections.py: the same input and the same '
+                         'suppression give different detections')
+
+
+if __name__ == '__main__':
+    main()
