@@ -138,8 +138,7 @@ def scaled_size(shape: Tuple[int, int],
     return scale, tuple(max(1, int(n)) for n in shape * scale)
 
 
-def resize_from_corner(image: np.ndarray, size: Tuple[int,
-                                                      int]) -> np.ndarray:
+def resize_from_corner(image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     """Bilinear resizing between the pixels' corners instead of centres.
 
     This is TensorFlow's ``resize_bilinear`` with ``half_pixel_centers=False``

@@ -44,8 +44,8 @@ def encode(boxes, priors):
     """Codes (ty, tx, th, tw) of boxes relative to anchors."""
     sides, prior_sides = (
         np.maximum(b[..., 2:] - b[..., :2], 1e-8) for b in (boxes, priors))
-    centers, prior_centers = (
-        (b[..., 2:] + b[..., :2]) / 2 for b in (boxes, priors))
+    centers, prior_centers = ((b[..., 2:] + b[..., :2]) / 2
+                              for b in (boxes, priors))
     return np.concatenate([(centers - prior_centers) / prior_sides,
                            np.log(sides / prior_sides)], -1)
 
@@ -53,8 +53,8 @@ def encode(boxes, priors):
 def decode(codes, priors):
     """Boxes of codes: neither the exponent nor the image limits them."""
     prior_sides = priors[..., 2:] - priors[..., :2]
-    centers = codes[..., :2] * prior_sides + (
-        priors[..., 2:] + priors[..., :2]) / 2
+    centers = codes[..., :2] * prior_sides + (priors[..., 2:] +
+                                              priors[..., :2]) / 2
     sides = np.exp(codes[..., 2:]) * prior_sides
     return np.concatenate([centers - sides / 2, centers + sides / 2], -1)
 

@@ -179,8 +179,7 @@ def test_official_focal_literals(logit, y, expected):
         expected, rel=1e-6)
     x, step = np.linspace(-30, 30, 121), 1e-6
     for label in (0, 1):
-        above, below = (
-            official.focal(x + d, label)[0] for d in (step, -step))
+        above, below = (official.focal(x + d, label)[0] for d in (step, -step))
         np.testing.assert_allclose(
             official.focal(x, label)[1], (above - below) / (2 * step),
             rtol=1e-6,
@@ -246,9 +245,8 @@ def test_losses_and_gradients_equal_the_official_formulas(
     assert loss['loss_cls'].item() == pytest.approx(expected[0], rel=1e-12)
     assert loss['loss_bbox'].item() == pytest.approx(expected[1], rel=1e-12)
     for name, maps, width, grad in (('loss_cls', cls_scores, num_classes,
-                                     expected[2]),
-                                    ('loss_bbox', bbox_preds, 4,
-                                     expected[3][..., YX])):
+                                     expected[2]), ('loss_bbox', bbox_preds, 4,
+                                                    expected[3][..., YX])):
         got = numpy(torch.autograd.grad(loss[name], maps), width)
         np.testing.assert_allclose(
             got, grad, rtol=0, atol=1e-12 * np.abs(grad).max())

@@ -28,7 +28,8 @@ def network(build_detector, request):
 @torch.no_grad()
 def outputs(model):
     """All that the network returns for one fixed image."""
-    image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(1, 3, *SIZE, generator=generator)
     cls_scores, bbox_preds = model(image, mode='tensor')
     return [*cls_scores, *bbox_preds]
 
