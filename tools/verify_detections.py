@@ -3,10 +3,12 @@
 effdet's own prediction bench and MMDetection's inference_detector look at the
 same picture with the same weights: those of a checkpoint of ours, or random
 ones that give a spread of scores. With the same input and hard suppression in
-both, the lists are equal, or the exit status is 1; then one thing after the other is done as
-effdet does it by default. For each step a table says how many of effdet's
-detections are among ours, with the same class and an overlap of at least a
-half, and how much their scores and boxes differ at most.
+both, the lists are equal, or the exit status is 1; then one thing after the
+other is done as each does it by default. For each step a table says how many
+of effdet's detections are among ours, with the same class and an overlap of
+at least a half, and how much their scores and boxes differ at most. Random
+networks answer to the smallest change of a picture with other detections, so
+what the resizing costs is seen with a checkpoint only.
 
 Needs effdet: pip install effdet==0.4.1
 """
