@@ -741,8 +741,10 @@ def test_backbone_of_mmdet(tmp_path):
                 type='Pretrained', checkpoint=str(tmp_path / 'y.pth'))))
     ours.init_weights()
     image = torch.randn(1, 3, 96, 129)
+    ours.eval()
+    theirs.eval()
     with torch.no_grad():
-        outputs, expected = ours.eval()(image), theirs.eval()(image)
+        outputs, expected = ours(image), theirs(image)
     for one, other in zip(outputs, expected):
         assert (one - other).abs().max() < 1e-5 * other.abs().max()
     with pytest.raises(ValueError, match='The weights are of d1; give'):
