@@ -46,6 +46,14 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
         ValueError: If the checkpoint does not tell its classes, names occur
             twice, or the predictor does not fit ``head``.
     """
+    averaged = 'ema_state_dict' in checkpoint
+    entries = ('state_dict', 'ema_state_dict')[:1 + averaged]
+    for entry in entries:
+        keys = checkpoint.get(entry, checkpoint)  # it may be a bare one
+        if not any(map(_PREDICTOR.fullmatch, keys)):
+            raise ValueError(f'the {entry} of the checkpoint has no bbox_head.'
+                             'conv_cls.pointwise, the class predictor of '
+                             'EfficientDet')
     old = class_names(checkpoint)
     if not old:
         raise ValueError(
@@ -61,8 +69,7 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
     new = dict(
         meta=dict(
             checkpoint['meta'], dataset_meta=dict(classes=list(classes))))
-    averaged = 'ema_state_dict' in checkpoint
-    for entry in ('state_dict', 'ema_state_dict')[:1 + averaged]:
+    for entry in entries:
         new[entry] = _transfer(checkpoint[entry], old, classes, head)
     kept = sum(not _PREDICTOR.fullmatch(key) for key in new['state_dict'])
     return new, _receipt(old, classes, kept, averaged)
@@ -91,14 +98,19 @@ def transfer_file(path: str,
             transferred, or it does not fit the config.
     """
     register_all_modules(init_default_scope=False)
-    config = copy.deepcopy(config)
-    config.model.backbone.init_cfg = None
-    set_classes(config, classes)
     with open_source(path) as source:
         ours = any(_PREDICTOR.fullmatch(key) for key in source.tensors)
     checkpoint = torch.load(
         path, 'cpu', weights_only=True) if ours else convert_file(
             path, config, averages=averages)
+    config = copy.deepcopy(config)
+    config.model.backbone.init_cfg = None
+    set_classes(config, classes)
+    pairs = (checkpoint.get('meta') or {}).get('aspect_pairs')
+    if pairs:  # anchors belong to the weights
+        config.model.bbox_head.anchor_generator.aspect_pairs = [
+            tuple(pair) for pair in pairs
+        ]
     with DefaultScope.overwrite_default_scope('mmdet_efficientdet'):
         head = MODELS.build(config.model.bbox_head)
         with torch.device('meta'):
@@ -129,12 +141,10 @@ def _transfer(state_dict: Dict[str, Tensor], old: List[str],
     copied = [i for i, name in enumerate(new) if name in old]
     sources = [old.index(new[i]) for i in copied]
     result = copy.copy(state_dict)
-    found = False
     for key, value in state_dict.items():
         match = _PREDICTOR.fullmatch(key)
         if not match:
             continue
-        found = True
         if len(value) != num_anchors * len(old):
             raise ValueError(
                 f'{key} of the checkpoint has {len(value)} rows, which are '
@@ -149,9 +159,6 @@ def _transfer(state_dict: Dict[str, Tensor], old: List[str],
         rows = initial.to(value, copy=True).unflatten(0, (num_anchors, -1))
         rows[:, copied] = value.unflatten(0, (num_anchors, -1))[:, sources]
         result[key] = rows.flatten(0, 1)
-    if not found:
-        raise ValueError('the checkpoint has no bbox_head.conv_cls.pointwise, '
-                         'the class predictor of EfficientDet')
     return result
 
 

@@ -12,11 +12,12 @@ from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset, VOCDataset
 from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
-from tiny_data import (D0, LITE0, make_dataset, run_tool, trained_run,
+from tiny_data import (CLASSES, D0, LITE0, make_dataset, run_tool, trained_run,
                        write_config)
 
 from mmdet_efficientdet import ClassTransferHook
-from mmdet_efficientdet.class_transfer import transfer_classes
+from mmdet_efficientdet.class_transfer import (transfer_classes,
+                                                transfer_file)
 
 COCO = CocoDataset.METAINFO['classes']
 VOC = VOCDataset.METAINFO['classes']
@@ -563,3 +564,42 @@ def test_tool_writes_nothing_when_it_cannot(voc, tmp_path):
         assert 'Nothing was written' in done.output
         assert 'Traceback' not in done.output
         assert not (tmp_path / 'x.pth').exists()
+
+
+def test_names_from_the_config(tmp_path, tmp_path_factory):
+    """Published weights of own classes are named by the config's data."""
+    run = trained_run(tmp_path_factory.getbasetemp())
+    path = tmp_path / 'effdet.pth'
+    published = effdet_reference.build(
+        'lite0', (128, 128), num_classes=3).state_dict()
+    torch.save(published, path)
+    config = Config.fromfile(run.config)
+    new = transfer_file(path, config, ['pink', 'blue', 'violet'])
+    key = 'class_net.predict.conv_pw.bias'
+    assert torch.equal(new['state_dict'][BIAS][1::3], published[key][2::3])
+    torch.testing.assert_close(new['state_dict'][BIAS][0::3],
+                               torch.full((9, ), -4.59511985))
+    assert config.model.bbox_head.num_classes == 3
+    assert config.train_dataloader.dataset.metainfo.classes == CLASSES
+
+
+def test_anchors_of_the_file_stay(coco, tmp_path):
+    """The aspect pairs that a file carries get into its config."""
+    pairs = [(1.0, 1.0), (1.5, 0.5), (0.5, 1.5)]
+    coco['meta']['aspect_pairs'] = [list(pair) for pair in pairs]
+    torch.save(coco, tmp_path / 'x.pth')
+    new = transfer_file(tmp_path / 'x.pth', Config.fromfile(LITE0), ['dog'])
+    config = Config.fromstring(new['meta']['cfg'], '.py')
+    head = config.model.bbox_head
+    assert head.anchor_generator.aspect_pairs == pairs
+    assert head.num_classes == 1
+
+
+def test_backbone_alone(tmp_path, build_detector):
+    """Without a class predictor there is nothing to transfer."""
+    state_dict = build_detector('lite0', 80).backbone.state_dict()
+    torch.save(
+        {f'backbone.{k}': v
+         for k, v in state_dict.items()}, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='no bbox_head.conv_cls.pointwise'):
+        transfer_file(tmp_path / 'x.pth', Config.fromfile(LITE0), ['dog'])
