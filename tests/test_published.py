@@ -193,7 +193,7 @@ BROKEN = dict(
     truncated_without_length=(lambda data:
                               (data[:-1000], None, 200), 'its SHA-256 is'),
     flipped=(lambda data: data[:-1] + b'x',
-             'but should start with'),
+             'its SHA-256 is {digest}, but should start with '),
     empty=(lambda data: b'', 'it is empty'),
     html=(lambda data: b'\n<!DOCTYPE html><html></html>',
           'it is a web page, not weights'),
