@@ -90,41 +90,31 @@ def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
     """Renames the tensors of an ImageNet EfficientNet to our backbone's.
 
     Args:
-        state_dict (dict): In the layout of timm, or of efficientnet_pytorch
-            and efficientnet_lite_pytorch.
+        state_dict (dict): In a layout of ``conversion.layouts.BACKBONES``:
+            of timm, of efficientnet_pytorch and efficientnet_lite_pytorch, of
+            MMPretrain, or TensorFlow's variables, as NumPy arrays.
         arch (str): A key of ``models.efficientnet.ARCHS``.
 
     Returns:
-        dict: State dict of ``EfficientNet(arch)``; the classifier is left
-        aside.
+        dict: State dict of ``EfficientNet(arch)`` without batch counters; the
+        classifier is left aside.
 
     Raises:
-        ValueError: If a tensor has no place in this architecture.
+        ValueError: If the tensors are not those of this architecture.
     """
     # Both import the models, which import this file.
-    from .conversion.layouts import BACKBONES
+    from .conversion.tensors import convert
     from .models.efficientnet import EfficientNet
 
-    timm, lukemelas = BACKBONES
-    layout = timm if 'conv_stem.weight' in state_dict else lukemelas
     with torch.device('meta'):
         own = EfficientNet(arch).state_dict()
-    names = {
-        name: key
-        for key in own
-        for name in layout.names(f'backbone.{key}', arch, 5)
-    }
-    converted, unknown = {}, []
-    for key, value in state_dict.items():
-        if key in names:
-            converted[names[key]] = value
-        elif key.split('.')[0] not in layout.classifier:
-            unknown.append(key)
-    if unknown:
+    own = {f'backbone.{key}': value.shape for key, value in own.items()}
+    try:
+        converted, _ = convert(state_dict, own, arch, num_levels=5)
+    except ValueError as error:
         raise ValueError(
-            f'the weights are not of EfficientNet {arch!r}: no place for '
-            f'{len(unknown)} tensors, {", ".join(unknown[:10])}')
-    return converted
+            f'the weights are not of EfficientNet {arch!r}: {error}') from None
+    return {key[len('backbone.'):]: v for key, v in converted.items()}
 
 
 @CheckpointLoader.register_scheme(prefixes='timm://')

@@ -1,5 +1,8 @@
 """Weights of others become ours: every tensor once, bit for bit."""
+import gzip
 import hashlib
+import io
+import resource
 import struct
 import subprocess
 import sys
@@ -12,19 +15,24 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import DetInferencer
+from mmdet.models.task_modules import AnchorGenerator
+from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config
+from safetensors.torch import save_file
 
-from mmdet_efficientdet.conversion.convert import save
+from mmdet_efficientdet.conversion.convert import convert_file, save
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.sources import open_source
-from mmdet_efficientdet.conversion.tensorflow import read_bundle
+from mmdet_efficientdet.conversion.tensorflow import (masked_crc32c,
+                                                      read_bundle)
 from mmdet_efficientdet.conversion.tensors import convert, select_coco_classes
-from mmdet_efficientdet.scaling import SCALING
+from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
 
 ROOT = Path(__file__).parents[1]
+BIAS = 'class_net.predict.conv_pw.bias'  # of effdet
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
-VARIABLES, OBJECTS, EFFDET, LEVEL_FIRST, ZYLO117, PROJECT = LAYOUTS
+VARIABLES, OBJECTS, EFFDET, LEVEL_FIRST, ZYLO117, PROJECT, OWN = LAYOUTS
 # Of the sorted names in the official checkpoints, joined by line ends, as
 # recomputed from the official code: the start of their SHA-256.
 OFFICIAL_NAMES = {
@@ -193,7 +201,8 @@ def write_bundle(prefix, tensors, compression=b'\0'):
             varint(0) + varint(len(k)) + varint(len(v)) + k + v
             for k, v in rows) + struct.pack('<II', 0, 1)
         handle = varint(len(index)) + varint(len(data))
-        return data + compression + b'\0\0\0\0', handle
+        crc = masked_crc32c(data + compression)
+        return data + compression + struct.pack('<I', crc), handle
 
     index, data, rows = bytearray(), bytearray(), [(b'', field(1, 1))]
     for name in sorted(tensors):
@@ -421,12 +430,47 @@ def broken(path, effdet_file):
                 for k, v in state_dict.items() if k != stem
             }, path), '  + backbone.stem.conv.weight (32, 3, 3, 3)'),
         nan=(lambda: edited(**{stem: state_dict[stem] * float('nan')}),
-             '1 tensors hold NaN or infinity: backbone.stem.conv.weight'))
+             '1 tensors hold NaN or infinity: backbone.stem.conv.weight'),
+        list=(lambda: torch.save([torch.ones(1)], path), 'holds list'),
+        numbers=(lambda: torch.save({0: torch.ones(1)}, path),
+                 '0 is no name of a tensor'),
+        nothing=(lambda: torch.save(dict(a=1), path), 'holds no tensors'),
+        twice=(lambda: edited(**{f'module.{stem}': state_dict[stem]}),
+               f'holds {stem} twice'),
+        quantised=(lambda: edited(**{stem: state_dict[stem].char()}),
+                   'torch.int8'),
+        rows=(lambda: edited(**{BIAS: torch.zeros(720)}),
+              '1 differ in shape'),
+        keras=(lambda: path.write_bytes(b'\x89HDF\r\n\x1a\n' + b'0' * 99),
+               'damaged or cut off'),
+        other_hdf=(lambda: h5py.File(path, 'w').close(),
+                   'no weights of Keras'),
+        safetensors=(lambda: path.write_bytes(b'\xff' + b'\0' * 7 + b'{"'),
+                     'damaged or cut off'),
+        gzip=(lambda: path.write_bytes(gzip.compress(b'x' * 999)),
+              'cannot be unpacked'),
+        other_tar=(lambda: packed({'readme.txt': b'x'}, path),
+                   'holds no TensorFlow checkpoint'),
+        two=(lambda: packed({'a.index': b'', 'b/c.index': b''}, path),
+             "holds 2 TensorFlow checkpoints ['a', 'b/c']"),
+        outside=(lambda: packed({'../a.index': b''}, path),
+                 'outside the destination'))  # yapf: disable
+
+
+def packed(members, path):
+    """An archive of files."""
+    with tarfile.open(path, 'w:gz') as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 @pytest.mark.parametrize('what', [
     'missing_file', 'empty', 'html', 'text', 'cut_off', 'pickle',
-    'other_model', 'left_over', 'missing', 'nan'
+    'other_model', 'left_over', 'missing', 'nan', 'list', 'numbers', 'nothing',
+    'twice', 'quantised', 'rows', 'keras', 'other_hdf', 'safetensors', 'gzip',
+    'other_tar', 'two', 'outside'
 ])
 def test_bad_input(effdet_file, shapes, tmp_path, what):
     """One clear error, and nothing is executed."""
@@ -434,8 +478,8 @@ def test_bad_input(effdet_file, shapes, tmp_path, what):
     write, words = broken(path, effdet_file)[what]
     write()
     with pytest.raises(ValueError) as error:
-        with open_source(str(path)) as (tensors, _):
-            convert(tensors, shapes('lite0'), *levels_of('lite0'))
+        with open_source(path) as source:
+            convert(source.tensors, shapes('lite0'), *levels_of('lite0'))
     assert words in str(error.value)
     assert not (tmp_path / 'executed').exists()
 
@@ -461,6 +505,35 @@ def test_bad_bundles(tmp_path):
     write_bundle(prefix, dict(a=np.ones(3, 'f4')), compression=b'\1')
     with pytest.raises(ValueError, match='compressed'):
         read_bundle(prefix)
+    write_bundle(prefix, dict(a=np.ones(3, 'f4')))
+    index = bytearray(Path(f'{prefix}.index').read_bytes())
+    index[index.index(b'a')] ^= 2  # the name becomes `c`
+    Path(f'{prefix}.index').write_bytes(index)
+    with pytest.raises(ValueError, match='checksum'):
+        read_bundle(prefix)
+
+
+def test_checksum():
+    """The check value of CRC-32C, 0xe3069283, with TensorFlow's mask."""
+    crc = 0xe3069283
+    masked = (crc >> 15 | crc << 17 & 0xffffffff) + 0xa282ead8
+    assert masked_crc32c(b'123456789') == masked % (1 << 32)
+
+
+@pytest.mark.parametrize('name', [
+    '', 'x', 'x.index', 'x.data-00000-of-00001', 'x.meta'
+])
+def test_digest_of_a_checkpoint(tmp_path, name):
+    """Of both files, whichever name it is opened by."""
+    write_bundle(tmp_path / 'x', dict(a=np.ones(3, 'f4')))
+    (tmp_path / 'x.meta').write_bytes(b'graph')
+    both = [
+        (tmp_path / f'x.{part}').read_bytes()
+        for part in ('data-00000-of-00001', 'index')
+    ]
+    with open_source(tmp_path / name) as source:
+        assert list(source.tensors) == ['a']
+        assert source.sha256 == hashlib.sha256(b''.join(both)).hexdigest()
 
 
 def test_wrong_size_is_named(effdet_file, tmp_path):
@@ -481,6 +554,19 @@ def test_save_leaves_nothing_half_written(tmp_path):
     with pytest.raises(ValueError, match='cannot write'):
         save(dict(), str(tmp_path / 'folder'))
     assert [p.name for p in tmp_path.iterdir()] == ['folder']
+    (tmp_path / 'fixed').write_text('mine')
+    (tmp_path / 'fixed').chmod(0o444)
+    with pytest.raises(ValueError, match='read-only'):
+        save(dict(), str(tmp_path / 'fixed'))
+    assert (tmp_path / 'fixed').read_text() == 'mine'
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # as on a full disk, after half of the data
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50000, old[1]))
+        with pytest.raises(ValueError, match='cannot write'):
+            save(dict(a=torch.ones(25000)), str(tmp_path / 'x'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['fixed', 'folder']
 
 
 def test_config_in_the_file_builds(effdet_file, tmp_path):
@@ -493,3 +579,197 @@ def test_config_in_the_file_builds(effdet_file, tmp_path):
     assert config.model.bbox_head.num_classes == 90
     assert len(meta['dataset_meta']['classes']) == 90
     assert meta['dataset_meta']['classes'][11] == 'unused 12'
+
+
+def config_of(name, classes=None):
+    """The config of a size, perhaps for other classes."""
+    config = Config.fromfile(config_file(name))
+    if classes:
+        scale_config(config, name, classes=classes)
+    return config
+
+
+def test_own_checkpoint_stays(effdet_file, tmp_path):
+    """What is ours already keeps tensors and names, and 90 become 80."""
+    first = convert_file(effdet_file, config_of('lite0'), num_classes=90)
+    save(first, tmp_path / 'x.pth')
+    again = convert_file(tmp_path / 'x.pth', config_of('lite0'), 90)
+    assert list(again['state_dict']) == list(first['state_dict'])
+    for key, value in first['state_dict'].items():
+        assert torch.equal(again['state_dict'][key], value), key
+    assert again['meta']['dataset_meta'] == first['meta']['dataset_meta']
+    fewer = convert_file(tmp_path / 'x.pth', config_of('lite0'))
+    expected = convert_file(effdet_file, config_of('lite0'))
+    for key, value in expected['state_dict'].items():
+        assert torch.equal(fewer['state_dict'][key], value), key
+    assert fewer['meta']['dataset_meta'] == expected['meta']['dataset_meta']
+    with pytest.raises(ValueError, match='of which the 90 slots cannot'):
+        save(fewer, tmp_path / 'x.pth')
+        convert_file(tmp_path / 'x.pth', config_of('lite0'), 90)
+
+
+def test_other_classes(tmp_path):
+    """Names come from the file or the config; without them it is refused."""
+    theirs = reference.build('lite0', (128, 128), num_classes=1)
+    torch.save(theirs.state_dict(), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='predicts 1 classes, whose names'):
+        convert_file(tmp_path / 'x.pth', config_of('lite0'))
+    trees = config_of('lite0', ['tree'])
+    checkpoint = convert_file(tmp_path / 'x.pth', trees)
+    assert checkpoint['meta']['dataset_meta'] == dict(classes=['tree'])
+    text = Config.fromstring(checkpoint['meta']['cfg'], '.py')
+    assert text.model.bbox_head.num_classes == 1
+    save(checkpoint, tmp_path / 'y.pth')
+    again = convert_file(tmp_path / 'y.pth', config_of('lite0'))
+    assert again['meta']['dataset_meta'] == dict(classes=['tree'])
+
+
+@pytest.mark.parametrize('form', ['effdet', 'mmengine'])
+def test_averages_in_torch_files(effdet_file, tmp_path, form):
+    """Training checkpoints hold both; averages are preferred."""
+    means = torch.load(effdet_file, weights_only=True)
+    raw = {k: v + 1 if v.is_floating_point() else v for k, v in means.items()}
+    if form == 'effdet':
+        saved = dict(state_dict=raw, state_dict_ema=means)
+    else:
+        raw = {f'module.{key}': value for key, value in raw.items()}
+        saved = dict(
+            state_dict=means, ema_state_dict=dict(raw, steps=torch.tensor(3)))
+    torch.save(saved, tmp_path / 'x.pth')
+    key = 'backbone.stem.conv.weight'
+    stem = means['backbone.conv_stem.weight']
+    for averages, expected in ((True, stem), (False, stem + 1)):
+        checkpoint = convert_file(
+            tmp_path / 'x.pth', config_of('lite0'), averages=averages)
+        assert torch.equal(checkpoint['state_dict'][key], expected)
+        receipt = checkpoint['meta']['source']['receipt']
+        assert ('used: 588 moving averages, 0 raw' if averages else
+                'used: 588 raw, not the 588 moving averages') in receipt
+
+
+def test_half_precision_and_safetensors(effdet_file, tmp_path):
+    """Halves become floats of the same value; safetensors are read."""
+    halves = {
+        key: value.half()
+        for key, value in torch.load(effdet_file, weights_only=True).items()
+        if value.is_floating_point()
+    }
+    torch.save(halves, tmp_path / 'x.pth')
+    save_file(halves, tmp_path / 'x.safetensors')
+    one, other = (
+        convert_file(tmp_path / name, config_of('lite0'))['state_dict']
+        for name in ('x.pth', 'x.safetensors'))
+    stem = one['backbone.stem.conv.weight']
+    assert stem.dtype == torch.float32
+    assert torch.equal(stem, halves['backbone.conv_stem.weight'].float())
+    assert all(torch.equal(other[key], value) for key, value in one.items())
+
+
+def test_equal_sizes_are_told(shapes, tmp_path):
+    """Nothing in the weights tells D6 from D7."""
+    own = shapes('d6', 80)
+    torch.save({k: torch.ones(1).expand(s) for k, s in own.items()},
+               tmp_path / 'x.pth')
+    receipt = convert_file(tmp_path / 'x.pth',
+                           config_of('d7'))['meta']['source']['receipt']
+    assert receipt[-1] == (
+        'size: d6 and d7 have the same tensors; whether the anchor scale of '
+        'the config, 5.0, is right cannot be seen')
+
+
+def test_anchors_of_mmdet(shapes, tmp_path):
+    """A head that mmdet's project trained: every anchor keeps its outputs."""
+    own = shapes('d0', 2)
+    generator = torch.Generator().manual_seed(0)
+    theirs = {
+        PROJECT.names(key, *levels_of('d0'))[0]:
+        torch.rand(shape, generator=generator)
+        for key, shape in own.items()
+    }
+    cfg = "model = dict(bbox_head=dict(type='EfficientDetSepBNHead'))"
+    meta = dict(cfg=cfg, dataset_meta=dict(classes=('cat', 'dog')))
+    torch.save(dict(meta=meta, state_dict=theirs), tmp_path / 'x.pth')
+    checkpoint = convert_file(tmp_path / 'x.pth', config_of('d0'))
+    config = Config.fromstring(checkpoint['meta']['cfg'], '.py')
+    assert checkpoint['meta']['dataset_meta']['classes'] == ['cat', 'dog']
+    ours = TASK_UTILS.build(config.model.bbox_head.anchor_generator)
+    # The settings of the project's configs.
+    stock = AnchorGenerator(
+        octave_base_scale=4,
+        scales_per_octave=3,
+        ratios=[1.0, 0.5, 2.0],
+        strides=[8],
+        center_offset=0.5)
+    stock, = stock.grid_priors([(1, 1)], device='cpu')
+    ours = ours.grid_priors([(1, 1)], device='cpu', input_size=(8, 8))[0]
+    distances = torch.cdist(stock, ours.reshape(-1, 4))
+    assert distances.min(1).values.max() < 1e-4
+    places = distances.argmin(1)
+    assert sorted(places.tolist()) == list(range(9))
+    assert places.tolist() != list(range(9))
+    for net, width in (('cls', 2), ('reg', 4)):
+        for leaf in ('weight', 'bias'):
+            given = theirs[f'bbox_head.{net}_header.pointwise_conv.{leaf}']
+            got = checkpoint['state_dict'][
+                f'bbox_head.conv_{net}.pointwise.{leaf}']
+            given, got = (x.unflatten(0, (9, width)) for x in (given, got))
+            assert torch.equal(got[places], given)
+
+
+def test_backbone_of_mmdet(tmp_path):
+    """mmdet's own EfficientNet, as MMPretrain saves it: equal features."""
+    theirs = MODELS.build(
+        dict(type='mmdet.EfficientNet', arch='b1', out_indices=(3, 4, 5)))
+    generator = torch.Generator().manual_seed(0)
+    for key, value in theirs.state_dict().items():
+        if key.endswith('running_var'):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif key.endswith(('running_mean', 'bn.bias')):
+            value.normal_(0, 0.1, generator=generator)
+    saved = {f'backbone.{k}': v for k, v in theirs.state_dict().items()}
+    saved['backbone.layers.6.conv.weight'] = torch.ones(1280, 320, 1, 1)
+    saved['head.fc.bias'] = torch.ones(1000)
+    torch.save(dict(state_dict=saved), tmp_path / 'x.pth')
+    code, output = run_tool(tmp_path / 'x.pth', tmp_path / 'y.pth', '--config',
+                            config_file('d1'))
+    assert code == 0 and 'left aside: 2 tensors of the classifier' in output
+    ours = MODELS.build(
+        dict(
+            type='mmdet_efficientdet.EfficientNet',
+            arch='b1',
+            init_cfg=dict(
+                type='Pretrained', checkpoint=str(tmp_path / 'y.pth'))))
+    ours.init_weights()
+    image = torch.randn(1, 3, 96, 129)
+    ours.eval()
+    theirs.eval()
+    with torch.no_grad():
+        outputs, expected = ours(image), theirs(image)
+    for one, other in zip(outputs, expected):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+    with pytest.raises(ValueError, match='The weights are of d1; give'):
+        convert_file(tmp_path / 'x.pth', config_of('d2'))
+
+
+def test_backbone_of_tensorflow(shapes, tmp_path):
+    """An ImageNet checkpoint: TensorFlow's axes, the classifier left aside."""
+    own = {k: v for k, v in shapes('lite0').items() if k[:9] == 'backbone.'}
+    tensors = values(tf_shapes(own, 'lite0'), 0)
+    more = {
+        'efficientnet-lite0/head/dense/kernel': np.ones((4, 5), 'f4'),
+        'efficientnet-lite0/stem/conv2d/kernel/RMSProp_1': np.ones(3, 'f4')
+    }
+    write_bundle(tmp_path / 'x', {**tensors, **more})
+    checkpoint = convert_file(tmp_path / 'x', config_of('lite0'))
+    assert checkpoint['meta'].keys() == {'source'}
+    assert {f'backbone.{k}' for k in checkpoint['state_dict']} == own.keys()
+    for key, value in checkpoint['state_dict'].items():
+        name, = VARIABLES.names(f'backbone.{key}', 'lite0', 5)
+        assert torch.equal(value, same_axes(tensors[name], key)), key
+
+
+def test_source_is_not_overwritten(effdet_file):
+    """One file for both is refused before anything is read."""
+    code, output = run_tool(effdet_file, effdet_file, '--config',
+                            config_file('lite0'))
+    assert code == 1 and 'DST is SRC itself' in output

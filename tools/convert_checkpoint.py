@@ -1,10 +1,13 @@
 """Convert published weights of an EfficientDet to a checkpoint of ours.
 
 SRC may be a checkpoint of google/automl (its prefix, its folder or the packed
-folder), a Keras .h5, or a .pth of effdet, of Yet-Another-EfficientDet-Pytorch
-or of what mmdet's projects/EfficientDet converted; its format is found out.
+folder), a Keras .h5, or a .pth of effdet, of Yet-Another-EfficientDet-Pytorch,
+of mmdet's projects/EfficientDet or of ours; its format is found out. Of an
+ImageNet EfficientNet alone (timm, efficientnet_pytorch, MMPretrain,
+TensorFlow) DST becomes a file for model.backbone.init_cfg.
 """
 import argparse
+import os
 
 from mmengine.config import Config
 
@@ -12,7 +15,9 @@ from mmdet_efficientdet.conversion.convert import convert_file, save
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('src', help='published weights, in any known format')
     parser.add_argument('dst', help='the checkpoint to write')
     parser.add_argument('--config', required=True, help='config of the size')
@@ -28,6 +33,8 @@ def main():
         help='take raw weights, even where there are moving averages')
     args = parser.parse_args()
     try:
+        if os.path.realpath(args.src) == os.path.realpath(args.dst):
+            raise ValueError('DST is SRC itself; give another name')
         checkpoint = convert_file(
             args.src,
             Config.fromfile(args.config),

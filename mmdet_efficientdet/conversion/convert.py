@@ -1,8 +1,9 @@
 """Turns files of published weights into checkpoints of ours."""
 import copy
 import os
+from math import sqrt
 from pathlib import Path
-from typing import Dict, List, Mapping, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from mmdet.datasets import CocoDataset
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from ..scaling import SCALING, scale_config
 from ..utils import register_all_modules
-from .sources import open_source
-from .tensors import UNUSED_IDS, convert, select_coco_classes
+from .sources import Source, open_source
+from .tensors import UNUSED_IDS, convert, match, select_coco_classes
 
 _BIAS = 'bbox_head.conv_cls.pointwise.bias'
 
@@ -27,10 +28,10 @@ def convert_file(path: str,
 
     Args:
         path (str): The file, in any format that ``open_source`` knows and
-            any of ``LAYOUTS``.
+            any layout of ``LAYOUTS`` and ``BACKBONES``.
         config (Config): Config of the size; it is not changed.
-        num_classes (int): 80, or 90 to keep the slots of COCO ids that no
-            object has. Defaults to 80.
+        num_classes (int): Of a head with COCO's 90 slots, 80 or all 90; heads
+            of other classes stay as they are. Defaults to 80.
         averages (bool): Whether to prefer moving averages of the weights
             where there are any. Defaults to True.
 
@@ -38,40 +39,61 @@ def convert_file(path: str,
         dict: ``state_dict``, and ``meta`` with ``cfg`` (text of the config),
         ``dataset_meta`` (class names), ``source`` (``file``, ``sha256`` and
         the lines of a ``receipt``), ``aspect_pairs``, ``mean`` and ``std``;
-        plain types and tensors only.
+        plain types and tensors only. Of a backbone alone the state dict is
+        that of ``EfficientNet``, for ``init_cfg=dict(type='Pretrained',
+        checkpoint=...)``, and ``meta`` has only ``source``.
 
     Raises:
         ValueError: If the file cannot be read, or does not fit the config;
             where it fits another size, the message names that.
     """
+    if num_classes not in (80, 90):
+        raise ValueError(f'num_classes={num_classes} must be 80 or 90')
     register_all_modules(init_default_scope=False)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
-    config.model.bbox_head.num_classes = num_classes
-    model = _build(config)
-    with open_source(str(path)) as (tensors, digest):
-        try:
-            state_dict, receipt = _convert_for(tensors, model, averages)
-        except ValueError as error:
-            sizes = _fitting_sizes(tensors, config)
-            hint = f'\nThe weights are of {" or ".join(sizes)}; give the ' \
-                'config of that size' if sizes else ''
-            raise ValueError(f'{error}{hint}') from error
-    anchors = model.bbox_head.prior_generator
-    given = len(state_dict[_BIAS]) // anchors.num_base_priors[0]
+    with open_source(path) as source:
+        anchors = config.model.bbox_head.anchor_generator
+        if source.ratio_major:
+            # (width, height) of MMDetection's ratios 1, 0.5 and 2
+            anchors.aspect_pairs = [(1.0, 1.0), (sqrt(2), sqrt(0.5)),
+                                    (sqrt(0.5), sqrt(2))]
+        model = _build(config)
+        state_dict, receipt = _convert(source, model, config, averages)
+    origin = dict(
+        file=Path(path).name, sha256=source.sha256, receipt=receipt)
+    if _BIAS not in state_dict:
+        return dict(
+            meta=dict(source=origin),
+            state_dict={
+                key[len('backbone.'):]: value
+                for key, value in state_dict.items()
+            })
+    num_anchors = model.bbox_head.num_base_priors
+    given, rest = divmod(len(state_dict[_BIAS]), num_anchors)
+    if rest:
+        raise ValueError(f'{path} has {len(state_dict[_BIAS])} outputs of '
+                         f'classes, not a multiple of {num_anchors} anchors')
     if given == 90 and num_classes == 80:
-        state_dict = select_coco_classes(state_dict)
+        state_dict = select_coco_classes(state_dict, num_anchors)
         receipt.append('classes: 80 of 90 slots, bit for bit')
-    elif given != num_classes:
+        given, source.classes = 80, None
+    elif given == 80 and num_classes == 90:
+        raise ValueError(f"{path} predicts COCO's 80 classes, of which the 90 "
+                         'slots cannot be made')
+    names = _class_names(given, source.classes, config)
+    if len(names) != given:
         raise ValueError(
-            f'{path} predicts {given} classes; only heads of COCO with 80 or '
-            '90 can be converted, to 90 only from 90')
+            f'{path} predicts {given} classes, whose names have to come from '
+            f'the config, which has {len(names)}: scale_config(_base_, '
+            "'<size>', classes=['<name>', ...])")
+    config.model.bbox_head.num_classes = given
     preprocessor = config.model.data_preprocessor
     return dict(
         meta=dict(
             cfg=config.pretty_text,
-            dataset_meta=dict(classes=_class_names(num_classes)),
-            source=dict(file=Path(path).name, sha256=digest, receipt=receipt),
+            dataset_meta=dict(classes=names),
+            source=origin,
             aspect_pairs=[list(pair) for pair in anchors.aspect_pairs],
             mean=list(preprocessor.mean),
             std=list(preprocessor.std)),
@@ -85,47 +107,90 @@ def _build(config: Config) -> nn.Module:
         return MODELS.build(config.model)
 
 
-def _convert_for(tensors: Mapping, model: nn.Module,
-                 averages: bool) -> Tuple[Dict[str, Tensor], List[str]]:
+def _outline(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
+    """Shapes, architecture and number of levels."""
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    return convert(tensors, shapes, model.backbone.arch,
-                   model.bbox_head.num_levels, averages)
+    return shapes, model.backbone.arch, model.bbox_head.num_levels
 
 
-def _fitting_sizes(tensors: Mapping, config: Config) -> List[str]:
-    """The sizes that the weights do fit."""
+def _convert(source: Source, model: nn.Module, config: Config,
+             averages: bool) -> Tuple[Dict[str, Tensor], List[str]]:
+    """Our state dict and a receipt, or an error that names the right size."""
+    outline = _outline(model)
+    try:
+        error = match(source.tensors, *outline).error
+    except ValueError as unknown:
+        error = str(unknown)
+    sizes = _fitting_sizes(source, config) if error else []
+    if sizes:
+        error = f'The weights are of {" or ".join(sizes)}; give the config ' \
+            f'of that size. With this one: {error}'
+    if error:
+        raise ValueError(error)
+    state_dict, receipt = convert(source.tensors, *outline, averages,
+                                  source.ratio_major)
+    if source.ratio_major:
+        receipt.append("anchors: order and aspect pairs of MMDetection's")
+    twins = [
+        size for size, row in SCALING.items()
+        if (row.backbone, row.bifpn_channels) ==
+        (model.backbone.arch, model.neck.out_channels)
+    ]
+    if len(twins) > 1 and _BIAS in state_dict:
+        scale = config.model.bbox_head.anchor_generator.octave_base_scale
+        receipt.append(
+            f'size: {" and ".join(twins)} have the same tensors; whether the '
+            f'anchor scale of the config, {scale}, is right cannot be seen')
+    return state_dict, receipt
+
+
+def _fitting_sizes(source: Source, config: Config) -> List[str]:
+    """The sizes that the weights do fit; for a backbone its architecture."""
     sizes = []
     for size in SCALING:
         other = copy.deepcopy(config)
         scale_config(other, size)
         try:
-            _convert_for(tensors, _build(other), averages=False)
+            found = match(source.tensors, *_outline(_build(other)))
         except ValueError:
             continue
-        sizes.append(size)
+        if not found.error:
+            sizes.append(size)
     return sizes
 
 
-def _class_names(num_classes: int) -> List[str]:
-    """Names of COCO's classes, or of all its 90 ids."""
-    names = list(CocoDataset.METAINFO['classes'])
-    if num_classes == 80:
-        return names
-    return [
-        f'unused {i}' if i in UNUSED_IDS else names.pop(0)
-        for i in range(1, 91)
-    ]
+def _class_names(num_classes: int, given: Optional[List[str]],
+                 config: Config) -> List[str]:
+    """Names from the file, of COCO, of its 90 ids, or from the config."""
+    coco = list(CocoDataset.METAINFO['classes'])
+    if given:
+        return given
+    if num_classes == len(coco):
+        return coco
+    if num_classes == 90:
+        return [
+            f'unused {i}' if i in UNUSED_IDS else coco.pop(0)
+            for i in range(1, 91)
+        ]
+    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    return list(dataset.get('metainfo', {}).get('classes', coco))
 
 
 def save(checkpoint: dict, path: str) -> None:
-    """Writes a checkpoint at once or not at all, the same bytes each time."""
-    target = Path(path)
+    """Writes a checkpoint at once or not at all, the same bytes each time.
+
+    Raises:
+        ValueError: If it cannot be written; no part of it is left.
+    """
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f'.{target.name}.{os.getpid()}')
     try:
+        if target.is_file() and not target.stat().st_mode & 0o222:
+            raise PermissionError('the file is read-only')
         with temporary.open('wb') as file:  # a path would get into the file
             torch.save(checkpoint, file)
         os.replace(temporary, target)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's, on a full disk
         raise ValueError(f'cannot write {path}: {error}') from error
     finally:
         temporary.unlink(missing_ok=True)

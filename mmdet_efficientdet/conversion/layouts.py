@@ -6,7 +6,7 @@ counts by has a name and is computed in :func:`.naming.numbers_of`.
 """
 from typing import Dict, Iterator
 
-from .naming import Layout
+from .naming import Layout, OwnLayout
 
 
 def _split(rows: str) -> Iterator[list]:
@@ -145,7 +145,8 @@ conv_NET.depthwise     NET_net/NET-predict
 conv_NET.pointwise     NET_net/NET-predict
 """, cls='class', reg='box')
         },
-        tensorflow=True),
+        tensorflow=True,
+        prefix='model/'),
     Layout(
         'TensorFlow objects', {
             **TF_OBJECTS,
@@ -170,7 +171,8 @@ NET_norms.{}.{}        NET_net/bns/{0}/{1}
             'bbox_head.conv_reg.pointwise': 'box_net/boxes'
         },
         tensorflow=True,
-        suffix='/.ATTRIBUTES/VARIABLE_VALUE'),
+        suffix='/.ATTRIBUTES/VARIABLE_VALUE',
+        prefix='model/'),  # the detector may be an attribute of the saved
     Layout('effdet', _EFFDET),
     Layout('effdet, norms level first', {**_EFFDET, **_LEVEL_FIRST}),
     Layout(
@@ -215,12 +217,26 @@ NET_norms.{}.{}        bbox_head.NET_bn_list.{0}.{1}
 conv_NET.depthwise     bbox_head.NET_header.depthwise_conv
 conv_NET.pointwise     bbox_head.NET_header.pointwise_conv
 """, cls='cls', reg='reg')
-        }))  # yapf: disable
+        }),
+    OwnLayout('mmdet_efficientdet', {}, y_first=False))  # yapf: disable
 
 # ImageNet networks alone.
-BACKBONES = (Layout(
-    'timm', TIMM, classifier=('conv_head', 'bn2', 'classifier')),
-             Layout(
-                 'efficientnet_pytorch',
-                 LUKEMELAS,
-                 classifier=('_conv_head', '_bn1', '_fc')))
+BACKBONES = (
+    Layout(
+        'backbone of timm',
+        TIMM,
+        classifier=r'(conv_head|bn2|classifier)\..*'),
+    Layout(
+        'backbone of efficientnet_pytorch',
+        LUKEMELAS,
+        classifier=r'(_conv_head|_bn1|_fc)\..*'),
+    Layout(
+        'backbone of MMDetection or MMPretrain',
+        OPENMMLAB,
+        prefix='backbone.',
+        classifier=r'(layers\.6|head|fc)\..*'),
+    Layout(
+        'backbone of TensorFlow variables',
+        TF_VARIABLES,
+        tensorflow=True,
+        classifier=r'efficientnet-\w+/head/.*'))

@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Dict, List, Tuple
+from typing import Dict, List
 
 from ..models.bifpn import bifpn_graph
 from ..models.efficientnet import block_table
@@ -76,17 +76,20 @@ class Layout:
         suffix (str): What follows each name. Defaults to nothing.
         inner_conv (bool): Whether a convolution may stand in a wrapper, as
             ``x.conv.weight`` for ``x.weight``.
+        prefix (str): What may stand in front of all names. Defaults to
+            nothing.
         y_first (bool): Whether boxes are (y, x, h, w) of each anchor.
-        classifier (tuple[str]): First parts of the names of an ImageNet
-            classifier; a layout that has them is of a backbone alone.
+        classifier (str): Pattern of the names of an ImageNet classifier; a
+            layout that has one is of a backbone alone.
     """
     title: str
     modules: Dict[str, str]
     tensorflow: bool = False
     suffix: str = ''
     inner_conv: bool = False
+    prefix: str = ''
     y_first: bool = True
-    classifier: Tuple[str, ...] = ()
+    classifier: str = ''
 
     def names(self, key: str, arch: str, num_levels: int) -> List[str]:
         """The names of one tensor of ours, which may be stored in parts.
@@ -120,8 +123,15 @@ class Layout:
 
     def normalized(self, name: str) -> str:
         """A name of the source as this table has it."""
-        if self.tensorflow:  # the detector may have been saved as `model`
-            return re.sub('^model/', '', name)
+        name = name.removeprefix(self.prefix)
         if self.inner_conv:
             return re.sub(r'\.conv\.(weight|bias)$', r'.\1', name)
         return name
+
+
+class OwnLayout(Layout):
+    """Our own names, of what is a checkpoint of ours already."""
+
+    def names(self, key: str, arch: str, num_levels: int) -> List[str]:
+        """The name itself."""
+        return [key]

@@ -3,82 +3,120 @@ import hashlib
 import re
 import tarfile
 import tempfile
+import zlib
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional
 
 import torch
 from torch import Tensor
 
-from .tensorflow import read_bundle, read_keras
+from .tensorflow import EMA_SUFFIX, read_bundle, read_keras
+
+_PART = re.compile(r'\.(index|meta|data-\d{5}-of-\d{5})$')
+
+
+@dataclass
+class Source:
+    """Tensors of a file, and what else it tells.
+
+    Args:
+        tensors (Mapping): Name to tensor.
+        sha256 (str): Of the file, or of all files of a checkpoint.
+        classes (list[str], optional): Their names, in files of MMDetection.
+        ratio_major (bool): Whether its anchors are in the order of
+            MMDetection's generator.
+    """
+    tensors: Mapping
+    sha256: str
+    classes: Optional[List[str]] = None
+    ratio_major: bool = False
 
 
 @contextmanager
-def open_source(path: str) -> Iterator[Tuple[Mapping, str]]:
+def open_source(path: str) -> Iterator[Source]:
     """Opens a file of weights, whatever its format.
 
     Args:
-        path (str): A torch file, a Keras ``.h5``, or a TensorFlow checkpoint:
-            its prefix, its folder or the packed folder.
+        path (str): A torch file, safetensors, a Keras ``.h5``, or a
+            TensorFlow checkpoint: its prefix, one of its files, its folder or
+            the packed folder.
 
     Yields:
-        tuple: Name to tensor, valid inside the context, and the SHA-256 of
-        the file, or of all files of a checkpoint.
+        Source: Its tensors are valid inside the context.
 
     Raises:
         ValueError: If the file is missing, empty, damaged, of no known format
             or holds more than data.
     """
     source = Path(path)
-    if source.is_file() and not source.stat().st_size:
-        raise ValueError(f'{path} is empty')
     start = b''
     if source.is_file():
         with source.open('rb') as file:
             start = file.read(512)
-    if start[:2] == b'\x1f\x8b':
+        if not start:
+            raise ValueError(f'{path} is empty')
+    prefix = Path(_PART.sub('', str(path)))
+    if not start or Path(f'{prefix}.index').is_file():
+        prefix = _find_prefix(prefix)
+        yield Source(read_bundle(str(prefix)), _digest(_files(prefix)))
+    elif start[:2] == b'\x1f\x8b' or start[257:262] == b'ustar':
         with tempfile.TemporaryDirectory() as folder:
             _unpack(source, folder)
-            yield read_bundle(_find_prefix(Path(folder))), _digest([source])
-        return
-    if not start:
-        prefix = _find_prefix(source)
-        files = sorted(Path(prefix).parent.glob(f'{Path(prefix).name}.[id]*'))
-        yield read_bundle(prefix), _digest(files)
-        return
-    if start[:8] == b'\x89HDF\r\n\x1a\n':
-        tensors = read_keras(path)
+            prefix = _find_prefix(Path(folder))
+            yield Source(read_bundle(str(prefix)), _digest([source]))
+    elif start[:8] == b'\x89HDF\r\n\x1a\n':
+        yield Source(read_keras(str(path)), _digest([source]))
+    elif start[8:9] == b'{' and start[7:8] == b'\0':
+        yield Source(_read_safetensors(path), _digest([source]))
     elif start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
-        tensors = _read_torch(path)
-    elif source.suffix == '.index':
-        tensors = read_bundle(path[:-len('.index')])
+        yield _read_torch(path, _digest([source]))
     else:
         kind = 'a web page, not weights' if b'<' in start.lstrip()[:1] else \
             'in no known format'
-        raise ValueError(f'{path} is {kind}. Known are torch files, Keras '
-                         '.h5 and TensorFlow checkpoints')
-    yield tensors, _digest([source])
+        raise ValueError(
+            f'{path} is {kind}. Known are torch files, safetensors, Keras .h5 '
+            'and TensorFlow checkpoints')
 
 
 def _unpack(source: Path, folder: str) -> None:
     try:
         with tarfile.open(source) as archive:
-            archive.extractall(folder, filter='data')
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f'{source} is damaged or cut off: {error}') from error
+            members = [
+                member for member in archive
+                if member.isfile() and _PART.search(member.name)
+                and not member.name.endswith('.meta')
+            ]
+            if not members:
+                raise ValueError(f'{source} holds no TensorFlow checkpoint')
+            # The filter refuses paths that lead out of the folder.
+            archive.extractall(folder, members, filter='data')
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f'{source} cannot be unpacked: it is damaged or cut off, or the '
+            f'disk is full: {error}') from error
 
 
-def _find_prefix(source: Path) -> str:
+def _find_prefix(source: Path) -> Path:
     """The checkpoint at a prefix, or the only one below a folder."""
     if Path(f'{source}.index').is_file():
-        return str(source)
+        return source
     if not source.is_dir():
         raise ValueError(f'{source} does not exist, nor does {source}.index')
-    found = sorted(str(p)[:-len('.index')] for p in source.rglob('*.index'))
+    found = sorted(path.with_suffix('') for path in source.rglob('*.index'))
     if len(found) != 1:
+        names = [str(path.relative_to(source)) for path in found]
         raise ValueError(f'{source} holds {len(found)} TensorFlow checkpoints '
-                         f'{found}; give the prefix of one')
+                         f'{names}; give the prefix of one')
     return found[0]
+
+
+def _files(prefix: Path) -> List[Path]:
+    """The index and the files of data of one checkpoint."""
+    return sorted(path for path in prefix.parent.iterdir()
+                  if path.suffix != '.meta' and _PART.sub('', path.name) ==
+                  prefix.name != path.name)
 
 
 def _digest(files: List[Path]) -> str:
@@ -90,26 +128,60 @@ def _digest(files: List[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_torch(path: str) -> Dict[str, Tensor]:
+def _read_safetensors(path: str) -> Dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f'{path} needs the package safetensors: pip install '
+                         'safetensors') from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f'{path} is damaged or cut off: {error}') from error
+
+
+def _read_torch(path: str, sha256: str) -> Source:
     try:
         data = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # pickle, zip and torch raise their own
         raise ValueError(
             f'{path} is damaged, or holds more than weights, which are never '
-            f'executed: {str(error).splitlines()[0]}') from error
-    meta = data.get('meta') if isinstance(data, dict) else None
-    config = str(meta.get('cfg', '')) if isinstance(meta, dict) else ''
-    if 'EfficientDetSepBNHead' in config and 'YXYX' not in config:
-        raise ValueError(
-            f"{path} was trained with mmdet's projects/EfficientDet, whose "
-            'own anchors stand in another order; only what that project '
-            'converted from TensorFlow can be read')
-    for key in ('state_dict_ema', 'state_dict', 'model'):
-        if isinstance(data, dict) and isinstance(data.get(key), dict):
-            data = data[key]
+            'executed. If it is a checkpoint of your own training, save its '
+            f'state dict alone: {str(error).splitlines()[0]}') from error
     if not isinstance(data, dict):
         raise ValueError(f'{path} holds {type(data).__name__}, not weights')
-    return {
-        re.sub(r'^module\.', '', key): value
-        for key, value in data.items() if isinstance(value, Tensor)
-    }
+    meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
+    config = str(meta.get('cfg', ''))
+    names = meta.get('dataset_meta')
+    names = names.get('classes') if isinstance(names, dict) else None
+    # What the project converted from TensorFlow has TensorFlow's anchors.
+    ratio_major = 'EfficientDetSepBNHead' in config and 'YXYX' not in config
+    state_dict, averages = data, {}
+    for key in ('state_dict', 'model'):
+        if isinstance(data.get(key), dict):
+            state_dict = data[key]
+            break
+    if isinstance(data.get('state_dict_ema'), dict):  # of timm and effdet
+        averages = data['state_dict_ema']
+    elif isinstance(data.get('ema_state_dict'), dict):
+        # mmengine exchanges the two when it saves.
+        averages, state_dict = state_dict, {
+            key: value
+            for key, value in data['ema_state_dict'].items() if key != 'steps'
+        }
+    tensors = {}
+    for suffix, part in (('', state_dict), (EMA_SUFFIX, averages)):
+        for key, value in part.items():
+            if not isinstance(key, str):
+                raise ValueError(f'{path} holds no state dict: {key!r} is no '
+                                 'name of a tensor')
+            if not isinstance(value, Tensor):
+                continue
+            key = key.removeprefix('module.') + suffix
+            if key in tensors:
+                raise ValueError(f'{path} holds {key} twice')
+            tensors[key] = value
+    if not tensors:
+        raise ValueError(f'{path} holds no tensors')
+    return Source(tensors, sha256, list(names) if names else None, ratio_major)

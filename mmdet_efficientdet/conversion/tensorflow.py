@@ -10,12 +10,34 @@ from typing import Dict, Iterator, Tuple
 
 import numpy as np
 
+EMA_SUFFIX = '/ExponentialMovingAverage'  # of the name of a moving average
 _MAGIC = 0xdb4775248b80fb57
-# Values of the enum DataType. Others, such as strings, are left out.
+_STRING = 7
+# Values of the enum DataType.
 _DTYPES = {
     1: 'f4', 2: 'f8', 3: 'i4', 4: 'u1', 5: 'i2', 6: 'i1', 9: 'i8', 10: '?',
     14: 'bfloat16', 17: 'u2', 19: 'f2', 22: 'u4', 23: 'u8'
 }  # yapf: disable
+
+
+def _crc_table() -> list:
+    table = list(range(256))
+    for _ in range(8):
+        # 0x82f63b78 is the polynomial of Castagnoli, reversed.
+        table = [n >> 1 ^ (0x82f63b78 if n & 1 else 0) for n in table]
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The checksum as TensorFlow stores it, rotated and with a summand."""
+    crc = 0xffffffff
+    for byte in data:
+        crc = _CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xffffffff
+    return ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff
 
 
 def _varint(data: bytes, at: int) -> Tuple[int, int]:
@@ -37,6 +59,11 @@ def _block(data: bytes, handle: bytes) -> Iterator[Tuple[bytes, bytes]]:
     if kind:
         raise ValueError('its index is compressed, which is not supported; '
                          'load and save it again with TensorFlow')
+    # Only the index is checked, some 100 kB: for the tensors of a D7x that
+    # loop takes a minute, and archives have a checksum of their own.
+    stored, = struct.unpack('<I', data[offset + size + 1:offset + size + 5])
+    if masked_crc32c(data[offset:offset + size + 1]) != stored:
+        raise ValueError('its index is damaged: a checksum differs')
     end = size - 4 - 4 * struct.unpack('<I', block[-4:])[0]
     key, at = b'', 0
     while at < end:
@@ -75,7 +102,8 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
         dict: Name to array. Strings are left out, bfloat16 becomes float32.
 
     Raises:
-        ValueError: If a file is missing, cut off or compressed.
+        ValueError: If a file is missing, cut off, damaged or compressed, or
+            the type of a tensor unknown.
     """
     data = Path(f'{prefix}.index').read_bytes()
     if len(data) < 48 or struct.unpack('<Q', data[-8:])[0] != _MAGIC:
@@ -91,12 +119,17 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
         }
     except (IndexError, KeyError, UnicodeDecodeError, struct.error) as error:
         raise ValueError(f'{prefix}.index is damaged') from error
+    except ValueError as error:
+        raise ValueError(f'{prefix} cannot be read: {error}') from error
     num_shards = entries.pop('', {}).get(1, [1])[0]
     shards, tensors = {}, {}
     for name, entry in entries.items():
-        dtype = _DTYPES.get(entry.get(1, [0])[0])
-        if dtype is None:
+        kind = entry.get(1, [0])[0]
+        if kind == _STRING:
             continue
+        if kind not in _DTYPES:
+            raise ValueError(f'{prefix}: {name} is of the unknown type {kind}')
+        dtype = _DTYPES[kind]
         if 7 in entry:
             raise ValueError(f'{prefix}: {name} is stored in slices, which '
                              'is not supported')
@@ -134,15 +167,19 @@ def read_keras(path: str) -> Dict[str, np.ndarray]:
     except ImportError as error:
         raise ValueError(f'{path} needs the package h5py: pip install '
                          'h5py') from error
-    tensors = {}
-    with h5py.File(path, 'r') as file:
-        root = file.get('model_weights', file)
-        if 'layer_names' not in root.attrs and 'layer_names0' not in \
-                root.attrs:
-            raise ValueError(f'{path} holds no weights of Keras')
-        for layer in _names(root, 'layer_names'):
-            for name in _names(root[layer], 'weight_names'):
-                tensors[name.split(':')[0]] = root[layer][name][()]
+    try:
+        with h5py.File(path, 'r') as file:
+            root = file.get('model_weights', file)
+            arrays = [(name.split(':')[0], root[layer][name][()])
+                      for layer in _names(root, 'layer_names')
+                      for name in _names(root[layer], 'weight_names')]
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is damaged or cut off: {error}') from error
+    tensors = dict(arrays)
+    if not tensors:
+        raise ValueError(f'{path} holds no weights of Keras 2')
+    if len(tensors) < len(arrays):
+        raise ValueError(f'{path} holds several tensors of one name')
     return tensors
 
 

@@ -1,130 +1,173 @@
 """Gives the tensors of another project our names, axes and order."""
 import re
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Dict, List, Mapping, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .layouts import LAYOUTS
+from .layouts import BACKBONES, LAYOUTS
 from .naming import Layout
+from .tensorflow import EMA_SUFFIX
 
+# What marks the name of a moving average; without it, it is the weight's.
+_AVERAGE = re.compile(rf'{EMA_SUFFIX}$|'
+                      r'/\.OPTIMIZER_SLOT/\w+/average(?=/\.ATTRIBUTES/)')
 # What stands in checkpoints beside weights: pattern of names, and the reason
 # why it is left aside.
 LEFT_ASIDE = (
-    (r'.*/Momentum|.*/\.OPTIMIZER_SLOT/.*|(.*/)?optimizer/_variables/.*',
-     'optimizer slots'),
+    (r'.*/(Momentum|RMSProp)(_\d)?|.*/\.OPTIMIZER_SLOT/.*|'
+     r'(.*/)?optimizer/_variables/.*', 'optimizer slots'),
     (r'(.*/)?global_step|(.*/)?save_counter/.*|(.*/)?optimizer/.*',
      'counters and settings of the training'),
     (r'.*\.num_batches_tracked', 'batch counters, which nothing reads'),
 )
 _REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
                    r'bbox_head\.\w+_convs\.\d+\.pointwise)\.bias')
-EMA_SUFFIX = '/ExponentialMovingAverage'
+_CLASSES = 'bbox_head.conv_cls.pointwise'
 # Category ids of COCO that no object has; an output of 90 has a slot for
 # each id from 1.
 UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 
-def convert(tensors: Mapping,
-            own: Mapping[str, Tuple],
-            arch: str,
-            num_levels: int,
-            averages: bool = True) -> Tuple[Dict[str, Tensor], List[str]]:
-    """Renames and transposes the tensors of another EfficientDet.
-
-    Every tensor of ours is filled, and every one of the source is used once
-    or left aside for a reason.
+@dataclass
+class Match:
+    """Which tensors of a source stand where in our model.
 
     Args:
-        tensors (Mapping): Name to array, in any of ``LAYOUTS``.
+        layout (Layout): How the source names them.
+        values (dict): Our name to the source's tensors, of which fusion
+            weights may have several.
+        without_bias (dict): Our name to shape of biases in front of norms,
+            which are redundant, and which the source does not have.
+        missing (list[str]): What is only in the model, with shapes.
+        left (list[str]): What is only in the source.
+        wrong (list[str]): What differs in shape, or is no float.
+        receipt (list[str]): What was used and what left aside.
+    """
+    layout: Layout
+    values: Dict[str, list] = field(default_factory=dict)
+    without_bias: Dict[str, Tuple] = field(default_factory=dict)
+    missing: List[str] = field(default_factory=list)
+    left: List[str] = field(default_factory=list)
+    wrong: List[str] = field(default_factory=list)
+    receipt: List[str] = field(default_factory=list)
+
+    @property
+    def error(self) -> str:
+        """Both sides of what does not fit; empty where all does."""
+        if not (self.missing or self.left or self.wrong):
+            return ''
+        sides = (('+', self.missing), ('-', self.left), ('!', self.wrong))
+        return '\n'.join([
+            f'the weights ({self.layout.title}) do not fit this model: '
+            f'{len(self.missing)} of its tensors are missing, '
+            f'{len(self.left)} of the source are left over, '
+            f'{len(self.wrong)} differ in shape or type',
+            *(f'  {sign} {item}' for sign, side in sides
+              for item in side[:10])
+        ])
+
+
+def match(tensors: Mapping,
+          own: Mapping[str, Tuple],
+          arch: str,
+          num_levels: int,
+          averages: bool = True) -> Match:
+    """Finds the place of every tensor of another EfficientDet.
+
+    Args:
+        tensors (Mapping): Name to array, in any of ``LAYOUTS`` or, for a
+            backbone alone, of ``BACKBONES``.
         own (Mapping): Name to shape of our model's state dict.
         arch (str): Architecture of its backbone.
         num_levels (int): Number of its pyramid levels.
         averages (bool): Whether to prefer moving averages of the weights
             where there are any. Defaults to True.
 
+    Raises:
+        ValueError: If the names are of no known layout, or two tensors of the
+            source have the same place.
+    """
+    own = {k: v for k, v in own.items() if 'num_batches_tracked' not in k}
+    layout = _recognise(tensors, own, arch, num_levels)
+    if layout.classifier:
+        own = {k: v for k, v in own.items() if k.startswith('backbone.')}
+    weights, means, aside = _sort(tensors, layout)
+    used = {**weights, **means} if averages else weights
+    found, taken, rows = Match(layout), set(), set()
+    for key, shape in own.items():
+        names = layout.names(key, arch, num_levels)
+        values = [used.get(name) for name in names]
+        if not values or any(value is None for value in values):
+            if re.fullmatch(_REDUNDANT_BIAS, key):
+                found.without_bias[key] = shape
+            else:
+                found.missing.append(f'{key} {tuple(shape)}')
+            continue
+        taken.update(names)
+        found.values[key] = values
+        given, shape = _shape(values, key, layout), tuple(shape)
+        if key.startswith(_CLASSES):  # the source's own number of classes
+            rows.add(given[:1])
+            shape = given[:1] + shape[1:]
+        if given != shape or len(rows) > 1 or not _are_floats(values):
+            found.wrong.append(f'{key} {given} {values[0].dtype}, {shape}')
+    left = {**weights, **means}.keys() - taken
+    if not any(key.endswith('fusion_weights') for key in own):
+        sums = {name for name in left if re.search(r'\.p\d_w[12]$', name)}
+        left -= sums
+        if sums:
+            aside['fusion weights, which a sum does not use'] = len(sums)
+    found.left = sorted(left)
+    found.receipt = _receipt(found, len(taken), len(taken & means.keys()),
+                             len(means), averages, aside)
+    return found
+
+
+def convert(tensors: Mapping,
+            own: Mapping[str, Tuple],
+            arch: str,
+            num_levels: int,
+            averages: bool = True,
+            ratio_major: bool = False) -> Tuple[Dict[str, Tensor], List[str]]:
+    """Renames and transposes the tensors of another EfficientDet.
+
+    Every tensor of ours is filled, and every one of the source is used once
+    or left aside for a reason.
+
+    Args:
+        tensors, own, arch, num_levels, averages: As in :func:`match`.
+        ratio_major (bool): Whether the anchors of the source are in the order
+            of MMDetection's generator, and boxes (x, y, w, h). Defaults to
+            False.
+
     Returns:
-        tuple: Our state dict, with a head of as many classes as the source,
-        and the lines of a receipt.
+        tuple: Our state dict, with a head of as many classes as the source
+        or, if the source is a backbone alone, without neck and head; and the
+        lines of a receipt.
 
     Raises:
         ValueError: If something is left over or missing, naming both, or a
             value is not finite.
     """
-    own = {k: v for k, v in own.items() if 'num_batches_tracked' not in k}
-    layout = _recognise(tensors, own, arch, num_levels)
-    reasons: Dict[str, int] = {}
-    rest, means = {}, {}
-    for name, value in tensors.items():
-        reason = next(
-            (why for what, why in LEFT_ASIDE if re.fullmatch(what, name)), '')
-        average = re.sub(r'/\.OPTIMIZER_SLOT/\w+/average(?=/\.ATTR)', '', name)
-        if name.endswith(EMA_SUFFIX):
-            means[layout.normalized(name[:-len(EMA_SUFFIX)])] = value
-        elif average != name:
-            means[layout.normalized(average)] = value
-        elif reason:
-            reasons[reason] = reasons.get(reason, 0) + 1
-        else:
-            rest[layout.normalized(name)] = value
-    unknown = means.keys() - rest.keys()
-    used = {**rest, **means} if averages else rest
-    raw = len(rest.keys() - means.keys()) if averages else len(rest)
-    state_dict, missing, wrong = {}, [], []
-    without_bias = 0
-    for key, shape in own.items():
-        names = layout.names(key, arch, num_levels)
-        values = [used.get(name) for name in names]
-        if any(value is None for value in values) or not values:
-            # A bias in front of a norm is redundant; some leave it out.
-            if re.fullmatch(_REDUNDANT_BIAS, key):
-                state_dict[key] = torch.zeros(shape)
-                without_bias += 1
-            else:
-                missing += [f'{key} {tuple(shape)}']
-            continue
-        for name in names:
-            rest.pop(name, None)
-        value = _to_ours(values, key, layout)
-        classes = key.startswith('bbox_head.conv_cls.pointwise')
-        if value.shape[classes:] != tuple(shape)[classes:]:
-            wrong.append(f'{key} {tuple(value.shape)}, {tuple(shape)}')
-        state_dict[key] = value
-    unused_sums = [k for k in rest if re.search(r'\.p\d_w[12]$', k)]
-    if not any(k.endswith('fusion_weights') for k in own):
-        for name in unused_sums:
-            rest.pop(name)
-        if unused_sums:
-            reasons['fusion weights, which a sum does not use'] = \
-                len(unused_sums)
-    left = sorted([*rest, *unknown])
-    if missing or left or wrong:
-        raise ValueError('\n'.join([
-            f'the weights ({layout.title}) do not fit this model: '
-            f'{len(missing)} of its tensors are missing, {len(left)} of the '
-            f'source are left over, {len(wrong)} differ in shape',
-            *[f'  + {item}' for item in missing[:10]],
-            *[f'  - {item}'
-              for item in left[:10]], *[f'  ! {item}' for item in wrong[:10]]
-        ]))
+    found = match(tensors, own, arch, num_levels, averages)
+    if found.error:
+        raise ValueError(found.error)
+    state_dict = {}
+    for key in own:
+        if key in found.without_bias:
+            state_dict[key] = torch.zeros(found.without_bias[key])
+        elif key in found.values:
+            state_dict[key] = _to_ours(found.values[key], key, found.layout,
+                                       ratio_major)
     broken = [k for k, v in state_dict.items() if not v.isfinite().all()]
     if broken:
         raise ValueError(f'{len(broken)} tensors hold NaN or infinity: '
                          f'{", ".join(broken[:10])}')
-    receipt = [
-        f'layout: {layout.title}',
-        f'filled: {len(state_dict)} tensors of the model'
-    ]
-    if means:
-        receipt.append(f'used: {len(used) - raw} moving averages, {raw} raw'
-                       if averages else f'used: {raw} raw, not the '
-                       f'{len(means)} moving averages')
-    if without_bias:
-        receipt.append(f'set to zero: {without_bias} biases in front of '
-                       'norms, which the source does not have')
-    receipt += [f'left aside: {n} {why}' for why, n in reasons.items()]
-    return state_dict, receipt
+    return state_dict, found.receipt
 
 
 def _recognise(tensors: Mapping, own: Mapping, arch: str,
@@ -132,34 +175,98 @@ def _recognise(tensors: Mapping, own: Mapping, arch: str,
     """The layout that shares the most names with the source."""
 
     def matches(layout: Layout) -> int:
-        given = {layout.normalized(name) for name in tensors}
+        given = {layout.normalized(_AVERAGE.sub('', n)) for n in tensors}
         return sum(
             name in given for key in own
             for name in layout.names(key, arch, num_levels))
 
-    counts = {layout: matches(layout) for layout in LAYOUTS}
+    # A detector has all names of its backbone and more, so backbones first.
+    counts = {layout: matches(layout) for layout in BACKBONES + LAYOUTS}
     best = max(counts, key=counts.get)
     if not counts[best]:
         raise ValueError(
             'the names of the tensors are of no known EfficientDet, such as '
             f'{", ".join(list(tensors)[:3])}. Known are: '
-            f'{", ".join(layout.title for layout in LAYOUTS)}')
+            f'{", ".join(layout.title for layout in BACKBONES + LAYOUTS)}')
     return best
 
 
-def _to_ours(values: list, key: str, layout: Layout) -> Tensor:
-    """One tensor in our axes, as a copy of its own."""
+def _sort(tensors: Mapping, layout: Layout) -> Tuple[Dict, Dict, Counter]:
+    """Weights, their moving averages, and how much is neither, and why."""
+    reasons = LEFT_ASIDE
+    if layout.classifier:
+        reasons += ((layout.classifier, 'tensors of the classifier'), )
+    weights, means, aside = {}, {}, Counter()
+    for given, value in tensors.items():
+        name = _AVERAGE.sub('', given)
+        group = weights if name == given else means
+        name = layout.normalized(name)
+        reason = next((why for pattern, why in reasons
+                       if re.fullmatch(pattern, name)), '')
+        if reason:
+            aside[reason] += 1
+        elif name in group:
+            raise ValueError(f'the source holds {name} twice, once as {given}')
+        else:
+            group[name] = value
+    return weights, means, aside
+
+
+def _receipt(found: Match, taken: int, taken_means: int, means: int,
+             averages: bool, aside: Counter) -> List[str]:
+    filled = len(found.values) + len(found.without_bias)
+    lines = [
+        f'layout: {found.layout.title}', f'filled: {filled} tensors of the ' +
+        ('backbone' if found.layout.classifier else 'model')
+    ]
+    if means:
+        lines.append(f'used: {taken_means} moving averages, '
+                     f'{taken - taken_means} raw' if averages else
+                     f'used: {taken} raw, not the {means} moving averages')
+    if found.without_bias:
+        lines.append(f'set to zero: {len(found.without_bias)} biases in front '
+                     'of norms, which the source does not have')
+    return lines + [f'left aside: {n} {why}' for why, n in aside.items()]
+
+
+def _axes(key: str) -> Tuple[int, ...]:
+    """Where the axes of a kernel of ours stand in TensorFlow's."""
+    return (2, 3, 0, 1) if 'depthwise' in key else (3, 2, 0, 1)
+
+
+def _shape(values: list, key: str, layout: Layout) -> Tuple[int, ...]:
+    """The shape that the tensors will have as one of ours."""
+    shape = max(tuple(value.shape) for value in values)
+    if layout.tensorflow and key.endswith('fusion_weights'):
+        return (len(values), *shape)
+    if layout.tensorflow and len(shape) == 4:
+        return tuple(shape[axis] for axis in _axes(key))
+    return shape
+
+
+def _are_floats(values: list) -> bool:
+    """Whether values are numbers, not those of a quantised network."""
+    return all(
+        value.is_floating_point() and value.layout is torch.strided
+        if isinstance(value, Tensor) else value.dtype.kind == 'f'
+        for value in values)
+
+
+def _to_ours(values: list, key: str, layout: Layout,
+             ratio_major: bool) -> Tensor:
+    """One tensor in our axes and order, as a copy of its own."""
     if layout.tensorflow:
         if key.endswith('fusion_weights'):
             values = [np.stack(values)]
-        value = np.asarray(values[0], np.float32)
+        value = np.asarray(values[0])
         if value.ndim == 4:
-            depthwise = 'depthwise' in key
-            value = value.transpose((2, 3, 0, 1) if depthwise else (3, 2, 0,
-                                                                    1))
-        value = torch.from_numpy(np.array(value, order='C'))
+            value = value.transpose(_axes(key))
+        value = torch.from_numpy(np.array(value, np.float32, order='C'))
     else:
-        value = values[0].detach().float().clone()
+        value = values[0].detach().to(torch.float32, copy=True).contiguous()
+    if ratio_major and re.match(r'bbox_head\.conv_\w+\.pointwise', key):
+        # anchors of each ratio, then scale, to each scale, then ratio
+        return value.unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
     if layout.y_first and key.startswith('bbox_head.conv_reg.pointwise'):
         # (y, x, h, w) of each anchor to (x, y, w, h)
         value = value.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
@@ -177,6 +284,6 @@ def select_coco_classes(state_dict: Dict[str, Tensor],
     return {
         key:
         value.unflatten(0, (num_anchors, 90))[:, rows].flatten(0, 1)
-        if key.startswith('bbox_head.conv_cls.pointwise') else value
+        if key.startswith(_CLASSES) else value
         for key, value in state_dict.items()
     }
