@@ -74,7 +74,7 @@ class Server:
                 if isinstance(body, bytes):
                     body = body, len(body), 200
                 data, length, status = body
-                outer.gate.wait(60)
+                outer.gate.wait(600)
                 self.send_response(status)
                 if length is not None:
                     self.send_header('Content-Length', str(length))
@@ -116,6 +116,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.delenv(published.VARIABLE, raising=False)
+    monkeypatch.setattr(published, 'TIMEOUT', 600)  # of a busy machine
     return tmp_path / 'torch' / 'hub' / 'mmdet_efficientdet'
 
 
@@ -192,7 +193,7 @@ BROKEN = dict(
     truncated_without_length=(lambda data:
                               (data[:-1000], None, 200), 'its SHA-256 is'),
     flipped=(lambda data: data[:-1] + b'x',
-             'but should start with'),
+             'its SHA-256 is {digest}, but should start with '),
     empty=(lambda data: b'', 'it is empty'),
     html=(lambda data: b'\n<!DOCTYPE html><html></html>',
           'it is a web page, not weights'),
@@ -312,6 +313,7 @@ PROCESS = '''
 import sys
 from dataclasses import replace
 from mmdet_efficientdet import published
+published.TIMEOUT = 600
 entry = replace(published.manifest()[{path!r}], file={file!r},
                 addresses=({address!r}, ))
 print('ready', flush=True)
@@ -336,7 +338,7 @@ def test_two_processes(server, weights, cache):
         # Without a lock the other's request would come within this time.
         threading.Timer(2, server.gate.set).start()
         for process in processes:
-            output = process.communicate(timeout=60)[0]
+            output = process.communicate(timeout=600)[0]
             assert output.splitlines()[-1] == str(len(weights.data))
     finally:
         for process in processes:
