@@ -244,10 +244,9 @@ def test_losses_and_gradients_equal_the_official_formulas(
         official.anchors(image_size, pairs=pairs, octaves=octaves))
     assert loss['loss_cls'].item() == pytest.approx(expected[0], rel=1e-12)
     assert loss['loss_bbox'].item() == pytest.approx(expected[1], rel=1e-12)
-    for name, maps, width, grad in (('loss_cls', cls_scores, num_classes,
-                                     expected[2]), ('loss_bbox', bbox_preds, 4,
-                                                    expected[3][..., YX])):
-        got = numpy(torch.autograd.grad(loss[name], maps), width)
+    for name, maps, grad in (('loss_cls', cls_scores, expected[2]),
+                             ('loss_bbox', bbox_preds, expected[3][..., YX])):
+        got = numpy(torch.autograd.grad(loss[name], maps), grad.shape[-1])
         np.testing.assert_allclose(
             got, grad, rtol=0, atol=1e-12 * np.abs(grad).max())
 
