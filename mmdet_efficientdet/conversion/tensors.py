@@ -97,7 +97,7 @@ def match(tensors: Mapping,
         own = {k: v for k, v in own.items() if k.startswith('backbone.')}
     weights, means, aside = _sort(tensors, layout)
     used = {**weights, **means} if averages else weights
-    found, taken, rows = Match(layout), set(), set()
+    found, taken, outputs = Match(layout), set(), None
     for key, shape in own.items():
         names = layout.names(key, arch, num_levels)
         values = [used.get(name) for name in names]
@@ -111,9 +111,9 @@ def match(tensors: Mapping,
         found.values[key] = values
         given, shape = _shape(values, key, layout), tuple(shape)
         if key.startswith(_CLASSES):  # the source's own number of classes
-            rows.add(given[:1])
-            shape = given[:1] + shape[1:]
-        if given != shape or len(rows) > 1 or not _are_floats(values):
+            outputs = outputs or given[:1]
+            shape = outputs + shape[1:]
+        if given != shape or not _are_floats(values):
             found.wrong.append(f'{key} {given} {values[0].dtype}, {shape}')
     left = {**weights, **means}.keys() - taken
     if not any(key.endswith('fusion_weights') for key in own):
