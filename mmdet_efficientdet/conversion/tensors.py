@@ -66,8 +66,7 @@ class Match:
             f'{len(self.missing)} of its tensors are missing, '
             f'{len(self.left)} of the source are left over, '
             f'{len(self.wrong)} differ in shape or type',
-            *(f'  {sign} {item}' for sign, side in sides
-              for item in side[:10])
+            *(f'  {sign} {item}' for sign, side in sides for item in side[:10])
         ])
 
 
@@ -201,8 +200,9 @@ def _sort(tensors: Mapping, layout: Layout) -> Tuple[Dict, Dict, Counter]:
         name = _AVERAGE.sub('', given)
         group = weights if name == given else means
         name = layout.normalized(name)
-        reason = next((why for pattern, why in reasons
-                       if re.fullmatch(pattern, name)), '')
+        reason = next(
+            (why for pattern, why in reasons if re.fullmatch(pattern, name)),
+            '')
         if reason:
             aside[reason] += 1
         elif name in group:
@@ -246,10 +246,9 @@ def _shape(values: list, key: str, layout: Layout) -> Tuple[int, ...]:
 
 def _are_floats(values: list) -> bool:
     """Whether values are numbers, not those of a quantised network."""
-    return all(
-        value.is_floating_point() and value.layout is torch.strided
-        if isinstance(value, Tensor) else value.dtype.kind == 'f'
-        for value in values)
+    return all(value.is_floating_point() and value.layout is torch.strided
+               if isinstance(value, Tensor) else value.dtype.kind == 'f'
+               for value in values)
 
 
 def _to_ours(values: list, key: str, layout: Layout,
