@@ -23,8 +23,7 @@ from safetensors.torch import save_file
 from mmdet_efficientdet.conversion.convert import convert_file, save
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.sources import open_source
-from mmdet_efficientdet.conversion.tensorflow import (masked_crc32c,
-                                                      read_bundle)
+from mmdet_efficientdet.conversion.tensorflow import masked_crc32c, read_bundle
 from mmdet_efficientdet.conversion.tensors import convert, select_coco_classes
 from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
@@ -520,17 +519,14 @@ def test_checksum():
     assert masked_crc32c(b'123456789') == masked % (1 << 32)
 
 
-@pytest.mark.parametrize('name', [
-    '', 'x', 'x.index', 'x.data-00000-of-00001', 'x.meta'
-])
+@pytest.mark.parametrize(
+    'name', ['', 'x', 'x.index', 'x.data-00000-of-00001', 'x.meta'])
 def test_digest_of_a_checkpoint(tmp_path, name):
     """Of both files, whichever name it is opened by."""
     write_bundle(tmp_path / 'x', dict(a=np.ones(3, 'f4')))
     (tmp_path / 'x.meta').write_bytes(b'graph')
-    both = [
-        (tmp_path / f'x.{part}').read_bytes()
-        for part in ('data-00000-of-00001', 'index')
-    ]
+    both = [(tmp_path / f'x.{part}').read_bytes()
+            for part in ('data-00000-of-00001', 'index')]
     with open_source(tmp_path / name) as source:
         assert list(source.tensors) == ['a']
         assert source.sha256 == hashlib.sha256(b''.join(both)).hexdigest()
@@ -668,8 +664,10 @@ def test_half_precision_and_safetensors(effdet_file, tmp_path):
 def test_equal_sizes_are_told(shapes, tmp_path):
     """Nothing in the weights tells D6 from D7."""
     own = shapes('d6', 80)
-    torch.save({k: torch.ones(1).expand(s) for k, s in own.items()},
-               tmp_path / 'x.pth')
+    torch.save({
+        k: torch.ones(1).expand(s)
+        for k, s in own.items()
+    }, tmp_path / 'x.pth')
     receipt = convert_file(tmp_path / 'x.pth',
                            config_of('d7'))['meta']['source']['receipt']
     assert receipt[-1] == (

@@ -60,8 +60,7 @@ def convert_file(path: str,
                                     (sqrt(0.5), sqrt(2))]
         model = _build(config)
         state_dict, receipt = _convert(source, model, config, averages)
-    origin = dict(
-        file=Path(path).name, sha256=source.sha256, receipt=receipt)
+    origin = dict(file=Path(path).name, sha256=source.sha256, receipt=receipt)
     if _BIAS not in state_dict:
         return dict(
             meta=dict(source=origin),
@@ -133,8 +132,8 @@ def _convert(source: Source, model: nn.Module, config: Config,
         receipt.append("anchors: order and aspect pairs of MMDetection's")
     twins = [
         size for size, row in SCALING.items()
-        if (row.backbone, row.bifpn_channels) ==
-        (model.backbone.arch, model.neck.out_channels)
+        if (row.backbone, row.bifpn_channels) == (model.backbone.arch,
+                                                  model.neck.out_channels)
     ]
     if len(twins) > 1 and _BIAS in state_dict:
         scale = config.model.bbox_head.anchor_generator.octave_base_scale

@@ -221,22 +221,19 @@ conv_NET.pointwise     bbox_head.NET_header.pointwise_conv
     OwnLayout('mmdet_efficientdet', {}, y_first=False))  # yapf: disable
 
 # ImageNet networks alone.
-BACKBONES = (
-    Layout(
-        'backbone of timm',
-        TIMM,
-        classifier=r'(conv_head|bn2|classifier)\..*'),
-    Layout(
-        'backbone of efficientnet_pytorch',
-        LUKEMELAS,
-        classifier=r'(_conv_head|_bn1|_fc)\..*'),
-    Layout(
-        'backbone of MMDetection or MMPretrain',
-        OPENMMLAB,
-        prefix='backbone.',
-        classifier=r'(layers\.6|head|fc)\..*'),
-    Layout(
-        'backbone of TensorFlow variables',
-        TF_VARIABLES,
-        tensorflow=True,
-        classifier=r'efficientnet-\w+/head/.*'))
+BACKBONES = (Layout(
+    'backbone of timm', TIMM, classifier=r'(conv_head|bn2|classifier)\..*'),
+             Layout(
+                 'backbone of efficientnet_pytorch',
+                 LUKEMELAS,
+                 classifier=r'(_conv_head|_bn1|_fc)\..*'),
+             Layout(
+                 'backbone of MMDetection or MMPretrain',
+                 OPENMMLAB,
+                 prefix='backbone.',
+                 classifier=r'(layers\.6|head|fc)\..*'),
+             Layout(
+                 'backbone of TensorFlow variables',
+                 TF_VARIABLES,
+                 tensorflow=True,
+                 classifier=r'efficientnet-\w+/head/.*'))

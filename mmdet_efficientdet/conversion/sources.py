@@ -115,8 +115,8 @@ def _find_prefix(source: Path) -> Path:
 def _files(prefix: Path) -> List[Path]:
     """The index and the files of data of one checkpoint."""
     return sorted(path for path in prefix.parent.iterdir()
-                  if path.suffix != '.meta' and _PART.sub('', path.name) ==
-                  prefix.name != path.name)
+                  if path.suffix != '.meta'
+                  and _PART.sub('', path.name) == prefix.name != path.name)
 
 
 def _digest(files: List[Path]) -> str:

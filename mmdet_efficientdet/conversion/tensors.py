@@ -66,8 +66,7 @@ class Match:
             f'{len(self.missing)} of its tensors are missing, '
             f'{len(self.left)} of the source are left over, '
             f'{len(self.wrong)} differ in shape or type',
-            *(f'  {sign} {item}' for sign, side in sides
-              for item in side[:10])
+            *(f'  {sign} {item}' for sign, side in sides for item in side[:10])
         ])
 
 
@@ -97,7 +96,7 @@ def match(tensors: Mapping,
         own = {k: v for k, v in own.items() if k.startswith('backbone.')}
     weights, means, aside = _sort(tensors, layout)
     used = {**weights, **means} if averages else weights
-    found, taken, rows = Match(layout), set(), set()
+    found, taken, outputs = Match(layout), set(), None
     for key, shape in own.items():
         names = layout.names(key, arch, num_levels)
         values = [used.get(name) for name in names]
@@ -111,9 +110,9 @@ def match(tensors: Mapping,
         found.values[key] = values
         given, shape = _shape(values, key, layout), tuple(shape)
         if key.startswith(_CLASSES):  # the source's own number of classes
-            rows.add(given[:1])
-            shape = given[:1] + shape[1:]
-        if given != shape or len(rows) > 1 or not _are_floats(values):
+            outputs = outputs or given[:1]
+            shape = outputs + shape[1:]
+        if given != shape or not _are_floats(values):
             found.wrong.append(f'{key} {given} {values[0].dtype}, {shape}')
     left = {**weights, **means}.keys() - taken
     if not any(key.endswith('fusion_weights') for key in own):
@@ -201,8 +200,9 @@ def _sort(tensors: Mapping, layout: Layout) -> Tuple[Dict, Dict, Counter]:
         name = _AVERAGE.sub('', given)
         group = weights if name == given else means
         name = layout.normalized(name)
-        reason = next((why for pattern, why in reasons
-                       if re.fullmatch(pattern, name)), '')
+        reason = next(
+            (why for pattern, why in reasons if re.fullmatch(pattern, name)),
+            '')
         if reason:
             aside[reason] += 1
         elif name in group:
@@ -246,10 +246,9 @@ def _shape(values: list, key: str, layout: Layout) -> Tuple[int, ...]:
 
 def _are_floats(values: list) -> bool:
     """Whether values are numbers, not those of a quantised network."""
-    return all(
-        value.is_floating_point() and value.layout is torch.strided
-        if isinstance(value, Tensor) else value.dtype.kind == 'f'
-        for value in values)
+    return all(value.is_floating_point() and value.layout is torch.strided
+               if isinstance(value, Tensor) else value.dtype.kind == 'f'
+               for value in values)
 
 
 def _to_ours(values: list, key: str, layout: Layout,
