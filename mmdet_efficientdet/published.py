@@ -201,7 +201,9 @@ def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
     # The bare name belongs to the first of several files of the same name.
     name = Path(entry.file).name
     first = next(e for e in manifest().values() if Path(e.file).name == name)
-    places = [folder / entry.file, folder / name][:1 + (first == entry)]
+    names = dict.fromkeys([entry.file, name] if first ==
+                          entry else [entry.file])
+    places = [folder / name for name in names]
     for place in places:
         if place.is_file():
             problem = find_problem(place, entry, pin)
@@ -237,8 +239,8 @@ def _from_mirrors(entry: PublishedFile, pin: str, target: Path) -> None:
             partial.unlink(missing_ok=True)
     raise ValueError('\n'.join([
         f'{entry.path} cannot be downloaded:', *reasons,
-        f'Without network, put {Path(entry.file).name} into a folder and set '
-        f'{VARIABLE} to that folder'
+        f'Without network, put the file into a folder as {entry.file} and '
+        f'set {VARIABLE} to that folder'
     ]))
 
 
