@@ -192,7 +192,7 @@ def main():
     args = parser.parse_args()
     if not os.path.isfile(args.picture):
         parser.error(f'{args.picture} does not exist')
-    register_all_modules()
+    register_all_modules(init_default_scope=False)
     rows, good = [], True
     for size in args.size:
         steps = compare(size, args.picture, args.checkpoint, args.side)

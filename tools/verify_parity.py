@@ -267,7 +267,7 @@ def main():
         metavar='SIZE',
         help=f'all (the default), or some of {", ".join(SCALING)}')
     args = parser.parse_args()
-    register_all_modules()
+    register_all_modules(init_default_scope=False)
     sizes = list(SCALING) if 'all' in args.size else args.size
     print(f'effdet {version("effdet")}, torch {torch.__version__}, mmdet '
           f'{mmdet.__version__}: differences relative to the largest value, '
