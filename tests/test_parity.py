@@ -84,7 +84,7 @@ def test_every_tensor_counts(both, key, part):
 @pytest.fixture(scope='module')
 def both():
     """Both networks of D0, and an image."""
-    verify_parity.register_all_modules(init_default_scope=False)
+    verify_parity.register_all_modules()
     image = torch.randn(1, 3, 160, 192, generator=torch.manual_seed(0))
     return *build_both('d0', image.shape[-2:]), image
 
