@@ -70,7 +70,7 @@ def test_configs():
         assert list(map(tuple,
                         config.aspect_ratios)) == [(1.0, 1.0), (1.4, 0.7),
                                                    (0.7, 1.4)]
-    assert CONFIGS['lite0'].mean == CONFIGS['lite0'].std == [0.5] * 3
+    assert CONFIGS['lite0'].mean == CONFIGS['lite0'].std == (0.5, ) * 3
     assert CONFIGS['d0'].backbone_args.drop_path_rate == 0.2
     assert CONFIGS['lite0'].backbone_args.drop_path_rate == 0
 

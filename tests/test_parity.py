@@ -67,11 +67,11 @@ def test_variants_of_effdet(settings):
     ('bbox_head.conv_reg.depthwise.weight', 'boxes'),
 ])
 def test_every_tensor_counts(both, key, part):
-    """One per cent off in one tensor is found, and in the right part."""
+    """Up to 2 % off in one tensor are found, and in the right part."""
     theirs, ours, image = both
     tensor = ours.state_dict()[key]
     before = tensor.clone()
-    tensor *= 1.01
+    tensor *= torch.linspace(1, 1.02, tensor.numel()).view_as(tensor)
     parts = compare(theirs, ours, image)
     tensor.copy_(before)
     at = PARTS.index(part)
@@ -149,7 +149,9 @@ def test_detections(picture):
     assert verify_detections.is_equal(first)
     # Each thing that effdet does in its own way shows.
     assert not any(map(verify_detections.is_equal, others))
-    assert all(step['found'] >= 20 for step in others)
+    clipped, _, ours_soft, both_soft, _ = others
+    assert min(clipped['found'], ours_soft['found']) > 50
+    assert both_soft['found'] > 90
 
 
 def test_gradients():

@@ -18,6 +18,7 @@ import os
 import numpy as np
 import torch
 from mmdet.apis import inference_detector
+from mmdet.utils import register_all_modules
 from PIL import Image
 from torchvision.ops import box_iou
 from verify_parity import (effdet, effdet_network, in_layout, our_network,
@@ -25,7 +26,6 @@ from verify_parity import (effdet, effdet_network, in_layout, our_network,
 
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.scaling import SCALING
-from mmdet_efficientdet.utils import register_all_modules
 
 STEPS = ('nothing: same input, hard NMS in both',
          'effdet clips boxes, before NMS',

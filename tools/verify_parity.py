@@ -18,13 +18,14 @@ from importlib.metadata import version
 import mmdet
 import torch
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 from mmengine import ProgressBar
 from mmengine.config import Config
 
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.scaling import SCALING, scale_config
-from mmdet_efficientdet.utils import config_file, register_all_modules
+from mmdet_efficientdet.utils import config_file
 
 try:
     import effdet
