@@ -202,8 +202,8 @@ def test_hard_nms_may_count_the_last_pixel(offset, survivors):
     scores = torch.tensor([[0.9, 0.8, 0.7]])
     _, kept, _ = suppress(
         boxes, scores, torch.zeros(1, 3), type='nms', offset=offset)
-    assert kept[0].tolist() == pytest.approx([0.9, 0.8, 0][:survivors] +
-                                             [0] * (3 - survivors))
+    assert kept[0].tolist() == pytest.approx([0.9, 0.8, 0][:survivors] + [0] *
+                                             (3 - survivors))
 
 
 def test_soft_nms_without_the_last_pixel():
@@ -291,8 +291,8 @@ def predict(head, outs, scale=1.0, cfg=None, **kwargs):
     (dict(type='soft_nms', sigma=0.5, min_score=0.001), official.soft_nms),
     (dict(type='nms', iou_threshold=0.5), partial(official.hard_nms,
                                                   offset=0)),
-    (dict(type='nms', iou_threshold=0.5, offset=1),
-     partial(official.hard_nms, offset=1)),
+    (dict(type='nms', iou_threshold=0.5,
+          offset=1), partial(official.hard_nms, offset=1)),
 ])
 @pytest.mark.parametrize('ties', [False, True])
 def test_detections_equal_the_official_ones(nms, function, ties):
@@ -305,9 +305,8 @@ def test_detections_equal_the_official_ones(nms, function, ties):
     if ties:
         cls_scores = [(x * 2).round() / 2 for x in cls_scores]
     flat = [
-        torch.cat([
-            x.permute(0, 2, 3, 1).reshape(2, -1, width) for x in maps
-        ], 1).double().numpy()
+        torch.cat([x.permute(0, 2, 3, 1).reshape(2, -1, width)
+                   for x in maps], 1).double().numpy()
         for maps, width in ((cls_scores, 4), (bbox_preds, 4))
     ]
     # The number is the first image's, where no tie is cut.
