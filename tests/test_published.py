@@ -30,7 +30,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from test_conversion import tf_shapes, values, write_bundle
 from tiny_data import TOOLS, make_dataset, write_config
 
-from mmdet_efficientdet import published
+from mmdet_efficientdet import fetching, published
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
 
@@ -120,8 +120,8 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of this test, and no proxy in front of this machine."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.delenv(published.VARIABLE, raising=False)
-    monkeypatch.setattr(published, 'TIMEOUT', 600)  # of a busy machine
+    monkeypatch.delenv(fetching.VARIABLE, raising=False)
+    monkeypatch.setattr(fetching, 'TIMEOUT', 600)  # of a busy machine
     return tmp_path / 'torch' / 'hub' / 'mmdet_efficientdet'
 
 
@@ -144,8 +144,9 @@ def publish(monkeypatch, server, weights):
 def log(monkeypatch):
     """Lines that the loader logs."""
     lines = []
-    monkeypatch.setattr(published, 'print_log',
-                        lambda text, *args: lines.append(text))
+    for module in (fetching, published):
+        monkeypatch.setattr(module, 'print_log',
+                            lambda text, *args: lines.append(text))
     return lines
 
 
@@ -164,7 +165,7 @@ def test_load(publish, server, weights, cache, monkeypatch):
     publish()
     load()
     # What is in the cache needs no lock, so that the cache may be read-only.
-    monkeypatch.setattr(published, 'FileLock', None)
+    monkeypatch.setattr(fetching, 'FileLock', None)
     checkpoint = load()
     assert server.requests == ['/' + weights.path.name]
     assert files_in(cache) == [weights.path.name]
@@ -246,12 +247,12 @@ def test_truncated_without_hash(publish, server, cache, length):
     entry = publish(ADVPROP, file='advprop/x.tar.gz')
     assert not entry.known_hash
     server.bodies['/advprop/x.tar.gz'] = data
-    assert published.fetch(entry).read_bytes() == data
+    assert fetching.fetch(entry).read_bytes() == data
     entry = publish(ADVPROP, file='advprop/y.tar.gz')
     announced = len(data) if length else None
     server.bodies['/advprop/y.tar.gz'] = data[:-9], announced, 200
     with pytest.raises(ValueError, match='cut off'):
-        published.fetch(entry)
+        fetching.fetch(entry)
     assert files_in(cache) == ['advprop/x.tar.gz']
 
 
@@ -260,7 +261,7 @@ def test_wrong_format(publish, server, suffix):
     entry = publish(ADVPROP, file='x' + suffix)
     server.bodies['/x' + suffix] = b'text'
     with pytest.raises(ValueError, match='in another format than its name'):
-        published.fetch(entry)
+        fetching.fetch(entry)
 
 
 @pytest.mark.parametrize('first', ['dead', 'html'])
@@ -293,7 +294,7 @@ def test_no_network(publish, dead, cache):
 
 def test_silent_server(publish, server, monkeypatch):
     """A server that accepts and says nothing is given up."""
-    monkeypatch.setattr(published, 'TIMEOUT', 0.2)
+    monkeypatch.setattr(fetching, 'TIMEOUT', 0.2)
     publish()
     server.gate.clear()
     with pytest.raises(ValueError, match='timed out'):
@@ -320,12 +321,12 @@ def test_cache_that_cannot_be_written(publish, cache):
 PROCESS = '''
 import sys
 from dataclasses import replace
-from mmdet_efficientdet import published
-published.TIMEOUT = 600
+from mmdet_efficientdet import fetching, published
+fetching.TIMEOUT = 600
 entry = replace(published.manifest()[{path!r}], file={file!r},
                 addresses=({address!r}, ))
 print('ready', flush=True)
-print(published.fetch(entry).stat().st_size)
+print(fetching.fetch(entry).stat().st_size)
 '''
 
 
@@ -358,7 +359,7 @@ def test_two_processes(server, weights, cache):
 def test_folder(publish, server, weights, cache, monkeypatch):
     """The variable serves files without any request or cache."""
     publish()
-    monkeypatch.setenv(published.VARIABLE, str(weights.path.parent))
+    monkeypatch.setenv(fetching.VARIABLE, str(weights.path.parent))
     assert load()['meta']['source']['file'] == weights.path.name
     assert server.requests == [] and not cache.exists()
 
@@ -366,7 +367,7 @@ def test_folder(publish, server, weights, cache, monkeypatch):
 def test_folder_without_the_file(publish, server, weights, tmp_path,
                                  monkeypatch):
     publish()
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(fetching.VARIABLE, str(tmp_path))
     with pytest.raises(ValueError, match='nothing is downloaded') as error:
         load()
     assert str(error.value).count(f'  {tmp_path / weights.path.name}\n') == 1
@@ -376,7 +377,7 @@ def test_folder_without_the_file(publish, server, weights, tmp_path,
 
 def test_folder_with_another_file(publish, weights, tmp_path, monkeypatch):
     publish()
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(fetching.VARIABLE, str(tmp_path))
     (tmp_path / weights.path.name).write_bytes(weights.data + b'x')
     with pytest.raises(ValueError, match='is not the published file: its SHA'):
         load()
@@ -384,18 +385,18 @@ def test_folder_with_another_file(publish, weights, tmp_path, monkeypatch):
 
 def test_folder_with_equal_names(tmp_path, monkeypatch):
     """Three files are called efficientdet-d2.tar.gz: none is mistaken."""
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(fetching.VARIABLE, str(tmp_path))
     bare = tmp_path / 'efficientdet-d2.tar.gz'
     bare.write_bytes(gzip.compress(b'x'))
     entries = published.manifest()
-    assert published.fetch(entries['automl://efficientdet-d2']) == bare
+    assert fetching.fetch(entries['automl://efficientdet-d2']) == bare
     for folder in ('advprop', 'coco'):
         entry = entries[f'automl://{folder}/efficientdet-d2']
         with pytest.raises(ValueError, match=f'{folder}/efficientdet-d2.tar'):
-            published.fetch(entry)
+            fetching.fetch(entry)
         (tmp_path / folder).mkdir()
         own = bare.rename(tmp_path / folder / bare.name)
-        assert published.fetch(entry) == own
+        assert fetching.fetch(entry) == own
         own.rename(bare)
 
 
@@ -553,7 +554,7 @@ def test_stock_test_script(build_detector, tmp_path, monkeypatch):
     ]
     (root / 'coco.json').write_text(json.dumps(annotations))
     config = write_config(tmp_path / 'c.py', root, classes=classes)
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(fetching.VARIABLE, str(tmp_path))
     done = subprocess.run([
         sys.executable,
         str(TOOLS / 'test.py'),
