@@ -12,6 +12,7 @@ These schemes work wherever mmengine takes a checkpoint:
 """
 import hashlib
 import logging
+import os
 import re
 from functools import reduce
 from importlib import metadata
@@ -25,7 +26,8 @@ from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-from .published import PublishedFile, fetch, find
+from .conversion.sources import open_source
+from .published import VARIABLE, PublishedFile, fetch, find
 from .scaling import scale_config
 from .utils import config_file
 
@@ -144,6 +146,16 @@ def load_from_timm(filename: str, map_location=None) -> Dict[str, Tensor]:
             f'{filename!r} names no EfficientNet of this package; write for '
             'instance timm://tf_efficientnet_b0.aa_in1k (b0-b7) or '
             'timm://tf_efficientnet_lite0.in1k (lite0-lite4)')
+    folder = os.environ.get(VARIABLE)
+    if folder:
+        files = [Path(folder, name + end) for end in ('.pth', '.safetensors')]
+        path = next((file for file in files if file.is_file()), None)
+        if path is None:
+            raise ValueError(
+                f'{filename!r}: {VARIABLE} is set, so nothing is downloaded, '
+                f'but there is neither {files[0]} nor {files[1]}. {_WITHOUT}')
+        with open_source(str(path)) as source:
+            return convert_imagenet_backbone(source.tensors, arch.group(1))
     try:
         import timm
     except ImportError as error:
@@ -234,7 +246,7 @@ def load_from_published(filename: str, map_location=None) -> dict:
         print_log(
             f'No hash of {entry.file} is published. To accept this file only, '
             f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
-    _log_differences(entry)
+    log_differences(entry)
     return checkpoint
 
 
@@ -257,16 +269,22 @@ def _settings(entry: PublishedFile) -> dict:
     }
     if entry.pad_value:
         settings[f'{preprocessor}.pad_value'] = entry.pad_value
+    if entry.resize == 'legacy':
+        settings['test_dataloader.dataset.pipeline.1.half_pixel_centers'] = \
+            False
     return settings
 
 
-def _log_differences(entry: PublishedFile) -> None:
-    """Names the settings that the shipped config of the size has not."""
+def _child(node, part: str):
+    return node[int(part)] if isinstance(node, list) else node.get(part)
+
+
+def log_differences(entry: PublishedFile) -> None:
+    """Logs the settings that the shipped config of the size has not."""
     shipped = Config.fromfile(config_file(entry.size))
     options = []
     for key, value in _settings(entry).items():
-        own = reduce(lambda node, part: node.get(part), key.split('.'),
-                     shipped)
+        own = reduce(_child, key.split('.'), shipped)
         if own is None or not np.array_equal(own, value):
             options.append(f"'{key}={value}'".replace(' ', ''))
     if options:

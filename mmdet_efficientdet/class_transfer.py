@@ -11,8 +11,8 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
-from .conversion.convert import convert_file
-from .conversion.sources import open_source
+from .conversion.convert import adopt_conventions, convert_file
+from .conversion.sources import class_names, open_source
 from .hooks import check_class_count, shorten
 from .models import EfficientDetHead
 from .registry import HOOKS, MODELS
@@ -54,7 +54,7 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
             raise ValueError(f'the {entry} of the checkpoint has no bbox_head.'
                              'conv_cls.pointwise, the class predictor of '
                              'EfficientDet')
-    old = class_names(checkpoint)
+    old = class_names(checkpoint.get('meta') or {})
     if not old:
         raise ValueError(
             "the checkpoint has no class names in meta['dataset_meta']"
@@ -99,18 +99,19 @@ def transfer_file(path: str,
     """
     register_all_modules(init_default_scope=False)
     with open_source(path) as source:
-        ours = any(_PREDICTOR.fullmatch(key) for key in source.tensors)
+        ours = class_names(source.meta) and any(
+            _PREDICTOR.fullmatch(key) for key in source.tensors)
+    if ours and not averages:
+        raise ValueError(f'{path} is a checkpoint of ours, of which raw '
+                         'weights and averages are both kept; leave out --raw')
+    # Of a training of ours the model and its averages are kept, both.
     checkpoint = torch.load(
         path, 'cpu', weights_only=True) if ours else convert_file(
             path, config, averages=averages)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     set_classes(config, classes)
-    pairs = (checkpoint.get('meta') or {}).get('aspect_pairs')
-    if pairs:  # anchors belong to the weights
-        config.model.bbox_head.anchor_generator.aspect_pairs = [
-            tuple(pair) for pair in pairs
-        ]
+    adopt_conventions(config, checkpoint['meta'])
     with DefaultScope.overwrite_default_scope('mmdet_efficientdet'):
         head = MODELS.build(config.model.bbox_head)
         with torch.device('meta'):
@@ -126,12 +127,6 @@ def transfer_file(path: str,
         cfg=config.pretty_text,
         source=dict(origin, receipt=origin['receipt'] + receipt))
     return new
-
-
-def class_names(checkpoint: dict) -> List[str]:
-    """The names of a checkpoint's classes; none where it does not tell."""
-    meta = checkpoint.get('meta') or {}
-    return list((meta.get('dataset_meta') or {}).get('classes') or ())
 
 
 def _transfer(state_dict: Dict[str, Tensor], old: List[str],
@@ -176,16 +171,16 @@ def _receipt(old: List[str], new: Sequence[str], kept: int,
         listed('new', [name for name in new if name not in old]),
         listed('left aside', [name for name in old if name not in new])
     ]
-    spellings = {_plain(name): name for name in old}
+    spellings = {_spelling(name): name for name in old}
     lines += [
         f'hint: {name!r} is new; the checkpoint has '
-        f'{spellings[_plain(name)]!r}' for name in new
-        if name not in old and _plain(name) in spellings
+        f'{spellings[_spelling(name)]!r}' for name in new
+        if name not in old and _spelling(name) in spellings
     ]
     return lines + ['the same in ema_state_dict'] * averaged
 
 
-def _plain(name: str) -> str:
+def _spelling(name: str) -> str:
     """A name without case, spaces and hyphens."""
     return re.sub(r'[\W_]', '', name).lower()
 
@@ -225,7 +220,7 @@ class ClassTransferHook(Hook):
                                  'EfficientDetHead; this model has none')
             return
         classes = runner.train_dataloader.dataset.metainfo.get('classes')
-        old = class_names(checkpoint)
+        old = class_names(checkpoint.get('meta') or {})
         if not wanted and (not old or classes is None):
             return
         check_class_count(head.num_classes, classes or ())

@@ -106,6 +106,15 @@ def find(path: str) -> Tuple[PublishedFile, str]:
     return entries[name], pin
 
 
+def find_by_file(path: str) -> Optional[PublishedFile]:
+    """The published file that a path's last parts name, if they do."""
+    place = Path(path).absolute().as_posix()
+    return next(
+        (entry
+         for entry in manifest().values() if place.endswith(f'/{entry.file}')),
+        None)
+
+
 def _nearest(path: str) -> list:
     """Names that differ little, in any scheme."""
 

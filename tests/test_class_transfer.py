@@ -12,6 +12,7 @@ from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset, VOCDataset
 from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
+from safetensors.torch import save_file
 from tiny_data import (CLASSES, D0, LITE0, make_dataset, run_tool, trained_run,
                        write_config)
 
@@ -587,13 +588,30 @@ def test_names_from_the_config(tmp_path, tmp_path_factory):
 def test_anchors_of_the_file_stay(coco, tmp_path):
     """The aspect pairs that a file carries get into its config."""
     pairs = [(1.0, 1.0), (1.5, 0.5), (0.5, 1.5)]
-    coco['meta']['aspect_pairs'] = [list(pair) for pair in pairs]
+    coco['meta'].update(
+        aspect_pairs=[list(pair) for pair in pairs],
+        mean=[1.0, 2.0, 3.0],
+        std=[4.0, 5.0, 6.0],
+        pad_value=-1.0)
     torch.save(coco, tmp_path / 'x.pth')
     new = transfer_file(tmp_path / 'x.pth', Config.fromfile(LITE0), ['dog'])
     config = Config.fromstring(new['meta']['cfg'], '.py')
     head = config.model.bbox_head
     assert head.anchor_generator.aspect_pairs == pairs
+    preprocessor = config.model.data_preprocessor
+    assert preprocessor.mean == [1.0, 2.0, 3.0]
+    assert preprocessor.std == [4.0, 5.0, 6.0]
+    assert preprocessor.pad_value == -1.0
     assert head.num_classes == 1
+
+
+def test_safetensors_of_ours(coco, tmp_path):
+    """They hold no names, so those of the config count."""
+    save_file(coco['state_dict'], tmp_path / 'x.safetensors')
+    new = transfer_file(tmp_path / 'x.safetensors', Config.fromfile(LITE0),
+                        ['person', 'pink'])
+    assert torch.equal(new['state_dict'][BIAS][::2],
+                       coco['state_dict'][BIAS][::80])
 
 
 def test_backbone_alone(tmp_path):

@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import io
+import os
 import resource
 import struct
 import subprocess
@@ -54,6 +55,28 @@ OFFICIAL_NAMES = {
 OFFICIAL_OBJECTS_D0 = '17e0ff8926ac8b90'
 # One of each kind, written by hand.
 EXAMPLES = [
+    (VARIABLES, 'd0', 'backbone.blocks.1.expand_conv.bn.weight',
+     'efficientnet-b0/blocks_1/tpu_batch_normalization/gamma'),
+    (VARIABLES, 'd0', 'backbone.blocks.1.depthwise_conv.bn.weight',
+     'efficientnet-b0/blocks_1/tpu_batch_normalization_1/gamma'),
+    (VARIABLES, 'd0', 'backbone.blocks.1.linear_conv.bn.running_var',
+     'efficientnet-b0/blocks_1/tpu_batch_normalization_2/moving_variance'),
+    (VARIABLES, 'd0', 'backbone.blocks.0.linear_conv.bn.bias',
+     'efficientnet-b0/blocks_0/tpu_batch_normalization_1/beta'),
+    (VARIABLES, 'd0', 'backbone.blocks.1.expand_conv.conv.weight',
+     'efficientnet-b0/blocks_1/conv2d/kernel'),
+    (VARIABLES, 'd0', 'backbone.blocks.1.se.conv1.conv.bias',
+     'efficientnet-b0/blocks_1/se/conv2d/bias'),
+    (VARIABLES, 'd0', 'bbox_head.conv_cls.pointwise.bias',
+     'class_net/class-predict/bias'),
+    (VARIABLES, 'd0', 'bbox_head.conv_reg.depthwise.weight',
+     'box_net/box-predict/depthwise_kernel'),
+    (VARIABLES, 'd0', 'bbox_head.reg_convs.2.pointwise.weight',
+     'box_net/box-2/pointwise_kernel'),
+    (VARIABLES, 'd0', 'bbox_head.cls_norms.1.3.weight',
+     'class_net/class-1-bn-6/gamma'),
+    (VARIABLES, 'd0', 'neck.layers.0.nodes.3.resamples.0.norm.weight',
+     'fpn_cells/cell_0/fnode3/resample_0_0_8/bn/gamma'),
     (ZYLO117, 'd0', 'backbone.blocks.0.depthwise_conv.bn.running_mean',
      'backbone_net.model._blocks.0._bn1.running_mean'),
     (ZYLO117, 'd0', 'neck.layers.0.nodes.4.resamples.0.norm.weight',
@@ -126,6 +149,23 @@ def test_names_are_different(shapes, name):
 def test_examples_of_names(layout, size, ours, theirs):
     """One tensor of each kind."""
     assert layout.names(ours, *levels_of(size)) == [theirs]
+
+
+def test_order_of_fusion_weights():
+    """The first scalar has no number; inputs keep the official order."""
+    node = 'fpn_cells/cell_1/fnode5/'
+    assert VARIABLES.names('neck.layers.1.nodes.5.fusion_weights',
+                           *levels_of('d0')) == [
+                               f'{node}WSM', f'{node}WSM_1', f'{node}WSM_2'
+                           ]
+
+
+def test_one_lost_bias(effdet_file, shapes):
+    """Redundant biases are absent all together, or one was lost."""
+    theirs = torch.load(effdet_file, weights_only=True)
+    del theirs['class_net.conv_rep.0.conv_pw.bias']
+    with pytest.raises(ValueError, match=r'\+ bbox_head.cls_convs.0.pointw'):
+        convert(theirs, shapes('lite0'), *levels_of('lite0'))
 
 
 def test_read_bundle():
@@ -246,11 +286,13 @@ def same_axes(array, key):
 
 
 @pytest.mark.parametrize('name, form', [('d0', 'prefix'), ('lite0', 'tgz'),
-                                        ('lite0', 'h5'), ('d1', 'folder')])
+                                        ('lite0', 'h5'), ('d1', 'folder'),
+                                        ('d0', 'objects')])
 def test_convert_tensorflow(shapes, tmp_path, name, form):
     """Averages are preferred, optimiser slots left aside, all else equal."""
     own = shapes(name)
-    sizes = tf_shapes(own, name)
+    layout = OBJECTS if form == 'objects' else VARIABLES
+    sizes = tf_shapes(own, name, layout)
     raw = values(sizes, 0)
     means = raw if form == 'h5' else values(sizes, 1)
     if form == 'h5':
@@ -272,11 +314,19 @@ def test_convert_tensorflow(shapes, tmp_path, name, form):
                 for key in keys:
                     file[layer][f'{key}:0'] = raw[key]
     else:
-        tensors = dict(raw, global_step=np.int64(7))
+        step, mean, slot = ('global_step', '{}/ExponentialMovingAverage',
+                            '{}/Momentum')
+        if form == 'objects':
+            end = '/.ATTRIBUTES/VARIABLE_VALUE'
+            step, mean, slot = (f'save_counter{end}',
+                                '{}/.OPTIMIZER_SLOT/optimizer/average' + end,
+                                '{}/.OPTIMIZER_SLOT/optimizer/momentum' + end)
+        tensors = {**raw, step: np.int64(7)}
         for key in raw:
-            tensors[f'{key}/ExponentialMovingAverage'] = means[key]
+            variable = key.removesuffix('/.ATTRIBUTES/VARIABLE_VALUE')
+            tensors[mean.format(variable)] = means[key]
             if 'moving_' not in key:
-                tensors[f'{key}/Momentum'] = raw[key]
+                tensors[slot.format(variable)] = raw[key]
         folder = tmp_path / f'efficientdet-{name}'
         folder.mkdir()
         write_bundle(folder / 'model', tensors)
@@ -290,12 +340,14 @@ def test_convert_tensorflow(shapes, tmp_path, name, form):
     assert code == 0, output
     if form != 'h5':
         assert f'used: {len(raw)} moving averages, 0 raw' in output
-        assert 'optimizer slots' in output
+        slots = sum('moving_' not in key for key in raw)
+        assert f'left aside: {slots} optimizer slots' in output
+        assert 'left aside: 1 counters and settings' in output
     state_dict = torch.load(
         tmp_path / 'x.pth', weights_only=True)['state_dict']
     assert state_dict.keys() == own.keys()
     for key, value in state_dict.items():
-        parts = VARIABLES.names(key, *levels_of(name))
+        parts = layout.names(key, *levels_of(name))
         expected = np.stack([
             means[p] for p in parts
         ]) if key.endswith('fusion_weights') else means[parts[0]]
@@ -604,6 +656,61 @@ def test_own_checkpoint_stays(effdet_file, tmp_path):
         convert_file(tmp_path / 'x.pth', config_of('lite0'), 90)
 
 
+def test_converting_again_changes_nothing(effdet_file, tmp_path):
+    """A file of ours keeps its conventions and origin, byte for byte."""
+    config = config_of('lite0')
+    config.model.bbox_head.anchor_generator.aspect_pairs = [(1.0, 1.0),
+                                                            (1.5, 0.6),
+                                                            (0.6, 1.5)]
+    config.model.data_preprocessor.update(
+        mean=[127.5] * 3, std=[127.5] * 3, pad_value=-1.0)
+    first = convert_file(effdet_file, config)
+    first['meta']['published'] = dict(name='x')
+    save(first, tmp_path / 'x.pth')
+    save(
+        convert_file(tmp_path / 'x.pth', config_of('lite0')),
+        tmp_path / 'y.pth')
+    assert (tmp_path / 'x.pth').read_bytes() == (tmp_path /
+                                                 'y.pth').read_bytes()
+
+
+@pytest.mark.parametrize('count', [80, 90])
+def test_own_classes_are_not_those_of_coco(effdet_file, tmp_path, count):
+    """As many as COCO has, named by the config or by the file."""
+    theirs = torch.load(effdet_file, weights_only=True)
+    for key, value in theirs.items():
+        if key.startswith('class_net.predict.conv_pw.'):
+            slots = value.unflatten(0, (9, 90))[:, :count]
+            theirs[key] = slots.flatten(0, 1).clone()
+    torch.save(theirs, tmp_path / 'x.pth')
+    own = [f'own {i}' for i in range(count)]
+    first = convert_file(tmp_path / 'x.pth', config_of('lite0', own))
+    assert first['meta']['dataset_meta'] == dict(classes=own)
+    save(first, tmp_path / 'y.pth')
+    again = convert_file(tmp_path / 'y.pth', config_of('lite0'))
+    assert again['meta']['dataset_meta'] == dict(classes=own)
+    key = 'bbox_head.conv_cls.pointwise.bias'
+    assert len(again['state_dict'][key]) == 9 * count
+    assert torch.equal(again['state_dict'][key],
+                       theirs['class_net.predict.conv_pw.bias'])
+
+
+def test_config_of_another_model(effdet_file):
+    """Said at once, with what to give."""
+    config = Config(dict(model=dict(type='RetinaNet')))
+    with pytest.raises(ValueError, match='is of no EfficientDet; take'):
+        convert_file(effdet_file, config)
+
+
+@pytest.mark.parametrize('config', ['missing.py', 'README.md'])
+def test_tool_without_a_config(effdet_file, tmp_path, config):
+    """No traceback."""
+    code, output = run_tool(effdet_file, tmp_path / 'x.pth', '--config',
+                            ROOT / config)
+    assert code == 1 and 'cannot be read as a config' in output
+    assert 'Traceback' not in output and not (tmp_path / 'x.pth').exists()
+
+
 def test_other_classes(tmp_path):
     """Names come from the file or the config; without them it is refused."""
     theirs = reference.build('lite0', (128, 128)).state_dict()
@@ -769,8 +876,37 @@ def test_backbone_of_tensorflow(shapes, tmp_path):
         assert torch.equal(value, same_axes(tensors[name], key)), key
 
 
-def test_source_is_not_overwritten(effdet_file):
-    """One file for both is refused before anything is read."""
-    code, output = run_tool(effdet_file, effdet_file, '--config',
+@pytest.mark.parametrize('src, dst', [('x', 'x'), ('x', 'x.index'),
+                                      ('x.index', 'x.data-00000-of-00001'),
+                                      ('folder', 'folder/x.index')])
+def test_source_is_not_overwritten(tmp_path, src, dst):
+    """A part of it as target is refused before anything is read."""
+    code, output = run_tool(tmp_path / src, tmp_path / dst, '--config',
                             config_file('lite0'))
     assert code == 1 and 'DST is SRC itself' in output
+
+
+def test_target_is_a_file(effdet_file, tmp_path):
+    """Devices and pipes stay, and a missing folder is said."""
+    checkpoint = convert_file(effdet_file, config_of('lite0'))
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(ValueError, match='is no file'):
+        save(checkpoint, tmp_path / 'pipe')
+    assert (tmp_path / 'pipe').is_fifo()
+    with pytest.raises(ValueError, match='cannot write'):
+        save(checkpoint, effdet_file / 'x.pth')
+
+
+def test_tool_takes_conventions_of_a_published_file(effdet_file, tmp_path):
+    """Known by its file's name, and then without a config."""
+    path = tmp_path / 'tf_efficientdet_lite0-dfacfc78.pth'
+    path.write_bytes(effdet_file.read_bytes())
+    code, output = run_tool(path, tmp_path / 'x.pth')
+    assert code == 0, output
+    meta = torch.load(tmp_path / 'x.pth', weights_only=True)['meta']
+    assert meta['aspect_pairs'][1] == pytest.approx([2**0.5, 0.5**0.5])
+    code, output = run_tool(path, tmp_path / 'y.pth', '--config',
+                            config_file('lite0'))
+    assert code == 0 and 'aspect_pairs=[[1.0,1.0],[1.414' in output
+    code, output = run_tool(effdet_file, tmp_path / 'z.pth')
+    assert code == 1 and 'give the config of the size' in output

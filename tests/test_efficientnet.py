@@ -14,6 +14,7 @@ from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -594,6 +595,21 @@ def test_weights_of_timm(monkeypatch, name, arch):
     net = build(arch, 'meta')
     net.load_state_dict(state_dict, assign=True)
     assert not any(v.is_meta for v in net.state_dict().values())
+
+
+@pytest.mark.parametrize('end', ['.pth', '.safetensors'])
+def test_timm_from_a_folder(monkeypatch, tmp_path, end):
+    """With the folder set, timm is not asked for anything."""
+    state_dict = timm.create_model('tf_efficientnet_b0').state_dict()
+    monkeypatch.setenv('MMDET_EFFICIENTDET_WEIGHTS', str(tmp_path))
+    monkeypatch.setattr(timm, 'create_model', None)
+    with pytest.raises(ValueError, match='there is neither .*b0.aa_in1k.pth'):
+        load_from_timm('timm://tf_efficientnet_b0.aa_in1k')
+    path = tmp_path / f'tf_efficientnet_b0.aa_in1k{end}'
+    (torch.save if end == '.pth' else save_file)(state_dict, path)
+    loaded = load_from_timm('timm://tf_efficientnet_b0.aa_in1k')
+    assert torch.equal(loaded['stem.conv.weight'],
+                       state_dict['conv_stem.weight'])
 
 
 def test_timm_without_network_raises(monkeypatch):

@@ -1,5 +1,6 @@
 """Weights are loaded strictly and as data only, by every tool of the host."""
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 from tiny_data import CLASSES, LITE0, run_tool, trained_run, write_config
 
-from mmdet_efficientdet import EfficientNet
+from mmdet_efficientdet import ClassCheckHook, EfficientNet
+from mmdet_efficientdet.hooks import conventions
 
 BIAS = 'bbox_head.conv_cls.pointwise.bias'
 STEM = 'backbone.stem.conv.weight'
@@ -300,6 +302,24 @@ def test_inferencer_in_a_fresh_process(run, tmp_path):
         assert done.code == 0, done.output
         outputs.append(done.output[done.output.index('scores'):])
     assert outputs[0] == outputs[1]
+
+
+def test_other_conventions_are_said():
+    """A checkpoint that was made for other settings than the config's."""
+    lines = []
+    runner = SimpleNamespace(
+        cfg=Config.fromfile(LITE0),
+        logger=SimpleNamespace(warning=lines.append))
+    same = conventions(runner.cfg.model)
+    ClassCheckHook().after_load_checkpoint(runner, dict(meta=same))
+    ClassCheckHook().after_load_checkpoint(runner, dict(meta={}))
+    assert not lines
+    other = dict(same, anchor_scale=5.0, mean=[1.0, 2.0, 3.0])
+    ClassCheckHook().after_load_checkpoint(runner, dict(meta=other))
+    line, = lines
+    assert "model.data_preprocessor.mean=[1.0,2.0,3.0]'" in line
+    assert 'anchor_generator.octave_base_scale=5.0' in line
+    assert 'aspect_pairs' not in line
 
 
 class Planted:

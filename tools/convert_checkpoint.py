@@ -8,11 +8,22 @@ TensorFlow) DST becomes a file for model.backbone.init_cfg.
 """
 import argparse
 import os
+import re
 
 from mmengine.config import Config
 
+from mmdet_efficientdet.checkpoints import config_of, log_differences
 from mmdet_efficientdet.class_transfer import transfer_file
 from mmdet_efficientdet.conversion.convert import convert_file, save
+from mmdet_efficientdet.published import fetch, find, find_by_file
+
+
+def read_config(path):
+    try:
+        return Config.fromfile(path)
+    except (OSError, SyntaxError, KeyError) as error:
+        raise ValueError(f'{path} cannot be read as a config: '
+                         f'{error}') from error
 
 
 def main():
@@ -21,7 +32,10 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('src', help='published weights, in any known format')
     parser.add_argument('dst', help='the checkpoint to write')
-    parser.add_argument('--config', required=True, help='config of the size')
+    parser.add_argument(
+        '--config',
+        help='config of the size; needless for a published file, whose own '
+        'conventions are taken')
     outputs = parser.add_mutually_exclusive_group()
     outputs.add_argument(
         '--num-classes',
@@ -41,16 +55,31 @@ def main():
         help='take raw weights, even where there are moving averages')
     args = parser.parse_args()
     try:
-        if os.path.realpath(args.src) == os.path.realpath(args.dst):
-            raise ValueError('DST is SRC itself; give another name')
-        config = Config.fromfile(args.config)
+        src, dst = (os.path.realpath(name) for name in (args.src, args.dst))
+        # A TensorFlow checkpoint is a prefix of several files, or a folder.
+        prefix = re.sub(r'\.(index|data-.*)$', '', src)
+        parts = (f'{prefix}.index', f'{prefix}.data-', src + os.sep)
+        if dst == src or dst.startswith(parts):
+            raise ValueError('DST is SRC itself or a part of it; give another '
+                             'name')
+        path, entry = args.src, find_by_file(args.src)
+        if '://' in path:
+            entry, pin = find(path)
+            path = str(fetch(entry, pin))
+        if args.config:
+            config = read_config(args.config)
+            if entry:
+                log_differences(entry)
+        elif entry:
+            config = config_of(entry)
+        else:
+            raise ValueError('give the config of the size, --config '
+                             'configs/efficientdet/efficientdet_<size>_...')
         averages = not args.raw
         if args.classes:
-            checkpoint = transfer_file(args.src, config, args.classes,
-                                       averages)
+            checkpoint = transfer_file(path, config, args.classes, averages)
         else:
-            checkpoint = convert_file(args.src, config, args.num_classes,
-                                      averages)
+            checkpoint = convert_file(path, config, args.num_classes, averages)
         save(checkpoint, args.dst)
     except ValueError as error:
         raise SystemExit(f'{error}\nNothing was written.') from error

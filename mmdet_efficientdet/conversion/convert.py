@@ -1,9 +1,10 @@
 """Turns files of published weights into checkpoints of ours."""
 import copy
 import os
+from contextlib import suppress
 from math import sqrt
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 from mmdet.datasets import CocoDataset
@@ -12,9 +13,10 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
+from ..hooks import PLACES, conventions
 from ..scaling import SCALING, scale_config
 from ..utils import register_all_modules
-from .sources import Source, open_source
+from .sources import Source, class_names, open_source
 from .tensors import UNUSED_IDS, convert, match, select_coco_classes
 
 _BIAS = 'bbox_head.conv_cls.pointwise.bias'
@@ -38,10 +40,11 @@ def convert_file(path: str,
     Returns:
         dict: ``state_dict``, and ``meta`` with ``cfg`` (text of the config),
         ``dataset_meta`` (class names), ``source`` (``file``, ``sha256`` and
-        the lines of a ``receipt``), ``aspect_pairs``, ``mean`` and ``std``;
-        plain types and tensors only. Of a backbone alone the state dict is
-        that of ``EfficientNet``, for ``init_cfg=dict(type='Pretrained',
-        checkpoint=...)``, and ``meta`` has only ``source``.
+        the lines of a ``receipt``) and ``conventions``, which are those of
+        the config, and of a file of ours its own; plain types and tensors
+        only. Of a backbone alone the state dict is that of ``EfficientNet``,
+        for ``init_cfg=dict(type='Pretrained', checkpoint=...)``, and ``meta``
+        has only ``source``.
 
     Raises:
         ValueError: If the file cannot be read, or does not fit the config;
@@ -49,15 +52,23 @@ def convert_file(path: str,
     """
     if num_classes not in (80, 90):
         raise ValueError(f'num_classes={num_classes} must be 80 or 90')
+    if not str(config.get('model', {}).get('type')).endswith('EfficientDet'):
+        raise ValueError(
+            f'the config {config.filename} is of no EfficientDet; take '
+            'configs/efficientdet/efficientdet_<size>_8xb16-300e_coco.py, or '
+            'one of yours that is based on it')
     register_all_modules(init_default_scope=False)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     with open_source(path) as source:
-        anchors = config.model.bbox_head.anchor_generator
         if source.ratio_major:
             # (width, height) of MMDetection's ratios 1, 0.5 and 2
-            anchors.aspect_pairs = [(1.0, 1.0), (sqrt(2), sqrt(0.5)),
-                                    (sqrt(0.5), sqrt(2))]
+            source.meta = dict(
+                source.meta,
+                aspect_pairs=[(1.0, 1.0), (sqrt(2), sqrt(0.5)),
+                              (sqrt(0.5), sqrt(2))])
+        adopt_conventions(config,
+                          dict(conventions(config.model), **source.meta))
         model = _build(config)
         state_dict, receipt = _convert(source, model, config, averages)
     origin = dict(file=Path(path).name, sha256=source.sha256, receipt=receipt)
@@ -73,30 +84,58 @@ def convert_file(path: str,
     if rest:
         raise ValueError(f'{path} has {len(state_dict[_BIAS])} outputs of '
                          f'classes, not a multiple of {num_anchors} anchors')
-    if given == 90 and num_classes == 80:
+    # A file of ours stays what it is, with its origin.
+    kept = {
+        key: source.meta[key]
+        for key in ('source', 'published')
+        if isinstance(source.meta.get(key), dict)
+    }
+    origin = kept.get('source', origin)
+    names = _class_names(given, class_names(source.meta), config)
+    is_coco = set(CocoDataset.METAINFO['classes']) <= set(names)
+    if given == 90 and num_classes == 80 and is_coco:
         state_dict = select_coco_classes(state_dict, num_anchors)
-        receipt.append('classes: 80 of 90 slots, bit for bit')
-        given, source.classes = 80, None
-    elif given == 80 and num_classes == 90:
+        origin = dict(
+            origin,
+            receipt=[
+                *origin['receipt'], 'classes: 80 of 90 slots, bit for bit'
+            ])
+        given, names = 80, list(CocoDataset.METAINFO['classes'])
+    elif given == 80 and num_classes == 90 and is_coco:
         raise ValueError(f"{path} predicts COCO's 80 classes, of which the 90 "
                          'slots cannot be made')
-    names = _class_names(given, source.classes, config)
     if len(names) != given:
         raise ValueError(
             f'{path} predicts {given} classes, whose names have to come from '
             f'the config, which has {len(names)}: scale_config(_base_, '
             "'<size>', classes=['<name>', ...])")
     config.model.bbox_head.num_classes = given
-    preprocessor = config.model.data_preprocessor
-    return dict(
-        meta=dict(
-            cfg=config.pretty_text,
-            dataset_meta=dict(classes=names),
-            source=origin,
-            aspect_pairs=[list(pair) for pair in anchors.aspect_pairs],
-            mean=list(preprocessor.mean),
-            std=list(preprocessor.std)),
-        state_dict=state_dict)
+    meta = dict(
+        cfg=config.pretty_text,
+        dataset_meta=dict(classes=names),
+        source=origin,
+        **conventions(config.model))
+    if 'published' in kept:
+        meta['published'] = kept['published']
+    return dict(meta=meta, state_dict=state_dict)
+
+
+def adopt_conventions(config: Config, meta: dict) -> None:
+    """Sets in a config what a checkpoint of ours tells of itself.
+
+    Args:
+        config (Config): Is changed.
+        meta (dict): With any of ``conventions``, as ``convert_file`` writes
+            them.
+    """
+    now = conventions(config.model)
+    given = {key: meta[key] for key in PLACES if key in meta}
+    for key, value in given.items():
+        if key == 'aspect_pairs':  # as shipped, so that texts are equal
+            value = [tuple(pair) for pair in value]
+        elif value == now[key]:
+            continue
+        config.merge_from_dict({f'model.{PLACES[key]}': value})
 
 
 def _build(config: Config) -> nn.Module:
@@ -158,21 +197,22 @@ def _fitting_sizes(source: Source, config: Config) -> List[str]:
     return sizes
 
 
-def _class_names(num_classes: int, given: Optional[List[str]],
+def _class_names(num_classes: int, given: List[str],
                  config: Config) -> List[str]:
-    """Names from the file, of COCO, of its 90 ids, or from the config."""
-    coco = list(CocoDataset.METAINFO['classes'])
+    """Names from the file, from the config's data, or of COCO."""
     if given:
         return given
-    if num_classes == len(coco):
-        return coco
-    if num_classes == 90:
-        return [
-            f'unused {i}' if i in UNUSED_IDS else coco.pop(0)
-            for i in range(1, 91)
-        ]
+    coco = list(CocoDataset.METAINFO['classes'])
     dataset = config.get('test_dataloader', {}).get('dataset', {})
-    return list(dataset.get('metainfo', {}).get('classes', coco))
+    names = list(dataset.get('metainfo', {}).get('classes', coco))
+    if num_classes not in (80, 90) or len(names) == num_classes:
+        return names
+    if num_classes == 80:
+        return coco
+    return [
+        f'unused {i}' if i in UNUSED_IDS else coco.pop(0)
+        for i in range(1, 91)
+    ]
 
 
 def save(checkpoint: dict, path: str) -> None:
@@ -184,6 +224,8 @@ def save(checkpoint: dict, path: str) -> None:
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f'.{target.name}.{os.getpid()}')
     try:
+        if target.exists() and not target.is_file():
+            raise OSError('it exists and is no file')
         if target.is_file() and not target.stat().st_mode & 0o222:
             raise PermissionError('the file is read-only')
         with temporary.open('wb') as file:  # a path would get into the file
@@ -192,4 +234,5 @@ def save(checkpoint: dict, path: str) -> None:
     except (OSError, RuntimeError) as error:  # torch's, on a full disk
         raise ValueError(f'cannot write {path}: {error}') from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing was made where nothing can be
+            temporary.unlink()

@@ -5,9 +5,9 @@ import tarfile
 import tempfile
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional
+from typing import Dict, Iterator, List, Mapping
 
 import torch
 from torch import Tensor
@@ -24,14 +24,21 @@ class Source:
     Args:
         tensors (Mapping): Name to tensor.
         sha256 (str): Of the file, or of all files of a checkpoint.
-        classes (list[str], optional): Their names, in files of MMDetection.
+        meta (dict): What files of MMDetection and of ours tell of themselves.
         ratio_major (bool): Whether its anchors are in the order of
             MMDetection's generator.
     """
     tensors: Mapping
     sha256: str
-    classes: Optional[List[str]] = None
+    meta: dict = field(default_factory=dict)
     ratio_major: bool = False
+
+
+def class_names(meta: dict) -> List[str]:
+    """The names of a checkpoint's classes; none where it does not tell."""
+    names = meta.get('dataset_meta')
+    names = names.get('classes') if isinstance(names, dict) else None
+    return list(names or ())
 
 
 @contextmanager
@@ -147,14 +154,14 @@ def _read_torch(path: str, sha256: str) -> Source:
     except Exception as error:  # pickle, zip and torch raise their own
         raise ValueError(
             f'{path} is damaged, or holds more than weights, which are never '
-            'executed. If it is a checkpoint of your own training, save its '
-            f'state dict alone: {str(error).splitlines()[0]}') from error
+            'executed. Of a training of your own save plain data: its '
+            "state_dict, and of its meta the entries 'cfg' and "
+            f"'dataset_meta'. {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     if not isinstance(data, dict):
         raise ValueError(f'{path} holds {type(data).__name__}, not weights')
     meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
     config = str(meta.get('cfg', ''))
-    names = meta.get('dataset_meta')
-    names = names.get('classes') if isinstance(names, dict) else None
     # What the project converted from TensorFlow has TensorFlow's anchors.
     ratio_major = 'EfficientDetSepBNHead' in config and 'YXYX' not in config
     state_dict, averages = data, {}
@@ -184,4 +191,4 @@ def _read_torch(path: str, sha256: str) -> Source:
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')
-    return Source(tensors, sha256, list(names) if names else None, ratio_major)
+    return Source(tensors, sha256, meta, ratio_major)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layouts import BACKBONES, LAYOUTS
-from .naming import Layout
+from .naming import Layout, OwnLayout
 from .tensorflow import EMA_SUFFIX
 
 # What marks the name of a moving average; without it, it is the weight's.
@@ -24,6 +24,7 @@ LEFT_ASIDE = (
      'counters and settings of the training'),
     (r'.*\.num_batches_tracked', 'batch counters, which nothing reads'),
 )
+_NUMBER = re.compile(r'\d+')
 _REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
                    r'bbox_head\.\w+_convs\.\d+\.pointwise)\.bias')
 _CLASSES = 'bbox_head.conv_cls.pointwise'
@@ -114,6 +115,11 @@ def match(tensors: Mapping,
             shape = outputs + shape[1:]
         if given != shape or not _are_floats(values):
             found.wrong.append(f'{key} {given} {values[0].dtype}, {shape}')
+    # A format leaves out all of a kind; one alone was lost.
+    present = {_NUMBER.sub('', key) for key in found.values}
+    for key in list(found.without_bias):
+        if _NUMBER.sub('', key) in present or isinstance(layout, OwnLayout):
+            found.missing.append(f'{key} {found.without_bias.pop(key)}')
     left = {**weights, **means}.keys() - taken
     if not any(key.endswith('fusion_weights') for key in own):
         sums = {name for name in left if re.search(r'\.p\d_w[12]$', name)}
