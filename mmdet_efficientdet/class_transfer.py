@@ -15,13 +15,12 @@ from .conversion.convert import adopt_conventions, convert_file
 from .conversion.sources import class_names, open_source
 from .hooks import check_class_count, shorten
 from .models import EfficientDetHead
+from .models.efficientdet import CLASS_PREDICTOR
 from .registry import HOOKS, MODELS
 from .scaling import set_classes
 from .utils import register_all_modules
 
-# All that depends on classes. Its depthwise half serves them all together.
-_PREDICTOR = re.compile(
-    r'(.*\.)?bbox_head\.conv_cls\.pointwise\.(weight|bias)')
+_PREDICTOR = re.compile(rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(weight|bias)')
 
 
 def transfer_classes(checkpoint: dict, classes: Sequence[str],

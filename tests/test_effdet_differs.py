@@ -27,6 +27,12 @@ def network_with(weights, name, sides, **settings):
     return network
 
 
+def test_hard_suppression_is_the_default():
+    """The paper's evaluation has soft suppression."""
+    network = effdet_network('d0', (64, 64))
+    assert effdet.DetBenchPredict(network).soft_nms is False
+
+
 def test_level_of_one_pixel():
     """A level with an axis of one pixel keeps the other axis."""
     network = effdet_network('d0', (64, 256))

@@ -1,4 +1,5 @@
 """The tools that compare with effdet find us equal, and find what is not."""
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_difference_fails(monkeypatch, capsys):
     output = capsys.readouterr().out
     assert output.count('DIFFERENT') == len(SIDES)
     assert output.count('| equal ') == len(LAYOUTS)
+
+
+def test_nan_is_different():
+    """Also where it is not in the first level."""
+    ones = torch.ones(2)
+    assert verify_parity.difference([ones, ones * math.nan],
+                                    [ones, ones]) == math.inf
+    assert verify_parity.difference([ones, ones], [ones, ones]) == 0
 
 
 def test_bad_use(monkeypatch, capsys):

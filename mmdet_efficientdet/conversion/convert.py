@@ -14,12 +14,13 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from ..hooks import PLACES, conventions
+from ..models.efficientdet import CLASS_PREDICTOR
 from ..scaling import SCALING, scale_config
 from ..utils import register_all_modules
 from .sources import Source, class_names, open_source
 from .tensors import UNUSED_IDS, convert, match, select_coco_classes
 
-_BIAS = 'bbox_head.conv_cls.pointwise.bias'
+_BIAS = f'{CLASS_PREDICTOR}.bias'
 
 
 def convert_file(path: str,
@@ -91,6 +92,8 @@ def convert_file(path: str,
         if isinstance(source.meta.get(key), dict)
     }
     origin = kept.get('source', origin)
+    if not class_names(source.meta):
+        receipt.append('class names: of the config, since the file has none')
     names = _class_names(given, class_names(source.meta), config)
     is_coco = set(CocoDataset.METAINFO['classes']) <= set(names)
     if given == 90 and num_classes == 80 and is_coco:

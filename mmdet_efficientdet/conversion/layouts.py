@@ -53,7 +53,7 @@ blocks.{}.linear_conv.conv    blocks.{stage}.{repeat}.{last}
 blocks.{}.linear_conv.bn      blocks.{stage}.{repeat}.bn{bn_2}
 """)
 # Of efficientnet_pytorch and efficientnet_lite_pytorch.
-LUKEMELAS = _backbone("""
+EFFICIENTNET_PYTORCH = _backbone("""
 stem.conv                     _conv_stem
 stem.bn                       _bn0
 blocks.{}.expand_conv.conv    _blocks.{0}._expand_conv
@@ -177,7 +177,7 @@ NET_norms.{}.{}        NET_net/bns/{0}/{1}
     Layout('effdet, norms level first', {**_EFFDET, **_LEVEL_FIRST}),
     Layout(
         'Yet-Another-EfficientDet-Pytorch', {
-            **_prefixed('backbone_net.model.', LUKEMELAS),
+            **_prefixed('backbone_net.model.', EFFICIENTNET_PYTORCH),
             **_neck("""
 neck.extra_levels.{}.conv  bifpn.0.p5_to_p6.0
 neck.extra_levels.{}.norm  bifpn.0.p5_to_p6.1
@@ -225,7 +225,7 @@ BACKBONES = (Layout(
     'backbone of timm', TIMM, classifier=r'(conv_head|bn2|classifier)\..*'),
              Layout(
                  'backbone of efficientnet_pytorch',
-                 LUKEMELAS,
+                 EFFICIENTNET_PYTORCH,
                  classifier=r'(_conv_head|_bn1|_fc)\..*'),
              Layout(
                  'backbone of MMDetection or MMPretrain',

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.efficientdet import CLASS_PREDICTOR
 from .layouts import BACKBONES, LAYOUTS
 from .naming import Layout, OwnLayout
 from .tensorflow import EMA_SUFFIX
@@ -27,7 +28,6 @@ LEFT_ASIDE = (
 _NUMBER = re.compile(r'\d+')
 _REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
                    r'bbox_head\.\w+_convs\.\d+\.pointwise)\.bias')
-_CLASSES = 'bbox_head.conv_cls.pointwise'
 # Category ids of COCO that no object has; an output of 90 has a slot for
 # each id from 1.
 UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -110,7 +110,8 @@ def match(tensors: Mapping,
         taken.update(names)
         found.values[key] = values
         given, shape = _shape(values, key, layout), tuple(shape)
-        if key.startswith(_CLASSES):  # the source's own number of classes
+        if key.startswith(
+                CLASS_PREDICTOR):  # the source's own number of classes
             outputs = outputs or given[:1]
             shape = outputs + shape[1:]
         if given != shape or not _are_floats(values):
@@ -289,6 +290,6 @@ def select_coco_classes(state_dict: Dict[str, Tensor],
     return {
         key:
         value.unflatten(0, (num_anchors, 90))[:, rows].flatten(0, 1)
-        if key.startswith(_CLASSES) else value
+        if key.startswith(CLASS_PREDICTOR) else value
         for key, value in state_dict.items()
     }

@@ -7,6 +7,8 @@ from torch import Tensor
 from ..checkpoints import StrictLoading
 from ..registry import MODELS
 
+# All that depends on the classes; what stands before it serves them together.
+CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'
 MIN_INPUT = 64  # pixels; below, the upper levels say nothing any more
 
 
@@ -38,9 +40,8 @@ class EfficientDet(StrictLoading, SingleStageDetector):
         Args:
             shapes (dict): Key to (checkpoint's shape, model's shape).
         """
-        key = 'bbox_head.conv_cls.pointwise.bias'
-        given, own = shapes.get(key, ((), ()))
-        if not given or any('conv_cls.pointwise' not in k for k in shapes):
+        given, own = shapes.get(f'{CLASS_PREDICTOR}.bias', ((), ()))
+        if not given or any(CLASS_PREDICTOR not in k for k in shapes):
             return ''
         num_priors = self.bbox_head.num_base_priors
         return (f'The checkpoint predicts {given[0] / num_priors:g} classes, '
