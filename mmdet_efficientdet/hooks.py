@@ -1,6 +1,5 @@
 """Hooks of the shipped configs."""
 import json
-from functools import reduce
 
 import numpy as np
 from mmengine.fileio import get_text
@@ -8,30 +7,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 
+from .conventions import differing_options
 from .registry import HOOKS
-
-# What weights were trained with and no tensor tells: its name in a
-# checkpoint's meta, and its place in the model's config.
-PLACES = dict(
-    aspect_pairs='bbox_head.anchor_generator.aspect_pairs',
-    anchor_scale='bbox_head.anchor_generator.octave_base_scale',
-    mean='data_preprocessor.mean',
-    std='data_preprocessor.std',
-    pad_value='data_preprocessor.pad_value')
-
-
-def conventions(model: dict) -> dict:
-    """The values at ``PLACES`` in a model's config, as plain data."""
-    values = {}
-    for key, place in PLACES.items():
-        *parents, last = place.split('.')
-        node = reduce(lambda node, part: node[part], parents, model)
-        values[key] = _plain(node.get(last, 0))
-    values['aspect_pairs'] = [list(pair) for pair in values['aspect_pairs']]
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in values.items()
-    }
 
 
 @HOOKS.register_module()
@@ -59,11 +36,7 @@ class ClassCheckHook(Hook):
         meta, model = checkpoint.get('meta') or {}, runner.cfg.get('model', {})
         if not str(model.get('type')).endswith('EfficientDet'):
             return
-        own = conventions(model)
-        options = [
-            f"'model.{PLACES[key]}={meta[key]}'".replace(' ', '')
-            for key in PLACES if key in meta and meta[key] != own[key]
-        ]
+        options = differing_options(meta, model)
         if options:
             runner.logger.warning(
                 'The checkpoint was made with other settings than this '

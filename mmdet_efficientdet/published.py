@@ -61,6 +61,14 @@ class PublishedFile:
         return f'{self.scheme}://{self.name}'
 
     @property
+    def conventions(self) -> dict:
+        """What the meta of a checkpoint tells of them."""
+        return {
+            key: getattr(self, key)
+            for key in ('aspect_pairs', 'mean', 'std', 'pad_value')
+        }
+
+    @property
     def known_hash(self) -> str:
         """SHA-256, or the start of it that its name ends with, or ''."""
         short = re.search(r'-([0-9a-f]{8})\.pth$', self.file)

@@ -31,6 +31,16 @@ def build(name: str, image_size):
     return model
 
 
+def with_classes(weights: dict, num_classes: int) -> dict:
+    """effdet's weights with the first classes only of COCO's 90 slots."""
+    return {
+        key:
+        value.unflatten(0, (9, 90))[:, :num_classes].flatten(0, 1).clone()
+        if key.startswith('class_net.predict.conv_pw.') else value
+        for key, value in weights.items()
+    }
+
+
 def anchors(name: str, image_size):
     """effdet's anchors (x1, y1, x2, y2), all levels."""
     config = get_efficientdet_config(f'tf_efficientdet_{name}')

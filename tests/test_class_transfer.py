@@ -2,7 +2,6 @@
 import hashlib
 import json
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
 import effdet_reference
@@ -13,8 +12,8 @@ from mmdet.datasets import CocoDataset, VOCDataset
 from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
 from safetensors.torch import save_file
-from tiny_data import (CLASSES, D0, LITE0, make_dataset, run_tool, trained_run,
-                       write_config)
+from tiny_data import (CLASSES, D0, LITE0, make_dataset, run_convert, run_tool,
+                       trained_run, write_config)
 
 from mmdet_efficientdet import ClassTransferHook
 from mmdet_efficientdet.class_transfer import transfer_classes, transfer_file
@@ -455,13 +454,6 @@ def test_hook_finds_the_head_in_wrappers(coco, build_detector):
 
 # The tool
 
-TOOL = Path(__file__).parents[1] / 'tools' / 'convert_checkpoint.py'
-
-
-def run_convert(*args, cwd):
-    return run_tool(
-        'convert_checkpoint.py', *args, cwd=cwd, source=TOOL.read_text())
-
 
 def test_tool_converts_and_transfers(tmp_path):
     """Published weights for the 90 slots of COCO become ones for VOC."""
@@ -572,15 +564,13 @@ def test_names_from_the_config(tmp_path, tmp_path_factory):
     """Published weights of own classes are named by the config's data."""
     run = trained_run(tmp_path_factory.getbasetemp())
     path = tmp_path / 'effdet.pth'
-    published = effdet_reference.build('lite0', (128, 128)).state_dict()
-    for kind in ('weight', 'bias'):
-        key = f'class_net.predict.conv_pw.{kind}'
-        slots = published[key].unflatten(0, (9, 90))
-        published[key] = slots[:, :3].flatten(0, 1)
+    published = effdet_reference.with_classes(
+        effdet_reference.build('lite0', (128, 128)).state_dict(), 3)
     torch.save(published, path)
     config = Config.fromfile(run.config)
     new = transfer_file(path, config, ['pink', 'blue', 'violet'])
-    assert torch.equal(new['state_dict'][BIAS][1::3], published[key][2::3])
+    assert torch.equal(new['state_dict'][BIAS][1::3],
+                       published['class_net.predict.conv_pw.bias'][2::3])
     torch.testing.assert_close(new['state_dict'][BIAS][0::3],
                                torch.full((9, ), -4.59511985))
     assert config.model.bbox_head.num_classes == 3

@@ -5,9 +5,8 @@ import io
 import os
 import resource
 import struct
-import subprocess
-import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import effdet_reference as reference
@@ -20,18 +19,19 @@ from mmdet.models.task_modules import AnchorGenerator
 from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config
 from safetensors.torch import save_file
+from tiny_data import run_convert
 
-from mmdet_efficientdet.conversion.convert import convert_file, save
+from mmdet_efficientdet.conversion.convert import (convert_file, save,
+                                                   select_coco_classes)
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.sources import open_source
 from mmdet_efficientdet.conversion.tensorflow import masked_crc32c, read_bundle
-from mmdet_efficientdet.conversion.tensors import convert, select_coco_classes
+from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
 
 ROOT = Path(__file__).parents[1]
 BIAS = 'class_net.predict.conv_pw.bias'  # of effdet
-TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
 VARIABLES, OBJECTS, EFFDET, LEVEL_FIRST, ZYLO117, PROJECT, OWN = LAYOUTS
 # Of the sorted names in the official checkpoints, joined by line ends, as
 # recomputed from the official code: the start of their SHA-256.
@@ -268,11 +268,9 @@ def write_bundle(prefix, tensors, compression=b'\0'):
 
 
 def run_tool(*args):
-    done = subprocess.run(
-        [sys.executable, str(TOOL), *map(str, args)],
-        capture_output=True,
-        text=True)
-    return done.returncode, done.stdout + done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_convert(*args, cwd=folder)
+    return done.code, done.output
 
 
 def same_axes(array, key):
@@ -677,11 +675,8 @@ def test_converting_again_changes_nothing(effdet_file, tmp_path):
 @pytest.mark.parametrize('count', [80, 90])
 def test_own_classes_are_not_those_of_coco(effdet_file, tmp_path, count):
     """As many as COCO has, named by the config or by the file."""
-    theirs = torch.load(effdet_file, weights_only=True)
-    for key, value in theirs.items():
-        if key.startswith('class_net.predict.conv_pw.'):
-            slots = value.unflatten(0, (9, 90))[:, :count]
-            theirs[key] = slots.flatten(0, 1).clone()
+    theirs = reference.with_classes(
+        torch.load(effdet_file, weights_only=True), count)
     torch.save(theirs, tmp_path / 'x.pth')
     own = [f'own {i}' for i in range(count)]
     first = convert_file(tmp_path / 'x.pth', config_of('lite0', own))
@@ -713,10 +708,8 @@ def test_tool_without_a_config(effdet_file, tmp_path, config):
 
 def test_other_classes(tmp_path):
     """Names come from the file or the config; without them it is refused."""
-    theirs = reference.build('lite0', (128, 128)).state_dict()
-    for key, value in theirs.items():
-        if key.startswith('class_net.predict.conv_pw.'):
-            theirs[key] = value[:9].clone()  # one row for each anchor
+    theirs = reference.with_classes(
+        reference.build('lite0', (128, 128)).state_dict(), 1)
     torch.save(theirs, tmp_path / 'x.pth')
     with pytest.raises(ValueError, match='predicts 1 classes, whose names'):
         convert_file(tmp_path / 'x.pth', config_of('lite0'))

@@ -159,6 +159,12 @@ def run_tool(name, *args, cwd, source=None, timeout=1200):
     return SimpleNamespace(code=process.exitcode, output=log.read_text())
 
 
+def run_convert(*args, cwd):
+    """Runs tools/convert_checkpoint.py as :func:`run_tool` does the host's."""
+    tool = CONFIGS.parents[1] / 'tools' / 'convert_checkpoint.py'
+    return run_tool(tool.name, *args, cwd=cwd, source=tool.read_text())
+
+
 def _run(script, args, cwd, source, log):
     file = open(log, 'w')
     os.dup2(file.fileno(), 1)

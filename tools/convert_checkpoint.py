@@ -8,13 +8,13 @@ TensorFlow) DST becomes a file for model.backbone.init_cfg.
 """
 import argparse
 import os
-import re
 
 from mmengine.config import Config
 
 from mmdet_efficientdet.checkpoints import config_of, log_differences
 from mmdet_efficientdet.class_transfer import transfer_file
 from mmdet_efficientdet.conversion.convert import convert_file, save
+from mmdet_efficientdet.conversion.sources import PART
 from mmdet_efficientdet.published import fetch, find, find_by_file
 
 
@@ -57,7 +57,7 @@ def main():
     try:
         src, dst = (os.path.realpath(name) for name in (args.src, args.dst))
         # A TensorFlow checkpoint is a prefix of several files, or a folder.
-        prefix = re.sub(r'\.(index|data-.*)$', '', src)
+        prefix = PART.sub('', src)
         parts = (f'{prefix}.index', f'{prefix}.data-', src + os.sep)
         if dst == src or dst.startswith(parts):
             raise ValueError('DST is SRC itself or a part of it; give another '

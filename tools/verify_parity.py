@@ -22,6 +22,7 @@ from mmdet.utils import register_all_modules
 from mmengine import ProgressBar
 from mmengine.config import Config
 
+from mmdet_efficientdet.conversion.convert import build_on_meta, outline
 from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.scaling import SCALING, scale_config
@@ -104,11 +105,8 @@ def our_network(weights, size, num_classes=90, side=None):
     scale_config(cfg, size, image_size=side)
     cfg.model.backbone.init_cfg = None
     cfg.model.bbox_head.num_classes = num_classes
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model).eval()
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    state_dict, _ = convert(weights, shapes, model.backbone.arch,
-                            model.bbox_head.num_levels)
+    model = build_on_meta(cfg).eval()
+    state_dict, _ = convert(weights, *outline(model))
     model.load_state_dict(state_dict, assign=True)
     # Mean and deviation are in no checkpoint.
     model.data_preprocessor = MODELS.build(cfg.model.data_preprocessor)
@@ -184,13 +182,12 @@ def in_layout(state_dict, layout, arch, num_levels):
 
 def source_difference(model, layout):
     """What changes when the weights go through a layout and back."""
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    shapes, *numbers = outline(model)
     own = {
         k: v
         for k, v in model.state_dict().items()
         if not k.endswith('num_batches_tracked')
     }
-    numbers = model.backbone.arch, model.bbox_head.num_levels
     again, _ = convert(in_layout(own, layout, *numbers), shapes, *numbers)
     return max((again[k] - v).abs().max().item() for k, v in own.items())
 

@@ -13,14 +13,17 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from ..hooks import PLACES, conventions
+from ..conventions import adopt_conventions, conventions
 from ..models.efficientdet import CLASS_PREDICTOR
 from ..scaling import SCALING, scale_config
 from ..utils import register_all_modules
 from .sources import Source, class_names, open_source
-from .tensors import UNUSED_IDS, convert, match, select_coco_classes
+from .tensors import fill, match
 
 _BIAS = f'{CLASS_PREDICTOR}.bias'
+# Category ids of COCO that no object has; an output of 90 has a slot for
+# each id from 1.
+UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 
 def convert_file(path: str,
@@ -51,6 +54,22 @@ def convert_file(path: str,
         ValueError: If the file cannot be read, or does not fit the config;
             where it fits another size, the message names that.
     """
+    with open_source(path) as source:
+        return convert_source(source, path, config, num_classes, averages)
+
+
+def convert_source(source: Source,
+                   path: str,
+                   config: Config,
+                   num_classes: int = 80,
+                   averages: bool = True) -> dict:
+    """Converts an opened source as :func:`convert_file` does.
+
+    Args:
+        source (Source): Is not changed.
+        path (str): Of its file.
+        config, num_classes, averages: As in ``convert_file``.
+    """
     if num_classes not in (80, 90):
         raise ValueError(f'num_classes={num_classes} must be 80 or 90')
     if not str(config.get('model', {}).get('type')).endswith('EfficientDet'):
@@ -61,49 +80,67 @@ def convert_file(path: str,
     register_all_modules(init_default_scope=False)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
-    with open_source(path) as source:
-        if source.ratio_major:
-            # (width, height) of MMDetection's ratios 1, 0.5 and 2
-            source.meta = dict(
-                source.meta,
-                aspect_pairs=[(1.0, 1.0), (sqrt(2), sqrt(0.5)),
-                              (sqrt(0.5), sqrt(2))])
-        adopt_conventions(config,
-                          dict(conventions(config.model), **source.meta))
-        model = _build(config)
-        state_dict, receipt = _convert(source, model, config, averages)
+    meta = source.meta
+    if source.ratio_major:
+        # (width, height) of MMDetection's ratios 1, 0.5 and 2
+        pairs = [(1.0, 1.0), (sqrt(2), sqrt(0.5)), (sqrt(0.5), sqrt(2))]
+        meta = dict(meta, aspect_pairs=pairs)
+    adopt_conventions(config, meta)
+    model = build_on_meta(config)
+    state_dict, receipt = _convert(source, model, config, averages)
     origin = dict(file=Path(path).name, sha256=source.sha256, receipt=receipt)
     if _BIAS not in state_dict:
         return dict(
             meta=dict(source=origin),
             state_dict={
-                key[len('backbone.'):]: value
+                key.removeprefix('backbone.'): value
                 for key, value in state_dict.items()
             })
-    num_anchors = model.bbox_head.num_base_priors
+    state_dict, names, lines = _settle_classes(state_dict,
+                                               model.bbox_head.num_base_priors,
+                                               path, class_names(meta), config,
+                                               num_classes)
+    if isinstance(meta.get('source'), dict):
+        origin = meta['source']  # a file of ours stays what it is
+    config.model.bbox_head.num_classes = len(names)
+    new = dict(
+        cfg=config.pretty_text,
+        dataset_meta=dict(classes=names),
+        source=dict(origin, receipt=[*origin['receipt'], *lines]),
+        **conventions(config.model))
+    if isinstance(meta.get('published'), dict):
+        new['published'] = meta['published']
+    return dict(meta=new, state_dict=state_dict)
+
+
+def _settle_classes(
+        state_dict: Dict[str, Tensor], num_anchors: int, path: str,
+        known: List[str], config: Config,
+        num_classes: int) -> Tuple[Dict[str, Tensor], List[str], List[str]]:
+    """The state dict for the classes that are wanted, their names, a receipt.
+
+    Args:
+        state_dict (dict): Ours, with a head of the source's classes.
+        num_anchors (int): At each place.
+        path (str): Of the source, for messages.
+        known (list[str]): The names that the source tells, if any.
+        config (Config): Whose data name the classes otherwise.
+        num_classes (int): As in :func:`convert_file`.
+    """
     given, rest = divmod(len(state_dict[_BIAS]), num_anchors)
     if rest:
         raise ValueError(f'{path} has {len(state_dict[_BIAS])} outputs of '
                          f'classes, not a multiple of {num_anchors} anchors')
-    # A file of ours stays what it is, with its origin.
-    kept = {
-        key: source.meta[key]
-        for key in ('source', 'published')
-        if isinstance(source.meta.get(key), dict)
-    }
-    origin = kept.get('source', origin)
-    if not class_names(source.meta):
-        receipt.append('class names: of the config, since the file has none')
-    names = _class_names(given, class_names(source.meta), config)
-    is_coco = set(CocoDataset.METAINFO['classes']) <= set(names)
+    lines = [] if known else [
+        'class names: of the config, since the file has none'
+    ]
+    names = known or _names_for(given, config)
+    coco = list(CocoDataset.METAINFO['classes'])
+    is_coco = set(coco) <= set(names)
     if given == 90 and num_classes == 80 and is_coco:
         state_dict = select_coco_classes(state_dict, num_anchors)
-        origin = dict(
-            origin,
-            receipt=[
-                *origin['receipt'], 'classes: 80 of 90 slots, bit for bit'
-            ])
-        given, names = 80, list(CocoDataset.METAINFO['classes'])
+        lines.append('classes: 80 of 90 slots, bit for bit')
+        given, names = 80, coco
     elif given == 80 and num_classes == 90 and is_coco:
         raise ValueError(f"{path} predicts COCO's 80 classes, of which the 90 "
                          'slots cannot be made')
@@ -112,43 +149,48 @@ def convert_file(path: str,
             f'{path} predicts {given} classes, whose names have to come from '
             f'the config, which has {len(names)}: scale_config(_base_, '
             "'<size>', classes=['<name>', ...])")
-    config.model.bbox_head.num_classes = given
-    meta = dict(
-        cfg=config.pretty_text,
-        dataset_meta=dict(classes=names),
-        source=origin,
-        **conventions(config.model))
-    if 'published' in kept:
-        meta['published'] = kept['published']
-    return dict(meta=meta, state_dict=state_dict)
+    return state_dict, names, lines
 
 
-def adopt_conventions(config: Config, meta: dict) -> None:
-    """Sets in a config what a checkpoint of ours tells of itself.
+def select_coco_classes(state_dict: Dict[str, Tensor],
+                        num_anchors: int = 9) -> Dict[str, Tensor]:
+    """Keeps the 80 used of the 90 slots of a COCO head.
 
-    Args:
-        config (Config): Is changed.
-        meta (dict): With any of ``conventions``, as ``convert_file`` writes
-            them.
+    Slot ``c`` is category id ``c + 1``; what is kept is bit for bit the same.
     """
-    now = conventions(config.model)
-    given = {key: meta[key] for key in PLACES if key in meta}
-    for key, value in given.items():
-        if key == 'aspect_pairs':  # as shipped, so that texts are equal
-            value = [tuple(pair) for pair in value]
-        elif value == now[key]:
-            continue
-        config.merge_from_dict({f'model.{PLACES[key]}': value})
+    ids = [i for i in range(1, 91) if i not in UNUSED_IDS]
+    rows = torch.tensor(ids) - 1
+    return {
+        key:
+        value.unflatten(0, (num_anchors, 90))[:, rows].flatten(0, 1)
+        if key.startswith(CLASS_PREDICTOR) else value
+        for key, value in state_dict.items()
+    }
 
 
-def _build(config: Config) -> nn.Module:
-    """The model without memory for its weights."""
+def _names_for(num_classes: int, config: Config) -> List[str]:
+    """Names from the config's data, or of COCO."""
+    coco = list(CocoDataset.METAINFO['classes'])
+    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    names = list(dataset.get('metainfo', {}).get('classes', coco))
+    if num_classes not in (80, 90) or len(names) == num_classes:
+        return names
+    if num_classes == 80:
+        return coco
+    return [
+        f'unused {i}' if i in UNUSED_IDS else coco.pop(0)
+        for i in range(1, 91)
+    ]
+
+
+def build_on_meta(config: Config) -> nn.Module:
+    """The model of a config without memory for its weights."""
     scope = DefaultScope.overwrite_default_scope('mmdet_efficientdet')
     with scope, torch.device('meta'):
         return MODELS.build(config.model)
 
 
-def _outline(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
+def outline(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
     """Shapes, architecture and number of levels."""
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     return shapes, model.backbone.arch, model.bbox_head.num_levels
@@ -157,19 +199,20 @@ def _outline(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
 def _convert(source: Source, model: nn.Module, config: Config,
              averages: bool) -> Tuple[Dict[str, Tensor], List[str]]:
     """Our state dict and a receipt, or an error that names the right size."""
-    outline = _outline(model)
+    shapes, *numbers = outline(model)
     try:
-        error = match(source.tensors, *outline).error
+        found = match(source.tensors, shapes, *numbers, averages)
+        error = found.error
     except ValueError as unknown:
         error = str(unknown)
-    sizes = _fitting_sizes(source, config) if error else []
+    sizes = _fitting_sizes(source, config, averages) if error else []
     if sizes:
         error = f'The weights are of {" or ".join(sizes)}; give the config ' \
             f'of that size. With this one: {error}'
     if error:
         raise ValueError(error)
-    state_dict, receipt = convert(source.tensors, *outline, averages,
-                                  source.ratio_major)
+    state_dict, receipt = fill(found, shapes,
+                               source.ratio_major), found.receipt
     if source.ratio_major:
         receipt.append("anchors: order and aspect pairs of MMDetection's")
     twins = [
@@ -185,37 +228,21 @@ def _convert(source: Source, model: nn.Module, config: Config,
     return state_dict, receipt
 
 
-def _fitting_sizes(source: Source, config: Config) -> List[str]:
+def _fitting_sizes(source: Source, config: Config,
+                   averages: bool) -> List[str]:
     """The sizes that the weights do fit; for a backbone its architecture."""
     sizes = []
     for size in SCALING:
         other = copy.deepcopy(config)
         scale_config(other, size)
         try:
-            found = match(source.tensors, *_outline(_build(other)))
+            found = match(source.tensors, *outline(build_on_meta(other)),
+                          averages)
         except ValueError:
             continue
         if not found.error:
             sizes.append(size)
     return sizes
-
-
-def _class_names(num_classes: int, given: List[str],
-                 config: Config) -> List[str]:
-    """Names from the file, from the config's data, or of COCO."""
-    if given:
-        return given
-    coco = list(CocoDataset.METAINFO['classes'])
-    dataset = config.get('test_dataloader', {}).get('dataset', {})
-    names = list(dataset.get('metainfo', {}).get('classes', coco))
-    if num_classes not in (80, 90) or len(names) == num_classes:
-        return names
-    if num_classes == 80:
-        return coco
-    return [
-        f'unused {i}' if i in UNUSED_IDS else coco.pop(0)
-        for i in range(1, 91)
-    ]
 
 
 def save(checkpoint: dict, path: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .tensorflow import EMA_SUFFIX, read_bundle, read_keras
 
-_PART = re.compile(r'\.(index|meta|data-\d{5}-of-\d{5})$')
+# The end of the name of a part of a TensorFlow checkpoint.
+PART = re.compile(r'\.(index|meta|data-\d{5}-of-\d{5})$')
 
 
 @dataclass
@@ -27,11 +28,13 @@ class Source:
         meta (dict): What files of MMDetection and of ours tell of themselves.
         ratio_major (bool): Whether its anchors are in the order of
             MMDetection's generator.
+        checkpoint (dict): All of a torch file, as it is.
     """
     tensors: Mapping
     sha256: str
     meta: dict = field(default_factory=dict)
     ratio_major: bool = False
+    checkpoint: dict = field(default_factory=dict)
 
 
 def class_names(meta: dict) -> List[str]:
@@ -64,7 +67,7 @@ def open_source(path: str) -> Iterator[Source]:
             start = file.read(512)
         if not start:
             raise ValueError(f'{path} is empty')
-    prefix = Path(_PART.sub('', str(path)))
+    prefix = Path(PART.sub('', str(path)))
     if not start or Path(f'{prefix}.index').is_file():
         prefix = _find_prefix(prefix)
         yield Source(read_bundle(str(prefix)), _digest(_files(prefix)))
@@ -92,7 +95,7 @@ def _unpack(source: Path, folder: str) -> None:
         with tarfile.open(source) as archive:
             members = [
                 member for member in archive
-                if member.isfile() and _PART.search(member.name)
+                if member.isfile() and PART.search(member.name)
                 and not member.name.endswith('.meta')
             ]
             if not members:
@@ -123,7 +126,7 @@ def _files(prefix: Path) -> List[Path]:
     """The index and the files of data of one checkpoint."""
     return sorted(path for path in prefix.parent.iterdir()
                   if path.suffix != '.meta'
-                  and _PART.sub('', path.name) == prefix.name != path.name)
+                  and PART.sub('', path.name) == prefix.name != path.name)
 
 
 def _digest(files: List[Path]) -> str:
@@ -191,4 +194,4 @@ def _read_torch(path: str, sha256: str) -> Source:
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')
-    return Source(tensors, sha256, meta, ratio_major)
+    return Source(tensors, sha256, meta, ratio_major, data)

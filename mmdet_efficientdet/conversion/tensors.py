@@ -28,9 +28,6 @@ LEFT_ASIDE = (
 _NUMBER = re.compile(r'\d+')
 _REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
                    r'bbox_head\.\w+_convs\.\d+\.pointwise)\.bias')
-# Category ids of COCO that no object has; an output of 90 has a slot for
-# each id from 1.
-UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 
 @dataclass
@@ -110,8 +107,8 @@ def match(tensors: Mapping,
         taken.update(names)
         found.values[key] = values
         given, shape = _shape(values, key, layout), tuple(shape)
-        if key.startswith(
-                CLASS_PREDICTOR):  # the source's own number of classes
+        # The source has its own number of classes.
+        if key.startswith(CLASS_PREDICTOR):
             outputs = outputs or given[:1]
             shape = outputs + shape[1:]
         if given != shape or not _are_floats(values):
@@ -162,6 +159,23 @@ def convert(tensors: Mapping,
     found = match(tensors, own, arch, num_levels, averages)
     if found.error:
         raise ValueError(found.error)
+    return fill(found, own, ratio_major), found.receipt
+
+
+def fill(found: Match,
+         own: Mapping[str, Tuple],
+         ratio_major: bool = False) -> Dict[str, Tensor]:
+    """Our state dict of what :func:`match` found, whose error is empty.
+
+    Args:
+        found (Match): Its tensors are copied.
+        own (Mapping): Name to shape of our model's state dict, whose order
+            is kept.
+        ratio_major (bool): As in :func:`convert`.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
     state_dict = {}
     for key in own:
         if key in found.without_bias:
@@ -173,7 +187,7 @@ def convert(tensors: Mapping,
     if broken:
         raise ValueError(f'{len(broken)} tensors hold NaN or infinity: '
                          f'{", ".join(broken[:10])}')
-    return state_dict, found.receipt
+    return state_dict
 
 
 def _recognise(tensors: Mapping, own: Mapping, arch: str,
@@ -277,19 +291,3 @@ def _to_ours(values: list, key: str, layout: Layout,
         # (y, x, h, w) of each anchor to (x, y, w, h)
         value = value.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
     return value
-
-
-def select_coco_classes(state_dict: Dict[str, Tensor],
-                        num_anchors: int = 9) -> Dict[str, Tensor]:
-    """Keeps the 80 used of the 90 slots of a COCO head.
-
-    Slot ``c`` is category id ``c + 1``; what is kept is bit for bit the same.
-    """
-    ids = [i for i in range(1, 91) if i not in UNUSED_IDS]
-    rows = torch.tensor(ids) - 1
-    return {
-        key:
-        value.unflatten(0, (num_anchors, 90))[:, rows].flatten(0, 1)
-        if key.startswith(CLASS_PREDICTOR) else value
-        for key, value in state_dict.items()
-    }
