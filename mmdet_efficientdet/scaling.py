@@ -129,10 +129,14 @@ def scale_config(base: dict,
     channels, checkpoint = BACKBONES[row.backbone]
     model = base['model']
     model['data_preprocessor'].update(
-        mean=list(row.mean),
-        std=list(row.std),
         pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
             *image_size))
+    if tuple(model['data_preprocessor']['mean']) in {
+            other.mean
+            for other in SCALING.values()
+    }:  # a convention of the user's own, such as Det-AdvProp's, stays
+        model['data_preprocessor'].update(
+            mean=list(row.mean), std=list(row.std))
     model['backbone'].update(arch=row.backbone)
     init_cfg = model['backbone'].get('init_cfg')
     if isinstance(init_cfg, dict) and init_cfg.get('checkpoint') in {
@@ -140,6 +144,9 @@ def scale_config(base: dict,
             for _, path in BACKBONES.values()
     }:
         init_cfg['checkpoint'] = checkpoint  # weights of the user's own stay
+    published = 'effdet://tf_efficientdet_{}'.format
+    if base.get('load_from') in map(published, SCALING):
+        base['load_from'] = published(name)
     model['neck'].update(
         in_channels=list(channels),
         out_channels=row.bifpn_channels,
@@ -161,7 +168,12 @@ def scale_config(base: dict,
     for transform in _dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
-    _set_epochs(base, row.epochs)
+    # A length of the user's own stays.
+    if base.get('train_cfg', {}).get('max_epochs') in {
+            other.epochs
+            for other in SCALING.values()
+    }:
+        base['train_cfg']['max_epochs'] = row.epochs
 
 
 def _check_image_size(image_size) -> Union[int, Tuple[int, int]]:
@@ -183,18 +195,6 @@ def _check_classes(classes: Sequence[str]) -> None:
         raise ValueError(
             f'classes={classes!r} must be a list of different names, such as '
             "['tree'] for one class")
-
-
-def _set_epochs(base: dict, epochs: int) -> None:
-    """Stretches the official schedule; one of the user's own stays."""
-    now = base.get('train_cfg', {}).get('max_epochs')
-    if now not in {row.epochs for row in SCALING.values()}:
-        return
-    base['train_cfg']['max_epochs'] = epochs
-    for scheduler in _dicts(base.get('param_scheduler')):
-        if scheduler.get('end') == now and 'T_max' in scheduler:
-            scheduler['end'] = epochs
-            scheduler['T_max'] += epochs - now
 
 
 def set_classes(base: dict, classes: Sequence[str]) -> None:

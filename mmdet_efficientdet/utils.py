@@ -1,4 +1,5 @@
 """What mmengine looks for when a package is used by name, and the configs."""
+from importlib import import_module
 from pathlib import Path
 
 from .scaling import SCALING
@@ -15,8 +16,8 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    from . import class_transfer, hooks, models, transforms  # noqa: F401
-
+    for module in ('class_transfer', 'hooks', 'models', 'optim', 'transforms'):
+        import_module(f'.{module}', __package__)
     register_mmdet(init_default_scope=False)
     if init_default_scope:
         set_scope('mmdet_efficientdet')
@@ -34,5 +35,5 @@ def config_file(size: str) -> Path:
     if size not in SCALING:
         raise KeyError(f'unknown size {size!r}; write one of {list(SCALING)}')
     folder = Path(__file__).parent / '.mim' / 'configs' / 'efficientdet'
-    file, = folder.glob(f'efficientdet_{size}_8xb16-*_coco.py')
-    return file
+    epochs = SCALING[size].epochs
+    return folder / f'efficientdet_{size}_8xb16-{epochs}e_coco.py'

@@ -87,12 +87,13 @@ def test_train_script_as_a_user_calls_it(tmp_path):
         assert done.returncode == 0, output
         assert 'Scaling the original LR by 0.015625' in output
         check_losses(output, steps=3)
-        # The third step ends the warm-up of one epoch; mmengine scales the
-        # rates of the parameters, and base_lr, which it logs, stays.
-        rates = re.findall(r' lr: (\S+) ', output)
-        assert (rates[0], rates[-1]) == [('5.0000e-04', '1.0000e-02'),
-                                         ('1.0000e-02', '9.9999e-03')
-                                         ][epochs - 1]
+        # Two thirds of the warm-up; the last of 2 epochs, half of it warm-up
+        rates = re.findall(r'base_lr: (\S+) lr: (\S+) ', output)
+        assert (rates[0], rates[-1]) == [
+            (('5.0000e-04', ) * 2, ('6.8333e-03', ) * 2),
+            (('0.0000e+00', ) * 2, ('7.5000e-03', ) * 2)
+        ][epochs - 1]
+        assert ('is at 0 when the warm-up ends' in output) == (epochs == 2)
         saved = tmp_path / 'work_dirs' / 'mine' / f'epoch_{epochs}.pth'
         assert saved.is_file()
     assert 'resumed epoch: 1, iter: 3' in output

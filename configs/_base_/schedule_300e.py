@@ -7,6 +7,7 @@ test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
+    constructor='mmdet_efficientdet.GroupedOptimWrapperConstructor',
     # 0.08 for every 64 images
     optimizer=dict(type='SGD', lr=0.16, momentum=0.9, weight_decay=4e-5),
     # Only kernels decay: no biases, norms and fusion weights.
@@ -14,21 +15,18 @@ optim_wrapper = dict(
         norm_decay_mult=0,
         bias_decay_mult=0,
         custom_keys=dict(fusion_weights=dict(decay_mult=0))),
+    # Of the gradient that all GPUs share; LocalClipOptimWrapper clips that of
+    # each, as TPUs do.
     clip_grad=dict(max_norm=10, norm_type=2))
+# --auto-scale-lr fits the rate, with its start, to another batch.
 auto_scale_lr = dict(enable=False, base_batch_size=128)
 
+# One epoch of warm-up from 0.008, then the cosine, to the end of train_cfg
 param_scheduler = [
     dict(
-        type='LinearLR',
+        type='mmdet_efficientdet.WarmupCosineLR',
+        warmup=1,
         start_factor=0.05,
-        begin=0,
-        end=1,
-        convert_to_iter_based=True),
-    dict(
-        type='CosineAnnealingLR',
-        begin=1,
-        end=300,
-        T_max=299,
         convert_to_iter_based=True)
 ]
 
@@ -55,6 +53,7 @@ default_hooks = dict(
         update_buffers=True,
         strict_load=True,
         priority=49),
+    batch_scale=dict(type='mmdet_efficientdet.BatchScaleHook'),
     class_check=dict(type='mmdet_efficientdet.ClassCheckHook'),
     class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'),
     plain_checkpoint=dict(type='mmdet_efficientdet.PlainCheckpointHook'))

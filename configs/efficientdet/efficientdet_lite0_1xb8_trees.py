@@ -69,17 +69,16 @@ train_cfg = dict(
     max_iters=max_iters,
     val_interval=max_iters)
 # Steps as large as neck and head need would destroy the pretrained backbone.
+auto_scale_lr = dict(base_batch_size=8)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=6e-3, weight_decay=1e-2),
     paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=30),
     dict(
-        type='CosineAnnealingLR',
+        type='mmdet_efficientdet.WarmupCosineLR',
         by_epoch=False,
-        begin=30,
-        T_max=max_iters - 30,
-        end=max_iters)
+        warmup=30,
+        start_factor=0.01)
 ]
 default_hooks = dict(
     logger=dict(interval=20),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..checkpoints import StrictLoading
 from ..registry import MODELS
+from .layers import freeze_statistics
 
 # All that depends on the classes; what stands before it serves them together.
 CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'
@@ -18,7 +19,24 @@ class EfficientDet(StrictLoading, SingleStageDetector):
 
     A checkpoint that does not fit raises when it is loaded, also by the stock
     tools, which by themselves would only log what is missing.
+
+    Args:
+        norm_eval (bool): Keeps all batch norms in evaluation mode while
+            training, for small batches on top of a trained detector. Their
+            scales and offsets are still learned. Defaults to False.
+        kwargs: See the host's ``SingleStageDetector``.
     """
+
+    def __init__(self, *args, norm_eval: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm_eval = norm_eval
+
+    def train(self, mode: bool = True) -> 'EfficientDet':
+        """Switches the mode, except for norms that stay in evaluation."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            freeze_statistics(self)
+        return self
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """Returns the neck's features of images ``(N, 3, H, W)``.

@@ -11,12 +11,11 @@ import torch
 from mmcv.cnn import ConvModule
 from mmdet.models.layers import InvertedResidual
 from mmengine.model import BaseModule
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from ..checkpoints import StrictLoading
 from ..registry import MODELS
-from .layers import BN_CFG, checkpoint
+from .layers import BN_CFG, checkpoint, freeze_statistics
 
 # Rows of the stages of B0: repeats, kernel, stride, expansion, channels.
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40),
@@ -239,8 +238,5 @@ class EfficientNet(StrictLoading, BaseModule):
         for module in self._frozen_modules():
             module.eval()
         if mode and self.norm_eval:
-            for module in self.modules():
-                # _BatchNorm covers SyncBN and what mmengine reverts it to.
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            freeze_statistics(self)
         return self

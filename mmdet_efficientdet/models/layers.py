@@ -20,6 +20,14 @@ def build_norm(norm_cfg: Optional[dict], channels: int) -> nn.Module:
         else nn.Identity()
 
 
+def freeze_statistics(module: nn.Module) -> None:
+    """Puts all batch norms in ``module`` into evaluation mode."""
+    for child in module.modules():
+        # _BatchNorm covers SyncBN and what mmengine reverts it to.
+        if isinstance(child, _BatchNorm):
+            child.eval()
+
+
 class SeparableConv2d(nn.Module):
     """Depthwise 3x3 convolution followed by a pointwise one, stride 1.
 
