@@ -34,8 +34,8 @@ def read_results(file: Path, known: dict) -> list:
     """
     try:
         results = json.loads(file.read_bytes())
-        boxes = np.array([[*r['bbox'], r['score']] for r in results], float)
-        if boxes.shape[1:] != (5, ) or not np.isfinite(boxes).all():
+        rows = [[*result['bbox'], result['score']] for result in results]
+        if {len(row) for row in rows} != {5} or not np.isfinite(rows).all():
             raise ValueError('boxes need 4 finite numbers, or there are none')
         for key, ids in known.items():
             strange = {result[key] for result in results}.difference(ids)
@@ -68,8 +68,14 @@ def evaluate(cfg: Config, file: Path) -> COCOeval:
                          f'ann_file; here it is {metric}')
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, pipeline=[]))
     truth = COCO(metric['ann_file'])
-    for info in map(dataset.get_data_info, range(len(dataset))):
-        truth.imgs[info['img_id']]['img_path'] = info['img_path']
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    paths = {info['img_id']: info['img_path'] for info in infos}
+    if set(paths) != set(truth.imgs):
+        raise ValueError(
+            f'test_dataloader.dataset has {len(paths)} images, but not those '
+            f'{len(truth.imgs)} of test_evaluator, {metric["ann_file"]}')
+    for id_, path in paths.items():
+        truth.imgs[id_]['img_path'] = path
     category_ids = truth.get_cat_ids(cat_names=dataset.metainfo['classes'])
     known = dict(image_id=truth.imgs, category_id=category_ids)
     found = truth.loadRes(read_results(file, known))

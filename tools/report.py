@@ -136,7 +136,7 @@ def embed(kind: str, data: bytes) -> str:
     return f'<img alt="" src="data:image/{kind};base64,{text}">'
 
 
-def results_part(evaluation: COCOeval, num_worst: int) -> list:
+def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
     """The parts of the page that are about detections."""
     params = evaluation.params
     shape = len(params.catIds), len(params.areaRng), len(params.imgIds)
@@ -150,7 +150,7 @@ def results_part(evaluation: COCOeval, num_worst: int) -> list:
     total = counts.sum(1)
     seen = len(evaluation.cocoDt.imgToAnns)
     parts = [
-        '<h2>AP</h2>',
+        f'<h2>AP of {html.escape(name)}</h2>',
         table([SUMMARY, evaluation.stats[:6].tolist()]),
         '<h2>AP of each class</h2>',
         table([('class', 'boxes', 'AP', 'AP50'), *class_rows(evaluation)]),
@@ -169,10 +169,11 @@ def results_part(evaluation: COCOeval, num_worst: int) -> list:
                            threshold)
         data = cv2.imencode('.jpg', mmcv.rgb2bgr(drawn),
                             [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
-        name = evaluation.cocoGt.imgs[params.imgIds[i]]['file_name']
-        parts.append(f'<p>{html.escape(name)}: {found[i]} found, {missed[i]} '
-                     f'missed, {false[i]} false, F1 {f1[i]:.2f}<br>\n'
-                     f'{embed("jpeg", data)}</p>')
+        file_name = evaluation.cocoGt.imgs[params.imgIds[i]]['file_name']
+        parts.append(
+            f'<p>{html.escape(file_name)}: {found[i]} found, {missed[i]} '
+            f'missed, {false[i]} false, F1 {f1[i]:.2f}<br>\n'
+            f'{embed("jpeg", data)}</p>')
     return parts
 
 
@@ -207,7 +208,8 @@ def main() -> None:
     curves = draw_curves(read_scalars(args.work_dir))
     body = [embed('png', curves)]
     if args.results:
-        body += results_part(evaluate(cfg, args.results), args.num_worst)
+        body += results_part(
+            evaluate(cfg, args.results), args.results.name, args.num_worst)
     title = html.escape(Path(args.config).stem)
     out = args.out or args.work_dir / 'report.html'
     write(out.with_suffix('.png'), curves)
