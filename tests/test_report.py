@@ -206,12 +206,12 @@ def test_worst_images(run, make_page):
 
 
 def colour_at(image, x, y):
-    """What is drawn on the border of a box: green, red or grey."""
+    """The colour of the line that is drawn there."""
     patch = image[max(y - 2, 0):y + 3, max(x - 2, 0):x + 3].reshape(-1, 3)
     blue, green, red = patch.astype(int).T
-    for name, seen in (('green', green - red - blue), ('red',
-                                                       red - green - blue)):
-        if (seen > 30).sum() > 5:
+    for name, seen in (('green', green - np.maximum(red, blue)),
+                       ('red', red - np.maximum(green, blue))):
+        if (seen > 40).sum() > 4:
             return name
     return 'none'
 
