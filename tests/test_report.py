@@ -205,6 +205,14 @@ def test_worst_images(run, make_page):
                                                  (640, 960, 3)]
 
 
+def test_no_errors(run, make_page):
+    """Perfect detections have an AP of 1, and no image is a bad one."""
+    page = make_page(flat(perfect(run.root)))
+    assert rows(page)[1] == ('1.000', '1.000', '1.000', '-', '1.000', '-')
+    assert 'The 0 worst images' in page
+    assert not captions(page) and not pictures(page, 'jpeg')
+
+
 def colour_at(image, x, y):
     """The colour of the line that is drawn there."""
     patch = image[max(y - 2, 0):y + 3, max(x - 2, 0):x + 3].reshape(-1, 3)

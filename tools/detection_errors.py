@@ -41,8 +41,8 @@ def read_results(file: Path, known: dict) -> list:
             strange = {result[key] for result in results}.difference(ids)
             if strange:
                 raise ValueError(
-                    f'{key} {strange.pop()!r} is not among the annotations; '
-                    'give the config and the --cfg-options that test.py had')
+                    f'{key} {strange.pop()!r} is not one of the {len(ids)} of '
+                    'the config; give the --cfg-options that test.py had')
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f'{file} cannot be used: {error!r}. Give detections in COCO\'s '
