@@ -177,13 +177,17 @@ def test_worst_images(run, make_page):
     """The order of errors that were made on purpose, and nothing else.
 
     A class is confused in the second image, the empty third has a false box,
-    and one of two objects of the fourth is missed. Detections in the crowd of
-    the fifth do not count, nor does one of low score in the first.
+    and the fourth has the most errors, but also an object that is found, as
+    has the sixth.
+    Detections in the crowd of the fifth do not count, nor does one of low
+    score in the first.
     """
     found = perfect(run.root)
     found[2][0]['category_id'] = 15
     found[3].append(false_box(3))
     found[4].pop()
+    found[4] += [false_box(4), false_box(4, (60, 80, 30, 40))]
+    found[6][1]['bbox'] = [90, 2, 10, 10]  # the last of equal scores
     for _ in range(2):
         found[5].append(dict(found[5][0], bbox=[82, 12, 20, 20]))
     found[1].append(false_box(1, score=0.1))
@@ -191,18 +195,19 @@ def test_worst_images(run, make_page):
     assert captions(page) == [
         '000002.jpg: 0 found, 1 missed, 1 false, F1 0.00',
         '000003.jpg: 0 found, 0 missed, 1 false, F1 0.00',
-        '000004.jpg: 1 found, 1 missed, 0 false, F1 0.67'
+        '000004.jpg: 1 found, 1 missed, 2 false, F1 0.40',
+        '000006.jpg: 1 found, 1 missed, 1 false, F1 0.50'
     ]
-    assert 'The 3 worst images' in page
+    assert 'The 4 worst images' in page
     assert 'Of 6 images, 6 have detections. From the score of\n0.900' in page
-    assert '\n6 boxes are found, 2 missed and 2 false' in page
+    assert '\n5 boxes are found, 3 missed and 5 false' in page
     images = [
         cv2.imdecode(np.frombuffer(data, np.uint8), 1)
         for data in pictures(page, 'jpeg')
     ]
-    assert [image.shape for image in images] == [(480, WIDTH, 3),
-                                                 (640, WIDTH, 3),
-                                                 (640, 960, 3)]
+    assert [image.shape
+            for image in images] == [(480, WIDTH, 3), (640, WIDTH, 3),
+                                     (640, 960, 3), (320, WIDTH, 3)]
 
 
 def test_no_errors(run, make_page):
@@ -369,8 +374,9 @@ def test_no_training(make_page, tmp_path):
 
 
 def test_interrupted_writing(make_page, tmp_path, monkeypatch):
-    """The page of before stays as it was."""
-    (tmp_path / 'a.html').write_text('before')
+    """Page and curves of before stay as they were."""
+    for name in ('a.html', 'a.png'):
+        (tmp_path / name).write_text('before')
 
     def fail(*_):
         raise OSError('no space left on device')
@@ -378,4 +384,5 @@ def test_interrupted_writing(make_page, tmp_path, monkeypatch):
     monkeypatch.setattr(report.os, 'replace', fail)
     with pytest.raises(OSError, match='no space'):
         make_page()
-    assert (tmp_path / 'a.html').read_text() == 'before'
+    for name in ('a.html', 'a.png'):
+        assert (tmp_path / name).read_text() == 'before'
