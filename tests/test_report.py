@@ -8,6 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from detection_errors import count_boxes
 from tiny_data import make_dataset, run_tool, trained_run, write_config
 
 import report
@@ -187,7 +188,7 @@ def test_worst_images(run, make_page):
     found[3].append(false_box(3))
     found[4].pop()
     found[4] += [false_box(4), false_box(4, (60, 80, 30, 40))]
-    found[6][1]['bbox'] = [90, 2, 10, 10]  # the last of equal scores
+    found[6][1]['bbox'] = [90, 2, 10, 10]
     for _ in range(2):
         found[5].append(dict(found[5][0], bbox=[82, 12, 20, 20]))
     found[1].append(false_box(1, score=0.1))
@@ -216,6 +217,23 @@ def test_no_errors(run, make_page):
     assert rows(page)[1] == ('1.000', '1.000', '1.000', '-', '1.000', '-')
     assert 'The 0 worst images' in page
     assert not captions(page) and not pictures(page, 'jpeg')
+
+
+@pytest.mark.parametrize('right', [(1, 0), (0, 1)])
+def test_equal_scores_count_together(right):
+    """Whichever of two images with a score of 0.5 comes first."""
+    matches = np.array([[
+        dict(
+            gtIgnore=np.zeros(1),
+            dtIgnore=np.zeros((1, 1), bool),
+            dtScores=[0.5],
+            dtMatches=np.full((1, 1), float(match))) for match in right
+    ]],
+                       dtype=object)
+    threshold, (found, missed, false) = count_boxes(matches)
+    assert threshold == 0.5
+    assert found.tolist() == list(right)
+    assert missed.tolist() == false.tolist() == [1 - x for x in right]
 
 
 def colour_at(image, x, y):
