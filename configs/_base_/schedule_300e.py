@@ -37,7 +37,9 @@ sync_bn = 'torch'
 # list, which it would replace.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50),
+    # AP at the same steps as the loss; a count of epochs stays 0 where the
+    # loop counts iterations.
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
         type='CheckpointHook', interval=10, max_keep_ckpts=3,
@@ -63,6 +65,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
 
+# A config that inherits this one sets visualizer = dict(vis_backends=[...]).
 vis_backends = [
     dict(type='LocalVisBackend')
     # dict(type='TensorboardVisBackend')

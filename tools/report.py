@@ -1,0 +1,221 @@
+"""Show how a training went and where the detector fails, in one page.
+
+    python tools/report.py CONFIG WORK_DIR [--results NAME.bbox.json]
+
+draws the losses, the learning rate and the AP that train.py has logged in
+WORK_DIR. With results, the page also has the AP of each class and the worst
+images, with ground truth at the left and predictions at the right. Results
+are a JSON file in COCO's format, of any detector. MMDetection writes it by
+
+    test.py CONFIG CHECKPOINT --cfg-options test_evaluator.outfile_prefix=NAME
+
+The page is one file and opens without a network.
+"""
+import argparse
+import base64
+import html
+import io
+import json
+import os
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+from detection_errors import class_rows, count_boxes, draw_image, evaluate
+from matplotlib.figure import Figure
+from mmdet.datasets.api_wrappers import COCOeval
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+from mmengine.utils import track_iter_progress
+
+CURVES = {
+    'Loss': lambda key: 'loss' in key,
+    'Learning rate': lambda key: key.endswith('lr'),
+    'AP': lambda key: key.endswith(('mAP', 'mAP_50', 'AP50'))
+}
+# The first columns of COCOeval.stats.
+SUMMARY = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium', 'AP large')
+
+PAGE = '''<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+body {{ font: 15px sans-serif; max-width: 1300px; margin: 1em auto }}
+img {{ max-width: 100% }}
+td {{ text-align: right; padding: 2px 12px; background: #eee }}
+td:first-child {{ text-align: left }}
+.long {{ max-height: 30em; overflow: auto; display: inline-block }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+'''
+ABOUT = '''<p>Of {images} images, {seen} have detections. From the score of
+{threshold:.3f} on, which gives the best F1, and at an IoU of 0.5,
+{found} boxes are found, {missed} missed and {false} false.</p>
+<h2>The {num} worst images</h2>
+<p>Of the lowest F1; where it is equal, with the most missed and false boxes.
+Left: ground truth, green where found, red where missed. Right: predictions
+from that score on, in percent, green where right, red where false. Grey:
+crowds, and predictions in them, which do not count.</p>'''
+
+
+def read_scalars(work_dir: Path) -> list:
+    """What all starts of one training have logged, in the order of steps.
+
+    A resumed training repeats the steps after its checkpoint; the later start
+    counts.
+
+    Args:
+        work_dir (Path): Has one folder for each start, named by its time.
+
+    Returns:
+        list[dict]: The numbers of one moment by name. ``step`` counts
+        iterations, also for validations.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    records = []
+    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        start, last = [], 0
+        # The last line is empty, or was cut off by a kill.
+        for line in file.read_text().split('\n')[:-1]:
+            record = json.loads(line)
+            # mmengine may count validations in epochs, or not at all.
+            last = record['step'] = max(last, record['step'])
+            start.append(record)
+        if start:
+            first = start[0]['step']
+            records = [r for r in records if r['step'] < first] + start
+    if not records:
+        raise ValueError(
+            f'{work_dir} has no */vis_data/scalars.json with numbers. Give '
+            'the --work-dir of train.py; a training writes them every '
+            'default_hooks.logger.interval steps, with a LocalVisBackend')
+    return records
+
+
+def draw_curves(records: list) -> bytes:
+    """Draws one panel for each of CURVES; returns a PNG."""
+    figure = Figure(figsize=(16, 4.5), layout='tight')
+    panels = figure.subplots(1, len(CURVES), sharex=True)
+    for panel, (title, belongs) in zip(panels, CURVES.items()):
+        keys = dict.fromkeys(key for record in records for key in record)
+        for name in filter(belongs, keys):
+            points = [(r['step'], r[name]) for r in records if name in r]
+            panel.plot(*zip(*points), '.-', label=name)
+        if panel.lines:
+            panel.legend()
+            panel.set_ylim(bottom=0)
+        panel.set(title=title, xlabel='step')
+        panel.grid(alpha=0.3)
+    file = io.BytesIO()
+    figure.savefig(file, format='png')
+    return file.getvalue()
+
+
+def table(rows: list) -> str:
+    """Rows of texts, counts and values of AP as HTML."""
+    lines = []
+    for row in rows:
+        cells = [('-' if cell < 0 else f'{cell:.3f}') if isinstance(
+            cell, float) else html.escape(str(cell)) for cell in row]
+        lines.append(f'<tr><td>{"</td><td>".join(cells)}</td></tr>')
+    return '<div class="long"><table>{}</table></div>'.format('\n'.join(lines))
+
+
+def embed(kind: str, data: bytes) -> str:
+    """An image that is part of the page."""
+    text = base64.b64encode(data).decode()
+    return f'<img alt="" src="data:image/{kind};base64,{text}">'
+
+
+def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
+    """The parts of the page that are about detections."""
+    params = evaluation.params
+    shape = len(params.catIds), len(params.areaRng), len(params.imgIds)
+    matches = np.array(evaluation.evalImgs, dtype=object).reshape(shape)
+    matches = matches[:, 0]  # boxes of all areas
+    threshold, counts = count_boxes(matches)
+    found, missed, false = counts
+    errors = missed + false
+    f1 = 2 * found / np.maximum(2 * found + errors, 1)
+    worst = [i for i in np.lexsort((-errors, f1)) if errors[i]][:num_worst]
+    total = counts.sum(1)
+    seen = len(evaluation.cocoDt.imgToAnns)
+    parts = [
+        f'<h2>AP of {html.escape(name)}</h2>',
+        table([SUMMARY, evaluation.stats[:6].tolist()]),
+        '<h2>AP of each class</h2>',
+        table([('class', 'boxes', 'AP', 'AP50'), *class_rows(evaluation)]),
+        ABOUT.format(
+            images=len(found),
+            seen=seen,
+            threshold=threshold,
+            found=total[0],
+            missed=total[1],
+            false=total[2],
+            num=len(worst))
+    ]
+    print(f'Drawing the {len(worst)} worst images')
+    for i in track_iter_progress(worst):
+        drawn = draw_image(evaluation, [m for m in matches[:, i] if m],
+                           threshold)
+        data = cv2.imencode('.jpg', mmcv.rgb2bgr(drawn),
+                            [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+        file_name = evaluation.cocoGt.imgs[params.imgIds[i]]['file_name']
+        parts.append(
+            f'<p>{html.escape(file_name)}: {found[i]} found, {missed[i]} '
+            f'missed, {false[i]} false, F1 {f1[i]:.2f}<br>\n'
+            f'{embed("jpeg", data)}</p>')
+    return parts
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, and renames it."""
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    """Writes the page and the curves."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('work_dir', type=Path, help="train.py's --work-dir")
+    parser.add_argument('--results', type=Path, help='NAME.bbox.json')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='page, with the curves beside it as .png; '
+        'default: WORK_DIR/report.html')
+    parser.add_argument('--num-worst', type=int, default=20, help='images')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='as of test.py')
+    args = parser.parse_args()
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    register_all_modules(init_default_scope=False)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+
+    curves = draw_curves(read_scalars(args.work_dir))
+    body = [embed('png', curves)]
+    if args.results:
+        body += results_part(
+            evaluate(cfg, args.results), args.results.name, args.num_worst)
+    title = html.escape(Path(args.config).stem)
+    out = args.out or args.work_dir / 'report.html'
+    write(out.with_suffix('.png'), curves)
+    write(out, PAGE.format(title=title, body='\n'.join(body)).encode())
+    print(out)
+
+
+if __name__ == '__main__':
+    main()
