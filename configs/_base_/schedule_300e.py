@@ -56,6 +56,8 @@ default_hooks = dict(
         strict_load=True,
         priority=49),
     class_check=dict(type='mmdet_efficientdet.ClassCheckHook'),
+    # Off: --cfg-options default_hooks.preflight.enabled=False
+    preflight=dict(type='mmdet_efficientdet.PreflightHook'),
     class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'),
     plain_checkpoint=dict(type='mmdet_efficientdet.PlainCheckpointHook'))
 

@@ -72,6 +72,7 @@ train_cfg = dict(
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=6e-3, weight_decay=1e-2),
     paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
+auto_scale_lr = dict(base_batch_size=8)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=30),
     dict(
