@@ -9,7 +9,7 @@ from .models.anchors import AnchorGenerator
 from .transforms import ResizeCrop, scaled_size
 
 BANDS = (0, 16, 32, 64, 128, 256, 1e9)  # square root of the area, in pixels
-NOTICEABLE = 0.03  # gain in recall or mean IoU below which nothing changes
+NOTICEABLE = 0.03  # gain in recall below which anchors are kept
 
 
 class InputBoxes(NamedTuple):
@@ -179,10 +179,10 @@ def advise(generator: AnchorGenerator,
     best = _search(generator.octave_base_scale, shapes, score)
     if score(best) < score(only_scale) + NOTICEABLE:
         best = only_scale
-    now = Recall.of(best_iou(generator, data, num_levels))
-    then = Recall.of(best_iou(best, data, num_levels))
-    gains = [b - a for a, b in zip(now, then)]
-    return best if max(gains) >= NOTICEABLE and min(gains) > -0.005 else None
+    gain = (
+        Recall.of(best_iou(best, data, num_levels)).recall -
+        Recall.of(best_iou(generator, data, num_levels)).recall)
+    return best if gain >= NOTICEABLE else None
 
 
 def _search(scale: float, shapes: list,

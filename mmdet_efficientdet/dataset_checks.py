@@ -71,22 +71,15 @@ def check_file(data: Annotations) -> List[Finding]:
         'write the ids of "categories", which may begin at 0 or at 1')
     add(True, 'fields', data.incomplete, 'entries lack a field',
         'write the field; area is width x height')
-    seen, twice = set(), []
-    for key, path in zip(data.image_ids, data.paths):
-        if key in seen:
-            twice.append(f'image id {key}: {osp.basename(path)}')
-        seen.add(key)
-    add(
-        True, 'image_id', twice, 'images have the id of another one, so that '
-        'their boxes are mixed up', 'number the images anew')
-    seen, twice = set(), []
-    for key in data.ids if data.names is not None else ():
-        if key in seen:
-            twice.append(f'annotation id {key}')
-        seen.add(key)
-    add(True, 'annotation_id', twice,
-        'annotations have the id of another one, which MMDetection refuses',
-        'number the annotations anew, from 1')
+    if data.names is not None:  # files of VOC have no ids, but names
+        add(
+            True, 'image_id', _repeated(data.image_ids), 'images have the id '
+            'of another one, so that their boxes are mixed up',
+            'number the images anew')
+        add(
+            True, 'annotation_id', _repeated(data.ids), 'annotations have the '
+            'id of another one, which MMDetection refuses',
+            'number the annotations anew, from 1')
     lost = np.flatnonzero(data.image < 0)
     add(False, 'no_image', [data.example(i) for i in lost],
         'boxes are of an image that the file does not list',
@@ -96,6 +89,11 @@ def check_file(data: Annotations) -> List[Finding]:
             'annotations have no iscrowd, without which evaluation stops',
             'write "iscrowd": 0')
     return found
+
+
+def _repeated(ids: list) -> List[str]:
+    seen = set()
+    return [f'id {i}' for i in ids if i in seen or seen.add(i)]
 
 
 def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
@@ -235,6 +233,8 @@ def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
             image = mmcv.imfrombytes(get(path))
         except OSError:
             lists['missing'].append(path)
+        except Exception:  # every library has its own for what is no image
+            lists['unreadable'].append(path)
         else:
             if image is None:
                 lists['unreadable'].append(path)

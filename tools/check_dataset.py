@@ -8,6 +8,7 @@ surely fail.
 import argparse
 import os
 import sys
+from typing import Optional, Sequence
 
 import mmcv
 import numpy as np
@@ -18,7 +19,7 @@ from mmengine.config import Config, DictAction
 
 from mmdet_efficientdet.anchor_advisor import (advise, best_iou, recall_table,
                                                snippet)
-from mmdet_efficientdet.dataset_checks import check_images, verdict
+from mmdet_efficientdet.dataset_checks import Finding, check_images, verdict
 from mmdet_efficientdet.models import EfficientDetHead
 from mmdet_efficientdet.preflight import check_training, input_boxes, read_all
 from mmdet_efficientdet.utils import register_all_modules
@@ -77,7 +78,7 @@ def print_anchors(cfg: Config, head: EfficientDetHead, train: list) -> None:
         print('Proposal: keep these anchors')
 
 
-def main() -> int:
+def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Prints the report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config')
@@ -89,16 +90,23 @@ def main() -> int:
         '--no-images', action='store_true', help='skip reading the images')
     parser.add_argument('--samples', help='picture to draw, such as sheet.jpg')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     register_all_modules()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if args.auto_scale_lr:
         cfg.auto_scale_lr.enable = True
     model = MODELS.build(cfg.model)
-    train = read_all(cfg.train_dataloader.dataset)
-    val = cfg.get('val_dataloader')
-    val = read_all(val.dataset) if val else []
+    try:
+        train = read_all(cfg.train_dataloader.dataset)
+        val = cfg.get('val_dataloader')
+        val = read_all(val.dataset) if val else []
+    except (OSError, KeyError, ValueError) as error:
+        finding = Finding(True, 'annotation_file', 1,
+                          f'{type(error).__name__}: {error}',
+                          'compare data_root, ann_file and the type of data')
+        print(f'{finding}\n\n{verdict([finding])}')
+        return 1
     findings = check_training(cfg, model, train, val, args.gpus)
     if not args.no_images:
         for part in {part.file: part for part in (*train, *val)}.values():
