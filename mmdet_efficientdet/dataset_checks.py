@@ -210,9 +210,9 @@ def check_training_set(parts: Sequence[Annotations]) -> List[Finding]:
 def check_overlap(train: Sequence[Annotations],
                   val: Sequence[Annotations]) -> List[Finding]:
     """Checks that no image is for training and for validation."""
-    seen = {osp.realpath(path) for part in train for path in part.paths}
+    seen = {osp.normpath(path) for part in train for path in part.paths}
     paths = [path for part in val for path in part.paths]
-    shared = [path for path in paths if osp.realpath(path) in seen]
+    shared = [path for path in paths if osp.normpath(path) in seen]
     if not shared:
         return []
     return [

@@ -185,9 +185,9 @@ FAULTS = dict(
     max_per_img=(crowded, 'WARNING', '0_000001.jpg: 102 boxes'),
     anchors=(small, 'WARNING', '48 of 48 boxes'),
     few_boxes=(no_blue, 'WARNING', "'blue': 0 boxes"),
-    no_boxes=(no_annotations, 'ERROR',
-              'no box is left'),
-    filtered=(lines("dataset['filter_cfg'] = dict(filter_empty_gt=True)"), 'WARNING', '6 of 36 images'),
+    no_boxes=(no_annotations, 'ERROR', 'no box is left'),
+    filtered=(lines("dataset['filter_cfg'] = dict(filter_empty_gt=True)"),
+              'WARNING', '6 of 36 images'),
     missing=(lambda train, val, root:
              (root / 'train' / '2_000002.jpg').unlink(), 'ERROR',
              '2_000002.jpg'),
