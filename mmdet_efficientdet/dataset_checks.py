@@ -1,5 +1,6 @@
 """Checks of annotation files and images; each returns findings."""
 import os.path as osp
+import sys
 from typing import List, NamedTuple, Sequence, Tuple
 
 import mmcv
@@ -227,7 +228,9 @@ def check_overlap(train: Sequence[Annotations],
 def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
     """Reads all images; this is the slow part."""
     lists = dict(missing=[], unreadable=[], image_size=[])
-    bar = ProgressBar(len(data.paths)) if progress and data.paths else None
+    bar = None
+    if progress and data.paths:
+        bar = ProgressBar(len(data.paths), file=sys.stderr)
     for path, size in zip(data.paths, data.sizes):
         try:
             image = mmcv.imfrombytes(get(path))
@@ -246,7 +249,7 @@ def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
         if bar:
             bar.update()
     if bar:
-        print()
+        print(file=sys.stderr)
     words = dict(
         missing=(True, 'are missing', 'correct data_root or data_prefix.img'),
         unreadable=(True, 'cannot be read', 'replace or leave them out'),
