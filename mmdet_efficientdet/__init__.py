@@ -26,6 +26,7 @@ _EXPORTS = dict(
     EfficientDetHead='models',
     EfficientNet='models',
     PlainCheckpointHook='hooks',
+    PreflightHook='preflight',
     ResizeCrop='transforms',
     SCALING='scaling',
     scale_config='scaling')

@@ -54,7 +54,7 @@ class ClassCheckHook(Hook):
             return
         check_class_count(
             getattr(model.bbox_head, 'num_classes', len(classes)), classes)
-        for part in _innermost(dataset):
+        for part in innermost(dataset):
             if not hasattr(part, 'cat_ids'):  # not of COCO's format
                 continue
             if tuple(classes) == part.METAINFO.get('classes'):
@@ -62,13 +62,8 @@ class ClassCheckHook(Hook):
                     continue  # COCO itself; its file is slow to read
             text = get_text(part.ann_file, backend_args=part.backend_args)
             categories = json.loads(text)['categories']
-            names = [category['name'] for category in categories]
-            if list(classes) != [name for name in names if name in classes]:
-                # MMDetection numbers classes in the order of the file.
-                raise ValueError(
-                    f'the classes {shorten(classes)} do not fit '
-                    f'{part.ann_file}, which has {shorten(names)}. Write '
-                    'names of that file, in the same order')
+            check_class_names(classes, [c['name'] for c in categories],
+                              part.ann_file)
 
 
 def check_class_count(num_classes: int, classes) -> None:
@@ -85,12 +80,21 @@ def check_class_count(num_classes: int, classes) -> None:
             "classes=['<name>', ...])")
 
 
+def check_class_names(classes, names, file: str) -> None:
+    """Raises a ValueError unless a file's categories are those of a config."""
+    if list(classes) != [name for name in names if name in classes]:
+        # MMDetection numbers classes in the order of the file.
+        raise ValueError(f'the classes {shorten(classes)} do not fit {file}, '
+                         f'which has {shorten(names)}. Write names of that '
+                         'file, in the same order')
+
+
 def _check_objects(runner, dataset) -> None:
     """Where no file lists the classes, the objects have to tell them."""
     classes = dataset.metainfo.get('classes')
     # One part may well hold nothing but negatives: all count together.
     parts = [
-        part for part in _innermost(dataset) if len(part)
+        part for part in innermost(dataset) if len(part)
         and not hasattr(part, 'cat_ids') and hasattr(part, 'get_data_info')
     ]
     if not classes or not parts:
@@ -111,12 +115,12 @@ def _check_objects(runner, dataset) -> None:
         runner.logger.warning(message)
 
 
-def _innermost(dataset) -> list:
+def innermost(dataset) -> list:
     """The datasets inside wrappers such as RepeatDataset."""
     if hasattr(dataset, 'datasets'):
-        return [d for part in dataset.datasets for d in _innermost(part)]
+        return [d for part in dataset.datasets for d in innermost(part)]
     if hasattr(dataset, 'dataset'):
-        return _innermost(dataset.dataset)
+        return innermost(dataset.dataset)
     return [dataset]
 
 

@@ -35,7 +35,7 @@ def _child(name: str, *modules: str) -> Registry:
 DATA_SAMPLERS = _child('DATA_SAMPLERS')
 DATASETS = _child('DATASETS')
 EVALUATOR = _child('EVALUATOR')
-HOOKS = _child('HOOKS', 'class_transfer', 'hooks', 'optim')
+HOOKS = _child('HOOKS', 'class_transfer', 'hooks', 'optim', 'preflight')
 LOG_PROCESSORS = _child('LOG_PROCESSORS')
 LOOPS = _child('LOOPS')
 METRICS = _child('METRICS')

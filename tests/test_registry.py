@@ -19,7 +19,10 @@ RETINANET = TOOLS.parent / 'configs' / 'retinanet'
 CLASSES = dict(
     MODELS=['BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet'],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
-    HOOKS=['ClassCheckHook', 'ClassTransferHook', 'PlainCheckpointHook'],
+    HOOKS=[
+        'ClassCheckHook', 'ClassTransferHook', 'PlainCheckpointHook',
+        'PreflightHook'
+    ],
     TRANSFORMS=['ResizeCrop'])
 
 
@@ -117,7 +120,8 @@ for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
             name = type(built).__name__
             assert type(built).__module__.split('.')[0] == expected.get(
                 name, 'mmdet'), name
-    for name in ('class_check', 'class_transfer', 'plain_checkpoint'):
+    for name in ('class_check', 'class_transfer', 'plain_checkpoint',
+                 'preflight'):
         hook = HOOKS.build(config.default_hooks[name])
         assert type(hook).__module__.startswith('mmdet_efficientdet.')
 ''', FILE=str(LITE0))  # yapf: disable

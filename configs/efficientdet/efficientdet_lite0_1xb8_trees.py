@@ -69,10 +69,10 @@ train_cfg = dict(
     max_iters=max_iters,
     val_interval=max_iters)
 # Steps as large as neck and head need would destroy the pretrained backbone.
-auto_scale_lr = dict(base_batch_size=8)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=6e-3, weight_decay=1e-2),
     paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
+auto_scale_lr = dict(base_batch_size=8)
 param_scheduler = [
     dict(
         type='mmdet_efficientdet.WarmupCosineLR',

@@ -1,0 +1,204 @@
+"""How well the anchors fit the boxes, and which would fit better."""
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+
+import mmcv
+import numpy as np
+from mmcv.transforms import Resize
+
+from .models.anchors import AnchorGenerator
+from .transforms import ResizeCrop, scaled_size
+
+BANDS = (0, 16, 32, 64, 128, 256, 1e9)  # square root of the area, in pixels
+NOTICEABLE = 0.03  # gain in recall below which anchors are kept
+
+
+class InputBoxes(NamedTuple):
+    """Boxes as the network sees them.
+
+    ``boxes`` is ``(M, 4)``, xyxy in pixels of the input, ``inputs`` ``(M,
+    2)``, height and width of the padded input of each.
+    """
+    boxes: np.ndarray
+    inputs: np.ndarray
+
+
+def resized(transforms: Sequence, size: Tuple[int, int]) -> Tuple[int, int]:
+    """Height and width of an image after the resizing of a test pipeline."""
+    height, width = (int(n) for n in size)
+    for transform in transforms:
+        if isinstance(transform, ResizeCrop):
+            height, width = scaled_size((height, width),
+                                        transform.image_size)[1]
+        elif isinstance(transform, Resize):
+            scale = transform.scale
+            if scale is None:
+                factor = transform.scale_factor
+                pair = isinstance(factor, tuple)
+                factor = factor if pair else (factor, factor)
+                scale = int(width * factor[0]), int(height * factor[1])
+            if transform.keep_ratio:
+                scale = mmcv.rescale_size((width, height), scale)
+            width, height = scale
+    return height, width
+
+
+def to_input(boxes: np.ndarray, sizes: np.ndarray, transforms: Sequence,
+             divisor: int) -> InputBoxes:
+    """Scales boxes as the test pipeline and the preprocessor would.
+
+    Args:
+        boxes (np.ndarray): ``(M, 4)``, xyxy in the original image.
+        sizes (np.ndarray): ``(M, 2)``, height and width of their images.
+        transforms (Sequence): Of the test pipeline, built.
+        divisor (int): Inputs are padded to multiples of it.
+    """
+    unique, inverse = np.unique(sizes, axis=0, return_inverse=True)
+    new = np.array([resized(transforms, size) for size in unique], float)
+    new, unique = new.reshape(-1, 2), unique.reshape(-1, 2)
+    factor = (new / unique)[inverse.reshape(-1)][:, ::-1]
+    padded = np.ceil(new / divisor) * divisor
+    return InputBoxes(boxes * np.tile(factor, 2), padded[inverse.reshape(-1)])
+
+
+def best_iou(generator: AnchorGenerator, data: InputBoxes,
+             num_levels: int) -> np.ndarray:
+    """The IoU ``(M, )`` of each box with its best anchor, exactly.
+
+    Of the anchors of one shape, that of the nearest cell overlaps most, so
+    only one cell of each level is looked at.
+    """
+    best = np.zeros(len(data.boxes))
+    for size in np.unique(data.inputs, axis=0).astype(int).tolist():
+        mine = (data.inputs == size).all(1)
+        boxes = data.boxes[mine, None]  # (m, 1, 4)
+        cells = [[-(-n // 2**(3 + level)) for n in size]
+                 for level in range(num_levels)]
+        found = []
+        for (rows, columns), anchors in zip(cells,
+                                            generator.grid_priors(cells,
+                                                                  size)):
+            anchors = anchors.numpy().astype(float).reshape(
+                rows * columns, -1, 4)
+            stride = np.array([size[1] / columns, size[0] / rows])
+            center = (boxes[..., :2] + boxes[..., 2:]) / 2  # (m, 1, 2)
+            cell = np.floor(center / stride).astype(int)
+            cell = cell.clip(0, np.array([columns, rows]) - 1)
+            # (m, A, 4)
+            near = anchors[cell[:, 0, 1] * columns + cell[:, 0, 0]]
+            inter = (np.minimum(near[..., 2:], boxes[..., 2:]) -
+                     np.maximum(near[..., :2], boxes[..., :2])).clip(0)
+            inter = inter.prod(-1)
+            union = (near[..., 2:] - near[..., :2]).prod(-1) + (
+                boxes[..., 2:] - boxes[..., :2]).prod(-1) - inter
+            found.append((inter / union).max(1))
+        best[mine] = np.max(found, axis=0)
+    return best
+
+
+class Recall(NamedTuple):
+    """Share of boxes with an anchor of IoU >= 0.5, and the mean best IoU."""
+    recall: float
+    mean_iou: float
+
+    @classmethod
+    def of(cls, iou: np.ndarray) -> 'Recall':
+        return cls(float((iou >= 0.5).mean()), float(iou.mean()))
+
+
+def recall_table(data: InputBoxes, *ious: np.ndarray) -> List[str]:
+    """Lines of recall and mean best IoU per size band.
+
+    Args:
+        data (InputBoxes): The boxes.
+        ious (np.ndarray): Of the anchors now and, optionally, proposed.
+    """
+    side = np.sqrt((data.boxes[:, 2:] - data.boxes[:, :2]).prod(1))
+    titles = ('recall now', 'mean IoU', 'proposed', 'mean IoU')
+    lines = [
+        'side in px      boxes' + ''.join(f'{title:>12}'
+                                          for title in titles[:2 * len(ious)])
+    ]
+    for low, high in [*zip(BANDS, BANDS[1:]), (0, np.inf)]:
+        band = (side >= low) & (side < high)
+        name = 'all' if high == np.inf else f'>= {low}' if high == BANDS[
+            -1] else f'{low} to {high}'
+        if band.any():
+            numbers = ''.join(f'{number:12.3f}' for iou in ious
+                              for number in Recall.of(iou[band]))
+            lines.append(f'{name:12}{band.sum():9}{numbers}')
+    return lines
+
+
+def _aspects(ratios: np.ndarray, number: int) -> List[Tuple[float, float]]:
+    """Pairs (width, height) of area 1 by k-means on the log of the ratio."""
+    ratios = np.log(ratios)
+    centers = np.quantile(ratios, (np.arange(number) + 0.5) / number)
+    for _ in range(30):
+        nearest = np.abs(ratios[:, None] - centers).argmin(1)
+        centers = np.array([
+            ratios[nearest == i].mean() if (nearest == i).any() else center
+            for i, center in enumerate(centers)
+        ])
+    return [(round(float(np.exp(c / 2)), 2), round(float(np.exp(-c / 2)), 2))
+            for c in centers]
+
+
+def advise(generator: AnchorGenerator,
+           data: InputBoxes,
+           num_levels: int,
+           max_boxes: int = 2000) -> Optional[AnchorGenerator]:
+    """Searches for anchors that fit noticeably better.
+
+    The number of anchors per cell stays, since the predictors depend on it.
+    The scale alone is preferred where more gains little.
+
+    Args:
+        generator (AnchorGenerator): Of today.
+        data (InputBoxes): Boxes at the network's input size.
+        num_levels (int): Number of levels, from stride 8.
+        max_boxes (int): So many, drawn at random, are looked at.
+
+    Returns:
+        AnchorGenerator: None if the anchors should be kept.
+    """
+    if len(data.boxes) > max_boxes:
+        chosen = np.random.default_rng(0).choice(
+            len(data.boxes), max_boxes, replace=False)
+        data = InputBoxes(*(array[chosen] for array in data))
+
+    def score(candidate: AnchorGenerator) -> float:
+        return sum(Recall.of(best_iou(candidate, data, num_levels)))
+
+    width, height = (data.boxes[:, 2:] - data.boxes[:, :2]).T
+    per_cell = generator.scales_per_octave * len(generator.aspect_pairs)
+    shapes = [(generator.scales_per_octave, generator.aspect_pairs)]
+    # Nothing but the scale, then other aspects, then another division.
+    only_scale = _search(generator.octave_base_scale, shapes, score)
+    shapes = [(n, _aspects(width / height, per_cell // n))
+              for n in range(1, per_cell + 1) if per_cell % n == 0]
+    best = _search(generator.octave_base_scale, shapes, score)
+    if score(best) < score(only_scale) + NOTICEABLE:
+        best = only_scale
+    gain = (
+        Recall.of(best_iou(best, data, num_levels)).recall -
+        Recall.of(best_iou(generator, data, num_levels)).recall)
+    return best if gain >= NOTICEABLE else None
+
+
+def _search(scale: float, shapes: list,
+            score: Callable[[AnchorGenerator], float]) -> AnchorGenerator:
+    """The best of a small grid of scales and the given shapes."""
+    candidates = [
+        AnchorGenerator(round(scale * 2**power, 2), number, pairs)
+        for number, pairs in shapes for power in np.arange(-3, 2.01, 0.25)
+    ]
+    return max(candidates, key=score)  # the first of equal ones
+
+
+def snippet(generator: AnchorGenerator) -> str:
+    """The lines for a config."""
+    return (
+        f'model = dict(\n    bbox_head=dict(\n        anchor_generator=dict'
+        f'(\n            octave_base_scale={generator.octave_base_scale},'
+        f'\n            scales_per_octave={generator.scales_per_octave},'
+        f'\n            aspect_pairs={list(generator.aspect_pairs)})))')

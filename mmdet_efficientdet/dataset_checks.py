@@ -1,0 +1,266 @@
+"""Checks of annotation files and images; each returns findings."""
+import os.path as osp
+import sys
+from typing import List, NamedTuple, Sequence, Tuple
+
+import mmcv
+import numpy as np
+from mmengine.fileio import get
+from mmengine.utils import ProgressBar
+
+from .hooks import check_class_names
+from .raw_annotations import NOT_IN_FILE, Annotations
+
+MIN_BOXES = 10  # of a class, below which it cannot be learned
+
+
+class Finding(NamedTuple):
+    """One kind of fault.
+
+    ``error`` is True for what will surely fail or train to nothing; other
+    findings are warnings. ``name`` is the name of the check, ``count`` tells
+    how often it was found.
+    """
+    error: bool
+    name: str
+    count: int
+    text: str
+    fix: str
+    examples: Tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        level = 'ERROR' if self.error else 'WARNING'
+        return '\n'.join([
+            f'{level} {self.name}: {self.text}',
+            *(f'    {example}' for example in self.examples),
+            f'  fix: {self.fix}'
+        ])
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The last line of a report."""
+    errors = sum(finding.error for finding in findings)
+    if errors:
+        return (f'VERDICT: this training will fail ({errors} errors, '
+                f'{len(findings) - errors} warnings)')
+    if findings:
+        return f'VERDICT: it can train, with {len(findings)} warnings'
+    return 'VERDICT: nothing was found'
+
+
+def check_file(data: Annotations) -> List[Finding]:
+    """Checks names, ids and fields of one annotation file."""
+    found = []
+
+    def add(error, name, examples, text, fix):
+        if examples:
+            found.append(
+                Finding(error, name, len(examples),
+                        f'{data.file}: {len(examples)} {text}', fix,
+                        tuple(str(e) for e in examples[:3])))
+
+    if data.names is not None:
+        try:
+            check_class_names(data.classes, data.names, data.file)
+        except ValueError as error:
+            found.append(
+                Finding(True, 'class_names', 1, str(error),
+                        f'scale_config(..., classes={data.names})'))
+    strange = np.flatnonzero(data.labels == NOT_IN_FILE)
+    add(True, 'category_id', [data.example(i) for i in strange],
+        'boxes have a category_id that the file does not list',
+        'write the ids of "categories", which may begin at 0 or at 1')
+    add(True, 'fields', data.incomplete, 'entries lack a field',
+        'write the field; area is width x height')
+    if data.names is not None:  # files of VOC have no ids, but names
+        add(
+            True, 'image_id', _repeated(data.image_ids), 'images have the id '
+            'of another one, so that their boxes are mixed up',
+            'number the images anew')
+        add(
+            True, 'annotation_id', _repeated(data.ids), 'annotations have the '
+            'id of another one, which MMDetection refuses',
+            'number the annotations anew, from 1')
+    lost = np.flatnonzero(data.image < 0)
+    add(False, 'no_image', [data.example(i) for i in lost],
+        'boxes are of an image that the file does not list',
+        'list the images, or remove the boxes')
+    if data.test_mode and data.names is not None:
+        add(True, 'iscrowd', data.no_crowd_flag,
+            'annotations have no iscrowd, without which evaluation stops',
+            'write "iscrowd": 0')
+    return found
+
+
+def _repeated(ids: list) -> List[str]:
+    seen = set()
+    return [f'id {i}' for i in ids if i in seen or seen.add(i)]
+
+
+def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
+    """Checks the boxes of one annotation file.
+
+    A fault of a few boxes is a warning, one of more than half is an error.
+    """
+    found = []
+    total = max(1, int(data.wanted.sum()))
+
+    def add(name, mask, text, fix, least=0.0):
+        index = np.flatnonzero(mask & data.wanted)
+        if len(index) > least * total:
+            found.append(
+                Finding(
+                    len(index) > total / 2, name, len(index),
+                    f'{data.file}: {len(index)} of {total} boxes {text}', fix,
+                    tuple(data.example(i) for i in index[:3])))
+
+    boxes, sides, limits = data.boxes, data.sides, data.limits
+    over = np.maximum(-boxes[:, :2], boxes[:, 2:] - limits).max(
+        1, initial=-np.inf)
+    # Taken for (x1, y1, x2, y2), the third and fourth number are corners.
+    as_corners = (sides > boxes[:, :2]).all(1) & (sides <= limits + 1).all(1)
+    sound = (sides >= 1).all(1)
+    if (data.names is not None and (over > 1)[data.wanted].sum() > total / 5
+            and as_corners[data.wanted].mean() > 0.99):
+        found.append(
+            Finding(
+                True, 'box_format', int((over > 1)[data.wanted].sum()),
+                f'{data.file}: the boxes seem to be (x1, y1, x2, y2); COCO '
+                'has (x1, y1, width, height)', 'subtract x1 and y1 from the '
+                'last two numbers',
+                tuple(data.example(i) for i in np.flatnonzero(over > 1)[:3])))
+        return found
+    add('inverted', (sides < 0).any(1), 'have a negative side',
+        'order the corners: x1 < x2, y1 < y2')
+    add('empty', (sides >= 0).all(1) & ~sound,
+        'are thinner than 1 pixel, and dropped', 'remove or correct them')
+    add('area', sound & (data.area <= 0),
+        'have no area in the file, and are dropped',
+        'write area = width x height')
+    inside = np.minimum(boxes[:, 2:], limits) - np.maximum(boxes[:, :2], 0)
+    huge = sound & (inside >= 0.95 * limits).all(1)
+    add(
+        'outside', sound & ~huge & (over > 1), 'reach out of their image',
+        'clip them; if they are many, compare the sizes and the order of '
+        'coordinates')
+    # Close-ups are common in photographs of things.
+    add('huge', huge, 'cover all of their image',
+        'correct them, if these are no close-ups', 0.02)
+    rows = np.column_stack([data.image, data.labels, boxes])
+    rows = rows[sound & data.wanted]
+    order = np.lexsort(rows.T) if len(rows) else []
+    same = np.zeros(len(rows), bool)
+    same[order[1:]] = (rows[order[1:]] == rows[order[:-1]]).all(1)
+    twice = np.zeros(len(boxes), bool)
+    twice[np.flatnonzero(sound & data.wanted)[same]] = True
+    add('duplicate', twice, 'stand in the file already, with the same class',
+        'remove them')
+    per_image = np.bincount(data.image[data.usable], minlength=len(data.paths))
+    many = np.flatnonzero(per_image > max_per_img)
+    if len(many):
+        found.append(
+            Finding(
+                False, 'max_per_img', len(many),
+                f'{data.file}: {len(many)} images have more than {max_per_img}'
+                ' boxes, the most that are detected',
+                f'model.test_cfg.max_per_img={per_image.max()}; AP of COCO '
+                'counts the best 100 nevertheless',
+                tuple(f'{osp.basename(data.paths[i])}: {per_image[i]} boxes'
+                      for i in many[:3])))
+    return found
+
+
+def check_training_set(parts: Sequence[Annotations]) -> List[Finding]:
+    """Checks what is left to learn from, of all files together."""
+    if not parts:
+        return []
+    classes, files = parts[0].classes, ', '.join(part.file for part in parts)
+    counts = sum(
+        np.bincount(part.labels[part.usable], minlength=len(classes))
+        for part in parts)
+    if not counts.sum():
+        return [
+            Finding(True, 'no_boxes', 1,
+                    f'{files}: no box is left to learn from',
+                    'compare classes, ids, sizes and boxes of the file')
+        ]
+    found = []
+    few = [(name, n) for name, n in zip(classes, counts) if n < MIN_BOXES]
+    if few:
+        found.append(
+            Finding(
+                False, 'few_boxes', len(few),
+                f'{files}: {len(few)} classes have fewer than {MIN_BOXES} '
+                'boxes', 'annotate more, or leave these classes out',
+                tuple(f'{name!r}: {n} boxes' for name, n in few[:3])))
+    for part in parts:
+        empty = np.bincount(
+            part.image[part.usable], minlength=len(part.paths)) == 0
+        if part.filter_empty and not part.test_mode and empty.any():
+            index = np.flatnonzero(empty)
+            found.append(
+                Finding(
+                    False, 'filtered', len(index),
+                    f'{part.file}: {len(index)} of {len(part.paths)} images '
+                    'without boxes are left out', 'filter_cfg=dict('
+                    'filter_empty_gt=False) learns background from them',
+                    tuple(osp.basename(part.paths[i]) for i in index[:3])))
+    return found
+
+
+def check_overlap(train: Sequence[Annotations],
+                  val: Sequence[Annotations]) -> List[Finding]:
+    """Checks that no image is for training and for validation."""
+    seen = {osp.normpath(path) for part in train for path in part.paths}
+    paths = [path for part in val for path in part.paths]
+    shared = [path for path in paths if osp.normpath(path) in seen]
+    if not shared:
+        return []
+    return [
+        Finding(
+            False, 'overlap', len(shared),
+            f'{len(shared)} of {len(paths)} images of the validation are '
+            'trained on, so that AP says nothing', 'split the data by images',
+            tuple(shared[:3]))
+    ]
+
+
+def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
+    """Reads all images; this is the slow part."""
+    lists = dict(missing=[], unreadable=[], image_size=[])
+    bar = None
+    if progress and data.paths:
+        bar = ProgressBar(len(data.paths), file=sys.stderr)
+    for path, size in zip(data.paths, data.sizes):
+        try:
+            image = mmcv.imfrombytes(get(path))
+        except OSError:
+            lists['missing'].append(path)
+        except Exception:  # every library has its own for what is no image
+            lists['unreadable'].append(path)
+        else:
+            if image is None:
+                lists['unreadable'].append(path)
+            elif image.shape[:2] != tuple(size):
+                height, width = image.shape[:2]
+                lists['image_size'].append(
+                    f'{path}: {width}x{height}, the file says '
+                    f'{size[1]:g}x{size[0]:g}')
+        if bar:
+            bar.update()
+    if bar:
+        print(file=sys.stderr)
+    words = dict(
+        missing=(True, 'are missing', 'correct data_root or data_prefix.img'),
+        unreadable=(True, 'cannot be read', 'replace or leave them out'),
+        image_size=(len(lists['image_size']) > len(data.paths) / 2,
+                    'are of another size than the file says',
+                    'correct width and height, and boxes; a camera may have '
+                    'turned the image by its EXIF tag'))
+    return [
+        Finding(
+            words[name][0], name, len(paths),
+            f'{data.file}: {len(paths)} of {len(data.paths)} images '
+            f'{words[name][1]}', words[name][2], tuple(paths[:3]))
+        for name, paths in lists.items() if paths
+    ]
