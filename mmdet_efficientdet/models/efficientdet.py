@@ -18,7 +18,26 @@ class EfficientDet(StrictLoading, SingleStageDetector):
 
     A checkpoint that does not fit raises when it is loaded, also by the stock
     tools, which by themselves would only log what is missing.
+
+    Args:
+        backbone, neck, bbox_head (dict): Configs of the three parts.
+        with_cp (bool): Gradient checkpointing: backbone, neck and head are
+            recomputed in the backward pass to save memory. Defaults to False:
+            each part has its own switch.
+        kwargs: See the host's ``SingleStageDetector``.
     """
+
+    def __init__(self,
+                 backbone: dict,
+                 neck: dict,
+                 bbox_head: dict,
+                 with_cp: bool = False,
+                 **kwargs) -> None:
+        if with_cp:
+            backbone, neck, bbox_head = (
+                dict(part, with_cp=True)
+                for part in (backbone, neck, bbox_head))
+        super().__init__(backbone, neck, bbox_head, **kwargs)
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """Returns the neck's features of images ``(N, 3, H, W)``.
