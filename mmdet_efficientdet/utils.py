@@ -15,7 +15,12 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    from . import class_transfer, hooks, models, transforms  # noqa: F401
+    from . import (
+        class_transfer,
+        hooks,
+        models,
+        optim_wrapper,  # noqa: F401
+        transforms)
 
     register_mmdet(init_default_scope=False)
     if init_default_scope:

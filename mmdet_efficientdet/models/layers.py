@@ -102,9 +102,7 @@ def _spare_statistics(module: nn.Module):
             setattr(norm, name, buffer)
 
 
-def checkpoint(function: Callable,
-               *args,
-               norms: Optional[nn.Module] = None):
+def checkpoint(function: Callable, *args, norms: Optional[nn.Module] = None):
     """Runs ``function`` without keeping activations for the backward pass.
 
     The second forward pass, which recomputes them, leaves the statistics of
