@@ -15,12 +15,10 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    from . import (
-        class_transfer,
-        hooks,
-        models,
-        optim_wrapper,  # noqa: F401
-        transforms)
+    from . import class_transfer, hooks, models  # noqa: F401
+
+    # isort: split
+    from . import optim_wrapper, transforms  # noqa: F401
 
     register_mmdet(init_default_scope=False)
     if init_default_scope:

@@ -118,10 +118,12 @@ def test_parts_alone():
     for training in (True, False):
         calls = []
         hooks = [
-            module.register_forward_pre_hook(lambda *_: calls.append(1))
+            module.register_forward_pre_hook(
+                lambda *_, calls=calls: calls.append(1))
             for module in (neck.layers[0].nodes[0], head.conv_reg)
         ]
-        neck.train(training), head.train(training)
+        neck.train(training)
+        head.train(training)
         feats = neck([torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)])
         outs = head(feats)
         first = len(calls)
