@@ -1,4 +1,4 @@
-"""The official learning rate and weight decay as parts of mmengine.
+"""The official learning rate, weight decay and clipping, for mmengine.
 
 Source: google/automl ``efficientdet/det_model_fn.py``.
 """
@@ -6,6 +6,8 @@ import logging
 import math
 from typing import List
 
+import torch
+from mmengine.dist import all_reduce_params, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -13,7 +15,8 @@ from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import nn
 
-from .registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
+from .registry import (HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS,
+                       PARAM_SCHEDULERS)
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -147,6 +150,43 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             key: value
             for key, value in group.items() if value is not None
         } for group in groups.values()]
+
+
+@OPTIM_WRAPPERS.register_module()
+class LocalClipOptimWrapper(OptimWrapper):
+    """Clips the gradient of each rank before they are summed.
+
+    With R ranks the official code on TPUs steps along the sum over ranks of
+    ``clip(g_r / R)`` (google/automl ``det_model_fn.py``), while the host, as
+    all of DistributedDataParallel's users, clips the mean of ``g_r``. The
+    norm of a rank's share is R times smaller, so that clipping acts rarely
+    here, and only on the rank whose batch is at fault. With one rank both are
+    the same.
+
+    The logged ``grad_norm`` is that of the first rank's share. Every rank
+    must have gradients for the same parameters. Half precision needs the
+    host's AmpOptimWrapper, which clips the mean.
+    """
+
+    def should_sync(self) -> bool:
+        """Never: every rank keeps its own gradient until it is clipped."""
+        return False
+
+    def step(self, **kwargs) -> None:
+        """Clips this rank's share, sums over ranks and updates.
+
+        Args:
+            kwargs: See ``torch.optim.Optimizer.step``.
+        """
+        grads = [
+            parameter.grad for group in self.optimizer.param_groups
+            for parameter in group['params'] if parameter.grad is not None
+        ]
+        torch._foreach_div_(grads, get_world_size())
+        if self.clip_grad_kwargs:
+            self._clip_grad()
+        all_reduce_params(grads)
+        self.optimizer.step(**kwargs)
 
 
 @HOOKS.register_module()

@@ -8,10 +8,9 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import report
 from detection_errors import count_boxes
 from tiny_data import make_dataset, run_tool, trained_run, write_config
-
-import report
 
 WIDTH = 1280  # of two drawings beside each other
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .layers import (BN_CFG, SWISH_CFG, SeparableConv2d, build_norm,
-                     max_pool_same, resize_to)
+                     checkpoint, max_pool_same, resize_to)
 
 FUSIONS = ('fast_normalized', 'softmax', 'sum', 'unbounded')
 
@@ -124,10 +124,14 @@ class FusionNode(BaseModule):
             if str(edge) in self.resamples:
                 x = self.resamples[str(edge)](x)
             resized.append(resize_to(x, size))
+        # Half precision overflows in sums and rounds weights to three digits.
+        dtype = resized[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
         if self.fusion != 'sum':
-            weights = self.normalized_weights().to(resized[0].dtype)
+            weights = self.normalized_weights().to(wide).view(-1, 1, 1, 1, 1)
             resized = [x * weight for x, weight in zip(resized, weights)]
-        return self.norm(self.conv(self.act(sum(resized[1:], resized[0]))))
+        fused = self.act(sum(resized[1:], resized[0].to(wide)))
+        return self.norm(self.conv(fused.to(dtype)))
 
 
 class BiFPNLayer(BaseModule):
@@ -181,6 +185,8 @@ class BiFPN(BaseModule):
         norm_cfg (dict, optional): Defaults to batch norm with TensorFlow's
             constants; None for no norm.
         act_cfg (dict): Defaults to SiLU (swish).
+        with_cp (bool): Recomputes the layers in the backward pass to save
+            memory. Defaults to False.
         init_cfg (dict, optional): With ``None``, the official initialisers.
 
     Raises:
@@ -197,6 +203,7 @@ class BiFPN(BaseModule):
                  fusion: str = 'fast_normalized',
                  norm_cfg: Optional[dict] = BN_CFG,
                  act_cfg: dict = SWISH_CFG,
+                 with_cp: bool = False,
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
         num_ins = len(in_channels)
@@ -223,6 +230,7 @@ class BiFPN(BaseModule):
         self.num_outs = num_outs
         self.start_level = start_level
         self.last_level = last
+        self.with_cp = with_cp
         self.extra_levels = nn.ModuleList()
         for _ in range(extra):
             self.extra_levels.append(
@@ -269,6 +277,7 @@ class BiFPN(BaseModule):
             # An axis of one pixel cannot shrink further.
             stride = [2 if n > 1 else 1 for n in feats[-1].shape[-2:]]
             feats.append(max_pool_same(extra_level(feats[-1]), stride))
+        with_cp = self.with_cp and self.training
         for layer in self.layers:
-            feats = layer(feats)
+            feats = checkpoint(layer, feats) if with_cp else layer(feats)
         return tuple(feats)

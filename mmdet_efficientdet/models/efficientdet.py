@@ -21,14 +21,28 @@ class EfficientDet(StrictLoading, SingleStageDetector):
     tools, which by themselves would only log what is missing.
 
     Args:
+        backbone, neck, bbox_head (dict): Configs of the three parts.
+        with_cp (bool): Gradient checkpointing: backbone, neck and head are
+            recomputed in the backward pass to save memory. Defaults to False:
+            each part has its own switch.
         norm_eval (bool): Keeps all batch norms in evaluation mode while
             training, for small batches on top of a trained detector. Their
             scales and offsets are still learned. Defaults to False.
         kwargs: See the host's ``SingleStageDetector``.
     """
 
-    def __init__(self, *args, norm_eval: bool = False, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self,
+                 backbone: dict,
+                 neck: dict,
+                 bbox_head: dict,
+                 with_cp: bool = False,
+                 norm_eval: bool = False,
+                 **kwargs) -> None:
+        if with_cp:
+            backbone, neck, bbox_head = (
+                dict(part, with_cp=True)
+                for part in (backbone, neck, bbox_head))
+        super().__init__(backbone, neck, bbox_head, **kwargs)
         self.norm_eval = norm_eval
 
     def train(self, mode: bool = True) -> 'EfficientDet':

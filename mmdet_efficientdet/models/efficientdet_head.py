@@ -4,17 +4,19 @@ Behaviour of google/automl ``efficientdet/tf2/efficientdet_keras.py`` (nets),
 ``det_model_fn.py`` (loss), ``tf2/postprocess.py`` and ``nms_np.py``.
 """
 import math
+from functools import partial
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 from mmcv.cnn import build_activation_layer
 from mmdet.models.dense_heads import AnchorHead
+from mmdet.utils import reduce_mean
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..registry import MODELS
 from .anchors import anchor_targets
-from .layers import BN_CFG, SWISH_CFG, SeparableConv2d, build_norm
+from .layers import BN_CFG, SWISH_CFG, SeparableConv2d, build_norm, checkpoint
 from .postprocess import decode, select, suppress
 
 ANCHORS = dict(type='mmdet_efficientdet.AnchorGenerator')
@@ -44,9 +46,15 @@ class EfficientDetHead(AnchorHead):
         anchor_generator (dict): Defaults to the anchors of D0.
         bbox_coder (dict): Defaults to the coder without clamps.
         loss_cls (dict): Summed over all anchors and classes, then divided by
-            the number of positive anchors of the local batch plus 1.
+            the number of positive anchors of the batch plus 1.
         loss_bbox (dict): Likewise, over the targets that are not zero. The
             default equals the official ``50 * Huber(0.1) / 4``.
+        sync_num_pos (bool): Divides both losses by the mean of the positive
+            anchors over all ranks plus 1, as most heads of the host do.
+            Defaults to False: by the positives of the rank's own batch plus
+            1, as in the official recipe on TPUs.
+        with_cp (bool): Recomputes each net, level by level, in the backward
+            pass to save memory. Defaults to False.
         train_cfg (dict, optional): Not used.
         test_cfg (dict): ``nms_pre`` pairs of anchor and class are selected
             from the whole image (5000), ``nms`` is ``dict(type='soft_nms',
@@ -69,6 +77,8 @@ class EfficientDetHead(AnchorHead):
                  bbox_coder: dict = BOX_CODER,
                  loss_cls: dict = FOCAL_LOSS,
                  loss_bbox: dict = HUBER_LOSS,
+                 sync_num_pos: bool = False,
+                 with_cp: bool = False,
                  train_cfg: Optional[dict] = None,
                  test_cfg: Optional[dict] = None,
                  init_cfg: Optional[dict] = None) -> None:
@@ -76,6 +86,8 @@ class EfficientDetHead(AnchorHead):
         self.num_levels = num_levels
         self.norm_cfg = norm_cfg
         self.act_cfg = act_cfg
+        self.sync_num_pos = sync_num_pos
+        self.with_cp = with_cp
         super().__init__(
             num_classes,
             in_channels,
@@ -161,12 +173,15 @@ class EfficientDetHead(AnchorHead):
 
     def _run_net(self, feats: Sequence[Tensor], convs: nn.ModuleList,
                  norms: nn.ModuleList, predictor: nn.Module) -> List[Tensor]:
-        outs = []
-        for level, x in enumerate(feats):
+
+        def run(x: Tensor, level: int) -> Tensor:
             for conv, level_norms in zip(convs, norms):
                 x = self.act(level_norms[level](conv(x)))
-            outs.append(predictor(x))
-        return outs
+            return predictor(x)
+
+        if self.with_cp and self.training:
+            run = partial(checkpoint, run, norms=norms)
+        return [run(x, level) for level, x in enumerate(feats)]
 
     def _anchors(self, cls_scores: List[Tensor], img_metas: List[dict]):
         """The anchors ``(A, 4)`` of all levels."""
@@ -209,6 +224,8 @@ class EfficientDetHead(AnchorHead):
             [gt.bboxes for gt in batch_gt_instances],
             [gt.labels
              for gt in batch_gt_instances], self.num_classes, self.bbox_coder)
+        if self.sync_num_pos:
+            num_positive = reduce_mean(num_positive.float())
         avg_factor = num_positive + 1.0
         loss_cls = self.loss_cls(
             cls_scores_flat.flatten(0, 1),

@@ -1,6 +1,6 @@
 """What the host has no part for: TensorFlow's layers as EfficientDet uses."""
 from contextlib import contextmanager, nullcontext
-from typing import Optional
+from typing import Callable, Optional
 
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
@@ -110,15 +110,22 @@ def _spare_statistics(module: nn.Module):
             setattr(norm, name, buffer)
 
 
-def checkpoint(module: nn.Module, *args):
-    """Runs ``module`` without keeping activations for the backward pass.
+def checkpoint(function: Callable, *args, norms: Optional[nn.Module] = None):
+    """Runs ``function`` without keeping activations for the backward pass.
 
     The second forward pass, which recomputes them, leaves the statistics of
     batch norms alone, so that they are updated once per step as without
     checkpointing.
+
+    Args:
+        function (Callable): A module, or a function that runs ``norms``.
+        args: Its arguments.
+        norms (nn.Module, optional): Holds the batch norms that run. Defaults
+            to ``function``.
     """
+    norms = function if norms is None else norms
     return torch_checkpoint.checkpoint(
-        module,
+        function,
         *args,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _spare_statistics(module)))
+        context_fn=lambda: (nullcontext(), _spare_statistics(norms)))
