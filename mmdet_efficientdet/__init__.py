@@ -25,9 +25,13 @@ _EXPORTS = dict(
     EfficientDet='models',
     EfficientDetHead='models',
     EfficientNet='models',
-    PlainCheckpointHook='hooks',
     ResizeCrop='transforms',
     SCALING='scaling',
+    SafeCheckpointHook='checkpoint_hook',
+    SeedHook='reproducible',
+    SeedTransforms='reproducible',
+    SeededIterBasedTrainLoop='reproducible',
+    SeededSampler='reproducible',
     scale_config='scaling')
 
 __all__ = ['__version__', *_EXPORTS]

@@ -19,8 +19,12 @@ RETINANET = TOOLS.parent / 'configs' / 'retinanet'
 CLASSES = dict(
     MODELS=['BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet'],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
-    HOOKS=['ClassCheckHook', 'ClassTransferHook', 'PlainCheckpointHook'],
-    TRANSFORMS=['ResizeCrop'])
+    HOOKS=[
+        'ClassCheckHook', 'ClassTransferHook', 'SafeCheckpointHook', 'SeedHook'
+    ],
+    DATA_SAMPLERS=['SeededSampler'],
+    LOOPS=['SeededIterBasedTrainLoop'],
+    TRANSFORMS=['ResizeCrop', 'SeedTransforms'])
 
 
 @pytest.fixture
@@ -113,11 +117,12 @@ for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
             built = TRANSFORMS.build(transform)
             # mmcv has a LoadAnnotations, too
             expected = {'ResizeCrop': 'mmdet_efficientdet',
+                        'SeedTransforms': 'mmdet_efficientdet',
                         'LoadImageFromFile': 'mmcv'}
             name = type(built).__name__
             assert type(built).__module__.split('.')[0] == expected.get(
                 name, 'mmdet'), name
-    for name in ('class_check', 'class_transfer', 'plain_checkpoint'):
+    for name in ('class_check', 'class_transfer', 'checkpoint', 'sampler_seed'):
         hook = HOOKS.build(config.default_hooks[name])
         assert type(hook).__module__.startswith('mmdet_efficientdet.')
 ''', FILE=str(LITE0))  # yapf: disable

@@ -42,9 +42,11 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', interval=10, max_keep_ckpts=3,
+        type='mmdet_efficientdet.SafeCheckpointHook',
+        interval=10,
+        max_keep_ckpts=3,
         save_best='auto'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
+    sampler_seed=dict(type='mmdet_efficientdet.SeedHook'),
     visualization=dict(type='DetVisualizationHook'),
     # Official averages: decay min(0.9998, (1 + n) / (10 + n)), norms included
     ema=dict(
@@ -56,8 +58,7 @@ default_hooks = dict(
         strict_load=True,
         priority=49),
     class_check=dict(type='mmdet_efficientdet.ClassCheckHook'),
-    class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'),
-    plain_checkpoint=dict(type='mmdet_efficientdet.PlainCheckpointHook'))
+    class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'))
 
 env_cfg = dict(
     cudnn_benchmark=False,
