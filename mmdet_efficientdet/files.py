@@ -70,8 +70,7 @@ class AtomicBackend(LocalBackend):
                 good = ('The last good checkpoint is '
                         f'{Path(self.last_checkpoint).read_text()}. ')
             raise OSError(
-                error.errno,
-                f'{os.strerror(error.errno)}: {filepath} '
+                error.errno, f'{os.strerror(error.errno)}: {filepath} '
                 f'({len(obj) / 1e6:.1f} MB) could not be written, '
                 f'{shutil.disk_usage(folder).free / 1e6:.1f} MB are free. '
                 f'{good}Make room for max_keep_ckpts + 1 checkpoints and the '

@@ -81,7 +81,7 @@ class SeededSampler(Sampler):
         self.infinite = infinite
         self.rank, self.world_size = get_dist_info()
         self.epoch = 0
-        self.start = 0  # position of the first sample, if within the epoch
+        self.start = 0  # what lies before this position is left out
 
     def __iter__(self) -> Iterator[SampleIndex]:
         size = len(self.dataset)
@@ -106,6 +106,10 @@ class SeededSampler(Sampler):
     def __len__(self) -> int:
         """The number of samples of an epoch in this rank."""
         return math.ceil(len(self.dataset) / self.world_size)
+
+    def skip(self, num_samples: int) -> None:
+        """Starts so many samples of each rank later."""
+        self.start += num_samples * self.world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, counted from 0, unless there is no end."""
@@ -186,24 +190,23 @@ def _unseeded(dataset) -> Iterator[str]:
 class SeededIterBasedTrainLoop(IterBasedTrainLoop):
     """Counts iterations, and arrives at once where it is resumed.
 
-    The host's loop would read all batches of the past. The sampler has to be
+    mmengine's loop would read all batches of the past. The sampler has to be
     a :class:`SeededSampler` with ``infinite=True``; with another one, this is
-    the host's loop.
+    mmengine's loop. onedl-mmengine's can skip by itself and stays as it is.
     """
 
     def run(self):
         """Trains."""
         sampler = self.dataloader.batch_sampler.sampler
-        if getattr(sampler, 'infinite', False):
+        if (getattr(sampler, 'infinite', False)
+                and not hasattr(self.dataloader_iterator, 'skip_iter')):
             self.dataloader_iterator = self._batches(sampler)
         return super().run()
 
     def _batches(self, sampler: SeededSampler) -> Iterator:
         past = self._iter
-        yield from repeat(None, past)  # which the host skips
+        yield from repeat(None, past)  # which the host takes and drops
         # Only now: the host's own iterator is older than the checkpoint, and
         # its workers have fetched what belongs to another place and seed.
-        sampler.start = (
-            past * self.dataloader.batch_sampler.batch_size *
-            sampler.world_size)
+        sampler.skip(past * self.dataloader.batch_sampler.batch_size)
         yield from self.dataloader

@@ -15,9 +15,8 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    from . import (  # noqa: F401
-        checkpoint_hook, class_transfer, hooks, models, reproducible,
-        transforms)
+    from . import (checkpoint_hook, class_transfer, hooks,  # noqa: F401
+                   models, reproducible, transforms)
 
     register_mmdet(init_default_scope=False)
     if init_default_scope:
