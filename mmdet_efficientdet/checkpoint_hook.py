@@ -59,7 +59,18 @@ class SafeCheckpointHook(CheckpointHook):
                 f'of {counts}')
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Replaces objects by plain data."""
+        """Replaces objects by plain data.
+
+        Raises:
+            RuntimeError: If a weight is not finite. A file of such weights
+                would take the place of a good one.
+        """
+        for name, tensor in checkpoint['state_dict'].items():
+            if not tensor.isfinite().all():
+                raise RuntimeError(
+                    f'{name} is not finite, so this checkpoint is not saved. '
+                    'Lower the learning rate, then go on from the last good '
+                    f'checkpoint with --resume; {self._last} names it')
         for key in ('meta', 'message_hub'):
             checkpoint[key] = plain_data(checkpoint[key])
 

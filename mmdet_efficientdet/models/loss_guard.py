@@ -71,15 +71,16 @@ def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
 
 def _suspect(model: nn.Module, inputs: Tensor, samples: list) -> str:
     """Where the first number that is not finite may come from."""
-    for name, tensor in model.state_dict().items():
+    if not inputs.isfinite().all():
+        return 'The images themselves hold numbers that are not finite.'
+    for sample in samples:
+        if not get_box_tensor(sample.gt_instances.bboxes).isfinite().all():
+            return 'The boxes themselves hold numbers that are not finite.'
+    # Not the averages of norms, which this very batch has changed.
+    for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             return (f'{name} is not finite either: an earlier step has spoilt '
                     'the weights, so these images need not be the cause.')
-    if not inputs.isfinite().all():
-        return 'The images themselves hold numbers that are not finite.'
-    boxes = [get_box_tensor(s.gt_instances.bboxes) for s in samples]
-    if not torch.cat(boxes).isfinite().all():
-        return 'The boxes themselves hold numbers that are not finite.'
     return 'Weights, images and boxes are finite.'
 
 
