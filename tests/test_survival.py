@@ -487,6 +487,7 @@ os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT={port!r},
 import torch
 torch.distributed.init_process_group('gloo')
 from mmdet_efficientdet.models.loss_guard import check_finite
+losses = dict(loss_cls=torch.tensor(1.), loss_bbox=[torch.tensor(2.)] * 2)
 check_finite(losses, torch.nn.Linear(1, 1), torch.ones(1), [])
 print('finite')
 losses['loss_bbox'] = [torch.tensor([2., float('nan')][int({rank!r})])]
