@@ -15,8 +15,9 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    from . import (checkpoint_hook, class_transfer, hooks,  # noqa: F401
-                   models, reproducible, transforms)
+    from . import checkpoint_hook  # noqa: F401
+    from . import class_transfer, hooks, models  # noqa: F401
+    from . import reproducible, transforms  # noqa: F401
 
     register_mmdet(init_default_scope=False)
     if init_default_scope:

@@ -122,7 +122,8 @@ for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
             name = type(built).__name__
             assert type(built).__module__.split('.')[0] == expected.get(
                 name, 'mmdet'), name
-    for name in ('class_check', 'class_transfer', 'checkpoint', 'sampler_seed'):
+    for name in ('class_check', 'class_transfer', 'checkpoint',
+                 'sampler_seed'):
         hook = HOOKS.build(config.default_hooks[name])
         assert type(hook).__module__.startswith('mmdet_efficientdet.')
 ''', FILE=str(LITE0))  # yapf: disable
