@@ -16,8 +16,8 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmengine.registry import init_default_scope as set_scope
 
     from . import checkpoint_hook  # noqa: F401
-    from . import class_transfer, hooks, models  # noqa: F401
-    from . import reproducible, transforms  # noqa: F401
+    from . import (class_transfer, hooks, models, reproducible,  # noqa: F401
+                   transforms)
 
     register_mmdet(init_default_scope=False)
     if init_default_scope:
