@@ -1,4 +1,5 @@
 """What mmengine looks for when a package is used by name, and the configs."""
+from importlib import import_module
 from pathlib import Path
 
 from .scaling import SCALING
@@ -15,10 +16,9 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    from . import checkpoint_hook  # noqa: F401
-    from . import (class_transfer, hooks, models, reproducible,  # noqa: F401
-                   transforms)
-
+    for name in ('checkpoint_hook', 'class_transfer', 'hooks', 'models',
+                 'reproducible', 'transforms'):
+        import_module(f'{__package__}.{name}')
     register_mmdet(init_default_scope=False)
     if init_default_scope:
         set_scope('mmdet_efficientdet')
