@@ -1,10 +1,8 @@
 """Hooks of the shipped configs."""
 import json
 
-import numpy as np
 from mmengine.fileio import get_text
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 
 from .conventions import differing_options
@@ -128,46 +126,3 @@ def shorten(classes) -> str:
     """The first ten names, for a message."""
     names = ', '.join(map(repr, classes[:10]))
     return f'({names}{", ..." if len(classes) > 10 else ""})'
-
-
-@HOOKS.register_module()
-class PlainCheckpointHook(Hook):
-    """Writes training checkpoints that hold data only, no Python objects.
-
-    mmengine stores its log history as pickled objects and some numbers as
-    NumPy scalars, for which torch >= 2.6 refuses the file, and allowing them
-    means allowing ``getattr``. Here they are stored as lists and numbers, and
-    the history is restored when the run is resumed, so that every checkpoint
-    loads with ``weights_only=True`` in every tool.
-    """
-
-    priority = 'LOWEST'
-
-    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Replaces objects by plain data."""
-        for key in ('meta', 'message_hub'):
-            checkpoint[key] = _plain(checkpoint[key])
-
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Puts the history's objects back."""
-        scalars = checkpoint.get('message_hub', {}).get('log_scalars', {})
-        for name, value in scalars.items():
-            if isinstance(value, dict):
-                scalars[name] = HistoryBuffer(**value)
-
-
-def _plain(node):
-    """Nested data without objects of NumPy and mmengine."""
-    if isinstance(node, HistoryBuffer):
-        history, counts = node.data
-        node = dict(
-            log_history=history,
-            count_history=counts,
-            max_length=node.max_length)
-    if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(_plain(value) for value in node)
-    if isinstance(node, (np.ndarray, np.generic)):
-        return node.tolist()
-    return node

@@ -22,9 +22,7 @@ class ResizeCrop(BaseTransform):
     ``scale_factor`` is one scalar for both axes, by which predicted boxes are
     divided.
 
-    Randomness comes from ``numpy.random``, or, where the pipeline has put a
-    ``transform_seed`` into the results (such as the tuple (seed, iteration,
-    index)), from that alone.
+    Random numbers come from ``numpy.random``, which ``SeedTransforms`` seeds.
 
     Required keys: img, gt_bboxes, gt_bboxes_labels, gt_ignore_flags (the
     last three optionally). Modified: the same, img_shape. Added:
@@ -72,14 +70,12 @@ class ResizeCrop(BaseTransform):
             raise ValueError('ResizeCrop cannot crop masks; load annotations '
                              'with_mask=False, with_seg=False, or use Resize '
                              'of mmdet')
-        seed = results.get('transform_seed')
-        random = np.random if seed is None else np.random.default_rng(seed)
-        ratio = random.uniform(*self.ratio_range)
+        ratio = np.random.uniform(*self.ratio_range)
         shape = results['img'].shape[:2]
         scale, scaled = scaled_size(shape, self.image_size, ratio)
         # Both numbers are drawn, also where there is nothing to choose.
         offset = [
-            int(max(0, n - side) * random.uniform())
+            int(max(0, n - side) * np.random.uniform())
             for n, side in zip(scaled, self.image_size)
         ]
         image = results['img'].astype(np.float32)

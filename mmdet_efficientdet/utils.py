@@ -16,8 +16,8 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    for module in ('class_transfer', 'hooks', 'models', 'optim', 'preflight',
-                   'transforms'):
+    for module in ('checkpoint_hook', 'class_transfer', 'hooks', 'models',
+                   'optim', 'preflight', 'reproducible', 'transforms'):
         import_module(f'.{module}', __package__)
     register_mmdet(init_default_scope=False)
     if init_default_scope:

@@ -174,8 +174,8 @@ def test_official_recipe():
     ema = config.default_hooks.ema
     assert (ema.type, ema.ema_type) == ('EMAHook', 'MomentumAnnealingEMA')
     assert (ema.momentum, ema.gamma, ema.update_buffers) == (2e-4, 9, True)
-    assert config.train_pipeline[3].ratio_range == (0.1, 2.0)
-    assert config.train_pipeline[2].prob == 0.5
+    assert config.train_pipeline[4].ratio_range == (0.1, 2.0)
+    assert config.train_pipeline[3].prob == 0.5
     assert config.test_pipeline[1].ratio_range == (1.0, 1.0)
     head = config.model.bbox_head
     assert (head.loss_cls.alpha, head.loss_cls.gamma) == (0.25, 1.5)

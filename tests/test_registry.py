@@ -20,10 +20,15 @@ CLASSES = dict(
     MODELS=['BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet'],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
     HOOKS=[
-        'ClassCheckHook', 'ClassTransferHook', 'PlainCheckpointHook',
-        'PreflightHook'
+        'BatchScaleHook', 'ClassCheckHook', 'ClassTransferHook',
+        'PreflightHook', 'SafeCheckpointHook', 'SeedHook'
     ],
-    TRANSFORMS=['ResizeCrop'])
+    DATA_SAMPLERS=['SeededSampler'],
+    LOOPS=['SeededIterBasedTrainLoop'],
+    OPTIM_WRAPPER_CONSTRUCTORS=['GroupedOptimWrapperConstructor'],
+    OPTIM_WRAPPERS=['LocalClipOptimWrapper'],
+    PARAM_SCHEDULERS=['WarmupCosineLR'],
+    TRANSFORMS=['ResizeCrop', 'SeedTransforms'])
 
 
 @pytest.fixture
@@ -116,12 +121,13 @@ for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
             built = TRANSFORMS.build(transform)
             # mmcv has a LoadAnnotations, too
             expected = {'ResizeCrop': 'mmdet_efficientdet',
+                        'SeedTransforms': 'mmdet_efficientdet',
                         'LoadImageFromFile': 'mmcv'}
             name = type(built).__name__
             assert type(built).__module__.split('.')[0] == expected.get(
                 name, 'mmdet'), name
-    for name in ('class_check', 'class_transfer', 'plain_checkpoint',
-                 'preflight'):
+    for name in ('batch_scale', 'class_check', 'class_transfer', 'checkpoint',
+                 'preflight', 'sampler_seed'):
         hook = HOOKS.build(config.default_hooks[name])
         assert type(hook).__module__.startswith('mmdet_efficientdet.')
 ''', FILE=str(LITE0))  # yapf: disable

@@ -180,8 +180,8 @@ def test_boxes_follow_the_cut_off_size():
 
 def test_boxes_follow_the_pixels():
     """A bright rectangle stays in its box, wherever the crop is."""
-    for seed in range(30):
-        results = sample(64, 64, [(20, 24, 40, 36)], transform_seed=seed)
+    for _ in range(30):
+        results = sample(64, 64, [(20, 24, 40, 36)])
         results['img'][:] = 0
         results['img'][24:36, 20:40] = 255
         ResizeCrop(64, (0.5, 2.0))(results)
@@ -221,9 +221,9 @@ def test_boxes_of_a_rectangle_are_clipped():
 def test_crop_may_leave_no_boxes():
     """Images whose boxes are cut away stay in the training."""
     left = 0
-    for seed in range(40):
+    for _ in range(40):
         results = ResizeCrop(32, (2.0, 2.0))(
-            sample(64, 64, [(1, 1, 9, 9)], [3], transform_seed=seed))
+            sample(64, 64, [(1, 1, 9, 9)], [3]))
         num = len(results['gt_bboxes'])
         assert len(results['gt_bboxes_labels']) == num
         assert len(results['gt_ignore_flags']) == num
@@ -243,9 +243,8 @@ def test_offsets():
     """Offsets are uniform in [0, scaled - side) and independent."""
     image = positions(128)
     offsets = []
-    for seed in range(2000):
-        results = ResizeCrop(64, (2.0, 2.0))(
-            dict(img=image, transform_seed=seed))
+    for _ in range(2000):
+        results = ResizeCrop(64, (2.0, 2.0))(dict(img=image))
         out = results['img']
         np.testing.assert_array_equal(out[..., :2] - out[0, 0, :2],
                                       image[:64, :64, :2])
@@ -262,23 +261,19 @@ def test_offset_only_where_the_image_is_larger():
     """A short axis starts at its first pixel."""
     image = positions(128)[:32]
     lefts = set()
-    for seed in range(40):
-        results = ResizeCrop(64, (2.0, 2.0))(
-            dict(img=image, transform_seed=seed))
+    for _ in range(40):
+        results = ResizeCrop(64, (2.0, 2.0))(dict(img=image))
         assert results['img'].shape == (32, 64, 3)
         assert (results['img'][:, :, 0] == image[:, :64, 0]).all()
         lefts.add(results['img'][0, 0, 1])
     assert len(lefts) > 10
 
 
-@pytest.mark.parametrize('seeded', [True, False])
-def test_ratio_range(seeded):
+def test_ratio_range():
     """The factor is uniform between both ends."""
     ratios = []
-    for seed in range(2000):
+    for _ in range(2000):
         results = dict(img=np.zeros((50, 100, 3), np.uint8))
-        if seeded:
-            results['transform_seed'] = seed
         ratios.append(ResizeCrop(100)(results)['scale_factor'][0])
     ratios = np.array(ratios)
     # The target is cut off to whole pixels.
@@ -293,26 +288,7 @@ def test_ratio_range(seeded):
     assert 5.0 <= min(half) and max(half) <= 6.0
 
 
-def test_transform_seed_alone_decides():
-    """Equal seeds give equal crops; numpy.random is neither used nor moved."""
-
-    def run(seed, state):
-        np.random.seed(state)
-        before = np.random.get_state()[1].copy()
-        results = ResizeCrop(64)(dict(img=positions(128), transform_seed=seed))
-        np.testing.assert_array_equal(before, np.random.get_state()[1])
-        return results
-
-    seeds = [0, 1, (0, 1, 2), (0, 2, 1), (1, 1, 2)]
-    first = [run(seed, 3) for seed in seeds]
-    for seed, results in zip(seeds, first):
-        again = run(seed, 4)
-        np.testing.assert_array_equal(results['img'], again['img'])
-        assert results['scale_factor'] == again['scale_factor']
-    assert len({results['scale_factor'] for results in first}) == len(seeds)
-
-
-def test_without_a_seed_numpy_decides():
+def test_numpy_decides():
     """Equal states of numpy.random give equal crops, different ones not."""
 
     def run(state):

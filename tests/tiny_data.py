@@ -6,9 +6,11 @@ which starts from it knows nothing of them.
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import sys
 import traceback
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +159,17 @@ def run_tool(name, *args, cwd, source=None, timeout=1200):
         process.kill()
         process.join()
     return SimpleNamespace(code=process.exitcode, output=log.read_text())
+
+
+@contextmanager
+def files_up_to(size):
+    """Larger files cannot be written, as on a full disk (errno EFBIG)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run_convert(*args, cwd):

@@ -7,7 +7,7 @@ train_dataloader = dict(
     batch_size=16,
     num_workers=8,
     persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
+    sampler=dict(type='mmdet_efficientdet.SeededSampler'),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,

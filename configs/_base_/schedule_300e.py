@@ -42,9 +42,11 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', interval=10, max_keep_ckpts=3,
+        type='mmdet_efficientdet.SafeCheckpointHook',
+        interval=10,
+        max_keep_ckpts=3,
         save_best='auto'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
+    sampler_seed=dict(type='mmdet_efficientdet.SeedHook'),
     visualization=dict(type='DetVisualizationHook'),
     # Official averages: decay min(0.9998, (1 + n) / (10 + n)), norms included
     ema=dict(
@@ -59,8 +61,7 @@ default_hooks = dict(
     class_check=dict(type='mmdet_efficientdet.ClassCheckHook'),
     # Off: --cfg-options default_hooks.preflight.enabled=False
     preflight=dict(type='mmdet_efficientdet.PreflightHook'),
-    class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'),
-    plain_checkpoint=dict(type='mmdet_efficientdet.PlainCheckpointHook'))
+    class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'))
 
 env_cfg = dict(
     cudnn_benchmark=False,

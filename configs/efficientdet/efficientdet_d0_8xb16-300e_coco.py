@@ -54,6 +54,7 @@ model = dict(
         max_per_img=100))
 
 train_pipeline = [
+    dict(type='mmdet_efficientdet.SeedTransforms'),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomFlip', prob=0.5),

@@ -18,6 +18,7 @@ model = dict(
     test_cfg=dict(max_per_img=300))
 
 train_pipeline = [
+    dict(type='mmdet_efficientdet.SeedTransforms'),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
@@ -45,7 +46,7 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
-    sampler=dict(type='InfiniteSampler'),
+    sampler=dict(infinite=True),
     dataset=dict(
         data_root=data_root,
         ann_file='train.json',
@@ -65,7 +66,7 @@ test_evaluator = val_evaluator
 max_iters = 1000
 train_cfg = dict(
     _delete_=True,
-    type='IterBasedTrainLoop',
+    type='mmdet_efficientdet.SeededIterBasedTrainLoop',
     max_iters=max_iters,
     val_interval=max_iters)
 # Steps as large as neck and head need would destroy the pretrained backbone.

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..checkpoints import StrictLoading
 from ..registry import MODELS
 from .layers import freeze_statistics
+from .loss_guard import check_finite
 
 # All that depends on the classes; what stands before it serves them together.
 CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'
@@ -65,6 +66,16 @@ class EfficientDet(StrictLoading, SingleStageDetector):
                 f'must be at least {MIN_INPUT}. Pad the images '
                 '(data_preprocessor.pad_size_divisor) or enlarge image_size')
         return super().extract_feat(batch_inputs)
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict:
+        """Returns the losses, all of them finite.
+
+        Raises:
+            NonFiniteLossError: If one is not, with the images of the batch.
+        """
+        losses = super().loss(batch_inputs, batch_data_samples)
+        check_finite(losses, self, batch_inputs, batch_data_samples)
+        return losses
 
     def explain_mismatch(self, shapes: dict) -> str:
         """Says it plainly when only the number of classes differs.

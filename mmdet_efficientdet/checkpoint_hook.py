@@ -1,0 +1,128 @@
+"""Checkpoints that survive: whole or not there, and data only."""
+import os.path as osp
+from collections import deque
+from pathlib import Path
+
+from mmengine.dist import is_main_process, master_only
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import HistoryBuffer
+
+from .files import TEMPORARY, AtomicBackend, plain_data
+from .registry import HOOKS
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """Writes checkpoints in an order that never leaves a run without one.
+
+    First the new file, under a temporary name, then ``last_checkpoint``,
+    which ``--resume`` reads, and only then the old files are removed; the
+    host goes the other way. So it is with the best checkpoint. A full disk
+    keeps the last good checkpoint. For an ``out_dir`` that is not a local
+    one, files are written as its backend does.
+
+    The files hold data only, no Python objects: mmengine stores its log
+    history as pickled objects and some numbers as NumPy scalars, for which
+    torch >= 2.6 refuses the file, and allowing them means allowing
+    ``getattr``. Here they are stored as lists and numbers, and the history is
+    restored when the run is resumed, so that every checkpoint loads with
+    ``weights_only=True`` in every tool.
+
+    Args:
+        kwargs: As of the host's ``CheckpointHook``.
+    """
+
+    def before_train(self, runner) -> None:
+        """Removes what an interrupted run has left half written."""
+        backend = get_file_backend(self.out_dir or runner.work_dir)
+        self._last = osp.join(runner.work_dir, 'last_checkpoint')
+        if (self.backend_args is None and self.file_client_args is None
+                and type(backend) is LocalBackend):
+            self.backend_args = dict(
+                backend='mmdet_efficientdet.atomic',
+                last_checkpoint=self._last)
+        super().before_train(runner)
+        self._remove_half_written(runner)
+        # For messages of others; resumed=False keeps it out of checkpoints.
+        runner.message_hub.update_info(
+            'work_dir', runner.work_dir, resumed=False)
+        every = self.interval
+        if self.by_epoch:
+            every *= len(runner.train_dataloader)
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if every > 0 and every % counts:
+            runner.logger.warning(
+                f'A checkpoint every {every} iterations, but a step of the '
+                f'optimizer every {counts}: gradients that are not complete '
+                'are lost when such a checkpoint is resumed. Take a multiple '
+                f'of {counts}')
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Replaces objects by plain data.
+
+        Raises:
+            RuntimeError: If a weight is not finite. A file of such weights
+                would take the place of a good one.
+        """
+        for name, tensor in checkpoint['state_dict'].items():
+            if not tensor.isfinite().all():
+                raise RuntimeError(
+                    f'{name} is not finite, so this checkpoint is not saved. '
+                    'Lower the learning rate, then go on from the last good '
+                    f'checkpoint with --resume; {self._last} names it')
+        for key in ('meta', 'message_hub'):
+            checkpoint[key] = plain_data(checkpoint[key])
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Puts the history's objects back."""
+        scalars = checkpoint.get('message_hub', {}).get('log_scalars', {})
+        for name, value in scalars.items():
+            if isinstance(value, dict):
+                scalars[name] = HistoryBuffer(**value)
+
+    @master_only
+    def _remove_half_written(self, runner) -> None:
+        for path in (*Path(self.out_dir).glob(f'*.pth{TEMPORARY}'),
+                     Path(self._last + TEMPORARY)):
+            path.unlink(missing_ok=True)
+
+    def _save_checkpoint_with_step(self, runner, step: int,
+                                   meta: dict) -> None:
+        ids, hub = [], runner.message_hub
+        if self.max_keep_ckpts > 0:
+            # The file lists those that it makes outdated, too: if they are
+            # still there when it is resumed, the host removes them.
+            ids = [i for i in self.keep_ckpt_ids if i != step] + [step]
+            hub.update_info('keep_ckpt_ids', ids)
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args)
+        if is_main_process():
+            AtomicBackend(self._last).put_text(self.last_ckpt, self._last)
+        if ids:
+            self.keep_ckpt_ids = deque(ids, self.max_keep_ckpts)
+            if is_main_process():
+                for i in ids[:-self.max_keep_ckpts]:
+                    self.file_backend.remove(
+                        self.file_backend.join_path(
+                            self.out_dir, self.filename_tmpl.format(i)))
+        self._clean()
+
+    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self._clean()
+
+    def _clean(self) -> None:
+        if isinstance(self.file_backend, AtomicBackend):
+            self.file_backend.clean()

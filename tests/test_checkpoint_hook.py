@@ -1,0 +1,227 @@
+"""Checkpoints are whole or not there, and a run is never without one."""
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from tiny_data import LITE0, files_up_to
+
+from mmdet_efficientdet.files import AtomicBackend, write_file
+
+
+class Toy(BaseModel):
+    """A model of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, inputs, mode):
+        if mode == 'predict':
+            return [inputs]
+        return dict(loss=(self.layer(inputs) - 3).square().mean())
+
+
+class Scores(BaseMetric):
+    """Scores that are known beforehand, one for each validation."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = list(scores)
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return dict(mAP=self.scores.pop(0))
+
+
+class Watch(Hook):
+    """Keeps the weights of every step."""
+    priority = 'HIGHEST'
+
+    def __init__(self):
+        self.weights = []
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        self.weights.append(runner.model.layer.weight.detach().clone())
+
+
+def toy_runner(folder, scores, **hooks):
+    """A training of one epoch for each score, with the shipped hooks."""
+    shipped = Config.fromfile(LITE0).default_hooks
+    shipped.checkpoint.interval = 1
+    loader = dict(
+        dataset=[dict(inputs=torch.ones(1) * i) for i in range(3)],
+        sampler=dict(type='mmdet_efficientdet.SeededSampler'),
+        batch_size=1,
+        num_workers=0)
+    return Runner(
+        Toy(),
+        work_dir=str(folder),
+        experiment_name=folder.name,
+        train_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
+        val_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
+        train_cfg=dict(by_epoch=True, max_epochs=len(scores)),
+        val_cfg=dict(),
+        val_evaluator=[Scores(scores)],
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+        default_hooks=dict(
+            checkpoint=dict(shipped.checkpoint, max_keep_ckpts=1),
+            ema=shipped.ema,
+            **hooks),
+        default_scope='mmdet',
+        log_level='ERROR')
+
+
+def test_never_without_a_checkpoint(tmp_path, monkeypatch):
+    """Before and after each change in the folder, all that counts loads."""
+    best_seen, checks = [], []
+
+    def check():
+        named = tmp_path / 'last_checkpoint'
+        if named.exists():
+            torch.load(named.read_text(), weights_only=True)
+        best = list(tmp_path.glob('best_*.pth'))
+        best_seen.extend(best)
+        assert bool(best) == bool(best_seen)
+        for path in best:
+            torch.load(path, weights_only=True)
+        checks.append(0)
+
+    for name in ('replace', 'remove'):
+        real = getattr(os, name)
+
+        def watched(*args, real=real):
+            check()
+            real(*args)
+            check()
+
+        monkeypatch.setattr(os, name, watched)
+    toy_runner(tmp_path, [0.5, 0.7, 0.6, 0.8]).train()
+    assert len(checks) >= 30
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == [
+        'best_mAP_epoch_4.pth', 'epoch_4.pth'
+    ]
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_best_checkpoint_is_the_average(tmp_path):
+    """Of the epoch with the best score, by the official rule of averages."""
+    watch = Watch()
+    runner = toy_runner(tmp_path, [0.5, 0.7, 0.6])
+    runner.register_hook(watch)
+    runner.train()
+    saved = torch.load(
+        tmp_path / 'best_mAP_epoch_2.pth', weights_only=True)['state_dict']
+    average = watch.weights[0]
+    for step, weight in enumerate(watch.weights[1:6]):
+        momentum = max(2e-4, 9 / (10 + step))  # of mmengine, a step late
+        average = average + momentum * (weight - average)
+    torch.testing.assert_close(saved['layer.weight'], average)
+    assert (saved['layer.weight'] - watch.weights[5]).abs() > 1e-4
+
+
+def test_early_stopping(tmp_path):
+    """By one line of default_hooks, when two validations were no better."""
+    runner = toy_runner(
+        tmp_path, [0.5, 0.6, 0.59, 0.601, 0.8, 0.9],
+        early_stopping=dict(
+            type='EarlyStoppingHook',
+            monitor='mAP',
+            min_delta=0.005,
+            patience=2))
+    runner.train()
+    assert runner.epoch == 4
+    assert (tmp_path / 'best_mAP_epoch_4.pth').is_file()
+
+
+@pytest.mark.parametrize('kind', ['epoch', 'best'])
+def test_full_disk(kind, tmp_path, monkeypatch):
+    """The error says what to do, and the last good checkpoint stays."""
+
+    def limited(path, data):
+        with files_up_to(1000 if Path(path).name == name else -1):
+            write_file(path, data)
+
+    name = dict(epoch='epoch_2.pth', best='best_mAP_epoch_2.pth')[kind]
+    monkeypatch.setattr('mmdet_efficientdet.files.write_file', limited)
+    runner = toy_runner(tmp_path, [0.5, 0.6])
+    with pytest.raises(OSError, match=name) as info:
+        runner.train()
+    assert info.value.errno == errno.EFBIG
+    good = 'epoch_1.pth' if kind == 'epoch' else 'epoch_2.pth'
+    for part in ('MB) could not be written', 'MB are free', '--resume',
+                 f'The last good checkpoint is {tmp_path / good}. ',
+                 'max_keep_ckpts'):
+        assert part in str(info.value)
+    assert not list(tmp_path.glob(f'{name}*'))
+    for path in (tmp_path / good, tmp_path / 'best_mAP_epoch_1.pth'):
+        torch.load(path, weights_only=True)
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / good)
+
+
+def test_write_file(tmp_path):
+    """New contents come at once; an error leaves the old ones alone."""
+    path = tmp_path / 'new' / 'file'
+    write_file(path, b'one')
+    with files_up_to(1), pytest.raises(OSError):
+        write_file(path, b'two')
+    assert path.read_bytes() == b'one'
+    assert [p.name for p in path.parent.iterdir()] == ['file']
+    with pytest.raises(PermissionError, match='denied'):  # not a full disk
+        raise_from_put(tmp_path)
+
+
+def raise_from_put(tmp_path):
+    backend = AtomicBackend(str(tmp_path / 'last_checkpoint'))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def denied(*args):
+            raise PermissionError(errno.EACCES, 'denied')
+
+        patch.setattr('mmdet_efficientdet.files.write_file', denied)
+        backend.put(b'data', str(tmp_path / 'file'))
+
+
+def test_spoilt_weights_are_not_saved(tmp_path):
+    """They would take the place of a good checkpoint."""
+
+    class Spoil(Hook):
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            if runner.iter == 4:
+                runner.model.layer.bias.data.fill_(float('nan'))
+
+    runner = toy_runner(tmp_path, [0.5, 0.6])
+    runner.register_hook(Spoil())
+    with pytest.raises(RuntimeError, match='is not finite, so') as info:
+        runner.train()
+    assert str(tmp_path / 'last_checkpoint') in str(info.value)
+    assert (tmp_path / 'last_checkpoint').read_text().endswith('epoch_1.pth')
+    assert (tmp_path / 'epoch_1.pth').is_file()
+
+
+def test_half_written_files_are_removed(tmp_path):
+    """By the next start; files of others stay."""
+    for name in ('epoch_9.pth.tmp', 'last_checkpoint.tmp', 'mine.tmp'):
+        (tmp_path / name).write_text('half')
+    toy_runner(tmp_path, [0.5]).train()
+    assert [p.name for p in tmp_path.glob('*.tmp')] == ['mine.tmp']
+
+
+@pytest.mark.parametrize('counts, warns', [(2, True), (3, False)])
+def test_accumulation_between_checkpoints(counts, warns, tmp_path):
+    """Three steps an epoch: an update every two does not fit."""
+    runner = toy_runner(tmp_path, [0.5])
+    runner.optim_wrapper['accumulative_counts'] = counts
+    messages = []
+    runner.logger.warning = messages.append
+    runner.train()
+    assert any('Take a multiple of 2' in m for m in messages) == warns
