@@ -41,10 +41,10 @@ def verdict(findings: Sequence[Finding]) -> str:
     """The last line of a report."""
     errors = sum(finding.error for finding in findings)
     if errors:
-        return (f'VERDICT: this training will fail ({errors} errors, '
-                f'{len(findings) - errors} warnings)')
+        return (f'VERDICT: this training will fail (errors: {errors}, '
+                f'warnings: {len(findings) - errors})')
     if findings:
-        return f'VERDICT: it can train, with {len(findings)} warnings'
+        return f'VERDICT: it can train (warnings: {len(findings)})'
     return 'VERDICT: nothing was found'
 
 

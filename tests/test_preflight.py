@@ -222,7 +222,7 @@ def test_fault_is_found_alone(name, sound, tmp_path, capsys):
     assert status == (level == 'ERROR')
     last = text.splitlines()[-1]
     assert last.startswith('VERDICT: this training will fail' if status else
-                           'VERDICT: it can train, with 1 warnings')
+                           'VERDICT: it can train (warnings: 1)')
 
 
 def test_no_false_alarm_and_the_picture(sound, tmp_path, capsys):
