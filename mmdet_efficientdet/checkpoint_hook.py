@@ -3,7 +3,9 @@ import os.path as osp
 from collections import deque
 from pathlib import Path
 
-from mmengine.dist import is_main_process, master_only
+import torch
+from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
+                           is_main_process, master_only)
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
@@ -59,18 +61,7 @@ class SafeCheckpointHook(CheckpointHook):
                 f'of {counts}')
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Replaces objects by plain data.
-
-        Raises:
-            RuntimeError: If a weight is not finite. A file of such weights
-                would take the place of a good one.
-        """
-        for name, tensor in checkpoint['state_dict'].items():
-            if not tensor.isfinite().all():
-                raise RuntimeError(
-                    f'{name} is not finite, so this checkpoint is not saved. '
-                    'Lower the learning rate, then go on from the last good '
-                    f'checkpoint with --resume; {self._last} names it')
+        """Replaces objects by plain data."""
         for key in ('meta', 'message_hub'):
             checkpoint[key] = plain_data(checkpoint[key])
 
@@ -89,6 +80,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner, step: int,
                                    meta: dict) -> None:
+        self._check_finite(runner)
         ids, hub = [], runner.message_hub
         if self.max_keep_ckpts > 0:
             # The file lists those that it makes outdated, too: if they are
@@ -98,16 +90,23 @@ class SafeCheckpointHook(CheckpointHook):
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         hub.update_info('last_ckpt', self.last_ckpt)
-        runner.save_checkpoint(
-            self.out_dir,
-            name,
-            self.file_client_args,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
-            by_epoch=self.by_epoch,
-            backend_args=self.backend_args,
-            **self.args)
+        failure = [None]
+        try:
+            runner.save_checkpoint(
+                self.out_dir,
+                name,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args)
+        except OSError as error:
+            failure = [error]
+        broadcast_object_list(failure)  # the others would wait for the first
+        if failure[0] is not None:
+            raise failure[0]
         if is_main_process():
             AtomicBackend(self._last).put_text(self.last_ckpt, self._last)
         if ids:
@@ -118,6 +117,23 @@ class SafeCheckpointHook(CheckpointHook):
                         self.file_backend.join_path(
                             self.out_dir, self.filename_tmpl.format(i)))
         self._clean()
+
+    def _check_finite(self, runner) -> None:
+        """Keeps weights that are not finite from taking a good one's place.
+
+        Raises:
+            RuntimeError: On all ranks, if one of any rank is not finite.
+        """
+        weights = runner.model.state_dict()
+        spoilt = [n for n, t in weights.items() if not t.isfinite().all()]
+        count = torch.tensor(len(spoilt), device=get_comm_device())
+        all_reduce(count)
+        if count:
+            raise RuntimeError(
+                f'weights are not finite ({", ".join(spoilt[:3])}, ...), so '
+                'this checkpoint is not saved. Lower the learning rate, then '
+                'go on from the last good checkpoint with --resume; '
+                f'{self._last} names it')
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
         super()._save_best_checkpoint(runner, metrics)

@@ -11,7 +11,9 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from tiny_data import LITE0, files_up_to
+from torch.multiprocessing import start_processes
 
+import mmdet_efficientdet.files
 from mmdet_efficientdet.files import AtomicBackend, write_file
 
 
@@ -190,22 +192,52 @@ def raise_from_put(tmp_path):
         backend.put(b'data', str(tmp_path / 'file'))
 
 
+class Spoil(Hook):
+    """Spoils the weights in the second epoch."""
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.epoch == 1:
+            runner.model.layer.bias.data.fill_(float('nan'))
+
+
 def test_spoilt_weights_are_not_saved(tmp_path):
     """They would take the place of a good checkpoint."""
-
-    class Spoil(Hook):
-
-        def after_train_iter(self, runner, *args, **kwargs):
-            if runner.iter == 4:
-                runner.model.layer.bias.data.fill_(float('nan'))
-
     runner = toy_runner(tmp_path, [0.5, 0.6])
     runner.register_hook(Spoil())
-    with pytest.raises(RuntimeError, match='is not finite, so') as info:
+    with pytest.raises(RuntimeError, match='not finite .*layer.bias') as info:
         runner.train()
     assert str(tmp_path / 'last_checkpoint') in str(info.value)
     assert (tmp_path / 'last_checkpoint').read_text().endswith('epoch_1.pth')
     assert (tmp_path / 'epoch_1.pth').is_file()
+
+
+def _rank(rank, folder, fault):
+    torch.distributed.init_process_group(
+        'gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    runner = toy_runner(folder, [0.5, 0.6])
+    if fault == 'disk':
+
+        def full(path, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        mmdet_efficientdet.files.write_file = full
+    elif rank == 1:  # whose weights are not those that are saved
+        runner.register_hook(Spoil())
+    try:
+        runner.train()
+    except (OSError, RuntimeError) as error:
+        (folder / f'{rank}.txt').write_text(str(error))
+
+
+@pytest.mark.parametrize('fault, message', [
+    ('disk', 'could not be written'),
+    ('weights', 'weights are not finite'),
+])
+def test_all_ranks_stop(fault, message, tmp_path):
+    """None waits for a rank that has raised."""
+    start_processes(_rank, (tmp_path, fault), nprocs=2, start_method='fork')
+    for rank in (0, 1):
+        assert message in (tmp_path / f'{rank}.txt').read_text()
 
 
 def test_half_written_files_are_removed(tmp_path):
