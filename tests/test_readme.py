@@ -1,7 +1,10 @@
 """The README says what the code does."""
+import re
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
+from tiny_data import CONFIGS
 
 from mmdet_efficientdet.scaling import SCALING
 
@@ -45,9 +48,28 @@ def test_parameters(name, build_detector):
     assert table_rows()[name][-1] == f'{count:,}'
 
 
-def test_named_files_exist():
-    text = (ROOT / 'README.md').read_text()
-    for link in text.split('](')[1:]:
-        target = link.split(')')[0]
+@pytest.mark.parametrize('path', ['README.md', 'docs/training.md'])
+def test_named_files_exist(path):
+    path = ROOT / path
+    for link in path.read_text().split('](')[1:]:
+        target = link.split(')')[0].split('#')[0]
         if not target.startswith('http'):
-            assert (ROOT / target).exists(), target
+            assert (path.parent / target).exists(), target
+
+
+def test_recipes_are_those_of_the_configs():
+    """Batch, rate, jitter and epochs of the table of recipes."""
+    text = (ROOT / 'docs' / 'training.md').read_text()
+    rows = re.findall(r'^\| `(\S+)` \|.*', text, re.M)
+    found = re.findall(
+        r'^\| `(\S+)` \| .* \| (\d+) \| ([\d.]+) \| .* \| '
+        r'([\d.]+)–([\d.]+) \| ([\d, ]+) \|$', text, re.M)
+    assert len(found) == len(rows) == 4
+    for name, batch, rate, low, high, epochs in found:
+        config = Config.fromfile(CONFIGS /
+                                 f'{name.replace("<size>", "d0")}.py')
+        assert config.auto_scale_lr.base_batch_size == int(batch)
+        assert config.optim_wrapper.optimizer.lr == float(rate)
+        crop = config.train_dataloader.dataset.pipeline[-2]
+        assert crop.ratio_range == (float(low), float(high))
+        assert config.train_cfg.max_epochs == int(epochs.split(',')[0])
