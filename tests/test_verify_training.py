@@ -35,7 +35,7 @@ def test_batches(batches):
     assert [len(x.bboxes) for x in truth] == [0, 1, 1, 2, 2, 3]
     boxes = torch.cat([x.bboxes for x in truth])
     assert boxes.min() >= 0 and boxes.max() <= 64
-    assert (boxes[:, 2:] - boxes[:, :2]).min() >= 7.99
+    assert (boxes[:, 2:] - boxes[:, :2]).min() >= 8
     # The schedule: warm-up from a twentieth, then half a cosine.
     assert learning_rates(20,
                           1.0)[:3] == pytest.approx([0.05, 0.525, 0.9755283])

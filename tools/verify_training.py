@@ -74,7 +74,8 @@ def drawn_batches(side, batch_size, steps):
         samples = []
         for num, image in enumerate(images, step):
             sides = 8 * (side / 16)**draw.uniform(size=(num % 4, 2))
-            start = draw.uniform(0, side - sides)
+            sides = sides.round()  # so that some targets are exactly zero
+            start = draw.uniform(0, side - sides).round()
             boxes = np.concatenate([start, start + sides], 1)
             labels = draw.integers(NUM_CLASSES, size=len(boxes))
             for (x1, y1, x2, y2), label in zip(boxes.astype(int), labels):
