@@ -197,7 +197,7 @@ def verify(size, batches, num_classes, peak, ways=WAYS):
         start = as_effdet(ours.state_dict(), size)
         bench = build_bench(size, side, start, num_classes, way)
         bench.model.to(dtype)  # anchors and targets are single in both
-        key = rate, dtype, cfg.model.backbone.get('drop_path_rate', 0.0)
+        key = rate, dtype, way == DROP_PATH
         if key not in trained:
             losses = train_ours(ours.to(dtype), data, rates, cfg.optim_wrapper)
             trained[key] = losses, as_effdet(ours.state_dict(), size)
@@ -254,7 +254,9 @@ def draw(found, path):
     top.legend()
     bottom.axhline(BOUND, color='black', lw=0.5)
     bottom.set(xlabel='step', ylabel='relative difference of the sum')
-    bottom.legend([*found, 'bound for the first'])
+    bottom.legend([*found, 'bound for the first'],
+                  loc='upper left',
+                  bbox_to_anchor=(0, -0.15))
     figure.savefig(path, bbox_inches='tight')
 
 
