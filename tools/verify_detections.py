@@ -41,10 +41,12 @@ def is_equal(step):
             and step['pixels'] < 0.01)
 
 
-def load(checkpoint, size):
-    """The weights of a checkpoint of ours for effdet's network."""
-    state_dict = torch.load(checkpoint, 'cpu', weights_only=True)['state_dict']
-    own = {k: v for k, v in state_dict.items() if 'num_batches' not in k}
+def as_effdet(state_dict, size):
+    """Copies of our weights and statistics for effdet's network."""
+    own = {
+        key: value.clone()
+        for key, value in state_dict.items() if 'num_batches' not in key
+    }
     layout, = (layout for layout in LAYOUTS if layout.title == 'effdet')
     row = SCALING[size]
     return in_layout(own, layout, row.backbone, row.num_levels)
@@ -126,7 +128,12 @@ def compare(size, path, checkpoint=None, side=None):
         dict: Step to what :func:`agreement` gives; the first is the one
         without a difference.
     """
-    weights = load(checkpoint, size) if checkpoint else random_weights(size)
+    if checkpoint:
+        weights = as_effdet(
+            torch.load(checkpoint, 'cpu', weights_only=True)['state_dict'],
+            size)
+    else:
+        weights = random_weights(size)
     num_classes = len(weights['class_net.predict.conv_pw.bias']) // 9
     ours = our_network(weights, size, num_classes, side)
     inputs = []
