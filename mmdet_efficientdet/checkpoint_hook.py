@@ -1,6 +1,7 @@
 """Checkpoints that survive: whole or not there, and data only."""
 import os.path as osp
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,9 +10,26 @@ from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import EpochBasedTrainLoop
 
 from .files import TEMPORARY, AtomicBackend, plain_data
 from .registry import HOOKS
+
+
+@contextmanager
+def _together():
+    """Raises on all ranks what writing files raises on the first.
+
+    The others write nothing, and would wait for it.
+    """
+    failure = [None]
+    try:
+        yield
+    except OSError as error:
+        failure = [error]
+    broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 @HOOKS.register_module()
@@ -34,6 +52,8 @@ class SafeCheckpointHook(CheckpointHook):
     Args:
         kwargs: As of the host's ``CheckpointHook``.
     """
+
+    _best_first = False  # while the best checkpoint is being saved
 
     def before_train(self, runner) -> None:
         """Removes what an interrupted run has left half written."""
@@ -59,6 +79,28 @@ class SafeCheckpointHook(CheckpointHook):
                 f'optimizer every {counts}: gradients that are not complete '
                 'are lost when such a checkpoint is resumed. Take a multiple '
                 f'of {counts}')
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        if by_epoch and not self.by_epoch:
+            runner.logger.warning(
+                'A loop by epochs goes on at the begin of an epoch, so that '
+                'checkpoints by iterations are not exact. Remove '
+                'default_hooks.checkpoint.by_epoch=False')
+        self._validate_again(runner, by_epoch)
+
+    @staticmethod
+    def _validate_again(runner, by_epoch: bool) -> None:
+        """Makes up for a validation before which the run was interrupted.
+
+        Which it was nobody knows, since checkpoints are saved before their
+        validation. Once more does no harm.
+        """
+        loop = runner.train_loop
+        done, end = (loop.epoch,
+                     loop.max_epochs) if by_epoch else (loop.iter,
+                                                        loop.max_iters)
+        if (runner.val_loop is not None and done > 0 and done >= loop.val_begin
+                and (done % loop.val_interval == 0 or done == end)):
+            runner.val_loop.run()
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Replaces objects by plain data."""
@@ -80,6 +122,9 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner, step: int,
                                    meta: dict) -> None:
+        if self._best_first:
+            self._afterwards = (step, meta)
+            return
         self._check_finite(runner)
         ids, hub = [], runner.message_hub
         if self.max_keep_ckpts > 0:
@@ -90,8 +135,7 @@ class SafeCheckpointHook(CheckpointHook):
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         hub.update_info('last_ckpt', self.last_ckpt)
-        failure = [None]
-        try:
+        with _together():
             runner.save_checkpoint(
                 self.out_dir,
                 name,
@@ -102,20 +146,30 @@ class SafeCheckpointHook(CheckpointHook):
                 by_epoch=self.by_epoch,
                 backend_args=self.backend_args,
                 **self.args)
-        except OSError as error:
-            failure = [error]
-        broadcast_object_list(failure)  # the others would wait for the first
-        if failure[0] is not None:
-            raise failure[0]
-        if is_main_process():
-            AtomicBackend(self._last).put_text(self.last_ckpt, self._last)
+            if is_main_process():
+                AtomicBackend(self._last).put_text(self.last_ckpt, self._last)
         if ids:
             self.keep_ckpt_ids = deque(ids, self.max_keep_ckpts)
             if is_main_process():
                 for i in ids[:-self.max_keep_ckpts]:
-                    self.file_backend.remove(
-                        self.file_backend.join_path(
-                            self.out_dir, self.filename_tmpl.format(i)))
+                    path = self.file_backend.join_path(
+                        self.out_dir, self.filename_tmpl.format(i))
+                    if self.file_backend.isfile(path):
+                        self.file_backend.remove(path)
+        self._clean()
+
+    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        self._check_finite(runner)
+        # The host saves the last checkpoint again from within, on all ranks;
+        # the first may have failed by then.
+        self._best_first, self._afterwards = True, None
+        try:
+            with _together():
+                super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self._best_first = False
+        if self._afterwards:
+            self._save_checkpoint_with_step(runner, *self._afterwards)
         self._clean()
 
     def _check_finite(self, runner) -> None:
@@ -134,10 +188,6 @@ class SafeCheckpointHook(CheckpointHook):
                 'this checkpoint is not saved. Lower the learning rate, then '
                 'go on from the last good checkpoint with --resume; '
                 f'{self._last} names it')
-
-    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
-        super()._save_best_checkpoint(runner, metrics)
-        self._clean()
 
     def _clean(self) -> None:
         if isinstance(self.file_backend, AtomicBackend):

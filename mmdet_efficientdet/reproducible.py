@@ -13,12 +13,13 @@ from typing import Iterator, Optional, Sized
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine.dataset import ClassBalancedDataset
+from mmdet.datasets import MultiImageMixDataset
+from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmengine.dist import (broadcast_object_list, get_dist_info, get_rank,
                            sync_random_seed)
 from mmengine.hooks import DistSamplerSeedHook
 from mmengine.runner import IterBasedTrainLoop
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from .registry import DATA_SAMPLERS, HOOKS, LOOPS, TRANSFORMS
 
@@ -153,6 +154,7 @@ class SeedHook(DistSamplerSeedHook):
         found = list(_unseeded(loader.dataset))
         if isinstance(sampler, SeededSampler):
             sampler.seed = self.seed
+            found += _unsuited(runner.train_loop, loader.batch_sampler)
         else:
             found.append(
                 f'the sampler {type(sampler).__name__} (write '
@@ -170,20 +172,37 @@ class SeedHook(DistSamplerSeedHook):
         seed_generators(STEP, self.seed, get_rank(), runner.iter)
 
 
+def _unsuited(loop, batch_sampler) -> Iterator[str]:
+    """What in a loop does not go on where it was."""
+    infinite = batch_sampler.sampler.infinite
+    if not isinstance(loop, IterBasedTrainLoop):
+        if infinite:
+            raise ValueError('an epoch has no end with sampler=dict(infinite='
+                             'True); remove it, or count iterations')
+    elif not (infinite and isinstance(loop, SeededIterBasedTrainLoop)):
+        yield ("a loop that reads ahead (write train_cfg=dict(type="
+               "'mmdet_efficientdet.SeededIterBasedTrainLoop', ...) and "
+               'sampler=dict(infinite=True))')
+    elif type(batch_sampler) is not BatchSampler:
+        yield (f'{type(batch_sampler).__name__}, which remembers images of '
+               'the past')
+
+
 def _unseeded(dataset) -> Iterator[str]:
     """What in a dataset draws random numbers of its own."""
-    if isinstance(dataset, ClassBalancedDataset):
-        yield 'ClassBalancedDataset, which does not pass the position on'
-    elif hasattr(dataset, 'datasets'):
-        for part in dataset.datasets:
+    pipeline = getattr(dataset, 'pipeline', [])
+    pipeline = getattr(pipeline, 'transforms', pipeline)
+    if any(isinstance(t, SeedTransforms) for t in pipeline):
+        return
+    if hasattr(dataset, 'datasets') or hasattr(dataset, 'dataset'):
+        if not isinstance(
+                dataset, (ConcatDataset, RepeatDataset, MultiImageMixDataset)):
+            yield f'{type(dataset).__name__}, which may lose the position'
+        for part in getattr(dataset, 'datasets', None) or [dataset.dataset]:
             yield from _unseeded(part)
-    elif hasattr(dataset, 'dataset'):
-        yield from _unseeded(dataset.dataset)
     elif hasattr(dataset, 'pipeline'):
-        transforms = dataset.pipeline.transforms
-        if not any(isinstance(t, SeedTransforms) for t in transforms):
-            yield ("a training pipeline that does not begin with dict(type="
-                   "'mmdet_efficientdet.SeedTransforms')")
+        yield ('a training pipeline that does not begin with dict(type='
+               "'mmdet_efficientdet.SeedTransforms')")
 
 
 @LOOPS.register_module()

@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there, and a run is never without one."""
 import errno
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_data import LITE0, files_up_to
 from torch.multiprocessing import start_processes
 
 import mmdet_efficientdet.files
+from mmdet_efficientdet import SafeCheckpointHook
 from mmdet_efficientdet.files import AtomicBackend, write_file
 
 
@@ -193,10 +195,13 @@ def raise_from_put(tmp_path):
 
 
 class Spoil(Hook):
-    """Spoils the weights in the second epoch."""
+    """Spoils the weights in an epoch, the second by default."""
+
+    def __init__(self, epoch=1):
+        self.epoch = epoch
 
     def after_train_iter(self, runner, *args, **kwargs):
-        if runner.epoch == 1:
+        if runner.epoch == self.epoch:
             runner.model.layer.bias.data.fill_(float('nan'))
 
 
@@ -211,17 +216,35 @@ def test_spoilt_weights_are_not_saved(tmp_path):
     assert (tmp_path / 'epoch_1.pth').is_file()
 
 
+@pytest.mark.parametrize('interval', [1, 5])
+def test_spoilt_weights_are_not_the_best(interval, tmp_path):
+    """Nor where a validation comes before the first checkpoint."""
+    runner = toy_runner(tmp_path, [0.5, 0.6])
+    hook, = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    hook.interval, hook.save_last = interval, False
+    runner.register_hook(Spoil(epoch=0))
+    with pytest.raises(RuntimeError, match='not finite'):
+        runner.train()
+    assert not list(tmp_path.glob('*.pth'))
+
+
 def _rank(rank, folder, fault):
     torch.distributed.init_process_group(
-        'gloo', f'file://{folder}/store', rank=rank, world_size=2)
+        'gloo',
+        f'file://{folder}/store',
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60))
     runner = toy_runner(folder, [0.5, 0.6])
-    if fault == 'disk':
+    write = mmdet_efficientdet.files.write_file
 
-        def full(path, data):
+    def full(path, data):
+        if Path(path).name == fault:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
 
-        mmdet_efficientdet.files.write_file = full
-    elif rank == 1:  # whose weights are not those that are saved
+    mmdet_efficientdet.files.write_file = full
+    if fault == 'weights' and rank == 1:  # those of rank 0 are saved
         runner.register_hook(Spoil())
     try:
         runner.train()
@@ -230,7 +253,9 @@ def _rank(rank, folder, fault):
 
 
 @pytest.mark.parametrize('fault, message', [
-    ('disk', 'could not be written'),
+    ('epoch_1.pth', 'epoch_1.pth (0.0 MB) could not be written'),
+    ('last_checkpoint', 'last_checkpoint (0.0 MB) could not be written'),
+    ('best_mAP_epoch_1.pth', 'best_mAP_epoch_1.pth (0.0 MB) could not'),
     ('weights', 'weights are not finite'),
 ])
 def test_all_ranks_stop(fault, message, tmp_path):
@@ -238,6 +263,37 @@ def test_all_ranks_stop(fault, message, tmp_path):
     start_processes(_rank, (tmp_path, fault), nprocs=2, start_method='fork')
     for rank in (0, 1):
         assert message in (tmp_path / f'{rank}.txt').read_text()
+
+
+def test_interrupted_validation_is_made_again(tmp_path):
+    """So that the best checkpoint is not lost."""
+
+    class Kill(Hook):
+
+        def before_val_epoch(self, runner):
+            if runner.epoch == 2:
+                raise KeyboardInterrupt
+
+    runner = toy_runner(tmp_path, [0.5, 0.9])
+    runner.register_hook(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    runner = toy_runner(tmp_path, [0.9, 0.0])
+    runner._resume = True
+    runner.train()
+    assert runner.epoch == 2
+    assert [p.name for p in tmp_path.glob('best*')] == ['best_mAP_epoch_2.pth']
+
+
+def test_iterations_of_an_epoch_are_not_exact(tmp_path):
+    """A loop by epochs cannot go on within one."""
+    runner = toy_runner(tmp_path, [0.5])
+    hook, = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    hook.by_epoch = False
+    messages = []
+    runner.logger.warning = messages.append
+    runner.train()
+    assert any('checkpoints by iterations' in m for m in messages)
 
 
 def test_half_written_files_are_removed(tmp_path):

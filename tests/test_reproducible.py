@@ -8,15 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmdet.datasets import MultiImageMixDataset
 from mmdet.registry import DATA_SAMPLERS
 from mmengine.config import Config
 from mmengine.dataset import (BaseDataset, ClassBalancedDataset, ConcatDataset,
                               RepeatDataset)
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from tiny_data import CONFIGS
+from torch.utils.data import Subset
 
-from mmdet_efficientdet.reproducible import (SampleIndex, SeededSampler,
-                                             SeedHook, SeedTransforms)
+from mmdet_efficientdet.reproducible import (SampleIndex,
+                                             SeededIterBasedTrainLoop,
+                                             SeededSampler, SeedHook,
+                                             SeedTransforms)
 
 
 def of_rank(rank, world_size, size=10, **kwargs):
@@ -152,12 +156,18 @@ def test_transforms_follow_the_position():
         assert list(islice(iter(part), 5)) == whole[4:]
 
 
-def fake_runner(dataset, sampler='mmdet_efficientdet.SeededSampler'):
+def fake_runner(dataset,
+                sampler='mmdet_efficientdet.SeededSampler',
+                loop=EpochBasedTrainLoop,
+                infinite=False,
+                batch_sampler=None):
     warnings = []
     data_loader = Runner.build_dataloader(
         dict(
             dataset=dataset,
-            sampler=dict(type=sampler),
+            sampler=dict(
+                type=sampler, **(infinite and dict(infinite=True) or {})),
+            batch_sampler=batch_sampler,
             batch_size=1,
             num_workers=0),
         seed=1)
@@ -165,6 +175,7 @@ def fake_runner(dataset, sampler='mmdet_efficientdet.SeededSampler'):
         seed=9,
         iter=0,
         train_dataloader=data_loader,
+        train_loop=loop.__new__(loop),
         warnings=warnings,
         logger=SimpleNamespace(warning=warnings.append))
 
@@ -177,13 +188,53 @@ def test_hook_hands_the_seed_on():
     assert not runner.warnings
 
 
-@pytest.mark.parametrize('case', ['balanced', 'pipeline', 'sampler'])
+@pytest.mark.parametrize('loop, infinite, batch_sampler, words', [
+    (IterBasedTrainLoop, True, None, 'reads ahead'),
+    (IterBasedTrainLoop, False, None, 'reads ahead'),
+    (SeededIterBasedTrainLoop, False, None, 'reads ahead'),
+    (SeededIterBasedTrainLoop, True, dict(type='AspectRatioBatchSampler'),
+     'AspectRatioBatchSampler'),
+    (SeededIterBasedTrainLoop, True, None, None),
+    (EpochBasedTrainLoop, False, dict(type='AspectRatioBatchSampler'), None),
+])
+def test_loops_that_are_exact(loop, infinite, batch_sampler, words):
+    """A loop that has read ahead before it is resumed is not."""
+    runner = fake_runner(
+        numbers(SeedTransforms(), draw),
+        loop=loop,
+        infinite=infinite,
+        batch_sampler=batch_sampler)
+    SeedHook().before_train(runner)
+    assert len(runner.warnings) == (words is not None)
+    assert not words or words in runner.warnings[0]
+
+
+def test_epoch_without_an_end():
+    runner = fake_runner(numbers(SeedTransforms(), draw), infinite=True)
+    with pytest.raises(ValueError, match='an epoch has no end'):
+        SeedHook().before_train(runner)
+
+
+def test_mixed_images_are_seeded():
+    """The wrapper's own pipeline may begin with the seed."""
+    data = numbers(lambda results: results)
+    for transforms, warns in (([], True), ([SeedTransforms()], False)):
+        mixed = MultiImageMixDataset(data, [])
+        mixed.pipeline = transforms
+        runner = fake_runner(mixed)
+        SeedHook().before_train(runner)
+        assert bool(runner.warnings) == warns
+
+
+@pytest.mark.parametrize('case', ['balanced', 'subset', 'pipeline', 'sampler'])
 def test_hook_warns(case):
     """Whatever cannot follow from the seed is named."""
     data = numbers(SeedTransforms(), draw)
     words, kwargs = case, {}
     if case == 'balanced':
         data, words = ClassBalancedDataset(data, 0.1), 'ClassBalancedDataset'
+    elif case == 'subset':
+        data, words = Subset(data, [2, 1]), 'Subset'
     elif case == 'pipeline':
         twice = dict(type=RepeatDataset, dataset=numbers(draw), times=2)
         data = ConcatDataset([data, twice])

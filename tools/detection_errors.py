@@ -128,6 +128,8 @@ def count_boxes(matches: np.ndarray) -> tuple:
             score.append(np.array(match['dtScores'])[counts])
             right.append(match['dtMatches'][0][counts] > 0)
     image, score, right = map(np.concatenate, (image, score, right))
+    if not len(score):  # all detections lie in crowds
+        return 1.0, np.array([0 * boxes, boxes, 0 * boxes])
     order = np.argsort(-score)
     image, score, right = image[order], score[order], right[order]
     f1 = 2 * right.cumsum() / (np.arange(len(right)) + 1 + boxes.sum())

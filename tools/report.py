@@ -83,13 +83,14 @@ def read_scalars(work_dir: Path) -> list:
     """
     records = []
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        start, last = [], 0
         # The last line is empty, or was cut off by a kill.
-        for line in file.read_text().split('\n')[:-1]:
-            record = json.loads(line)
-            # mmengine may count validations in epochs, or not at all.
+        start = [
+            json.loads(line) for line in file.read_text().split('\n')[:-1]
+        ]
+        # mmengine may count validations in epochs, or not at all.
+        last = next((r['step'] for r in start if 'loss' in r), 0)
+        for record in start:
             last = record['step'] = max(last, record['step'])
-            start.append(record)
         if start:
             first = start[0]['step']
             records = [r for r in records if r['step'] < first] + start
