@@ -16,6 +16,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 from pathlib import Path
 
@@ -87,19 +88,20 @@ def read_scalars(work_dir: Path) -> list:
         start = [
             json.loads(line) for line in file.read_text().split('\n')[:-1]
         ]
+        first = next((r['step'] for r in start if 'loss' in r), math.inf)
+        records = [r for r in records if r['step'] < first]
+        last = records[-1]['step'] if records else 0
         # mmengine may count validations in epochs, or not at all.
-        last = next((r['step'] for r in start if 'loss' in r), 0)
         for record in start:
             last = record['step'] = max(last, record['step'])
-        if start:
-            first = start[0]['step']
-            records = [r for r in records if r['step'] < first] + start
+        records += start
     if not records:
         raise ValueError(
             f'{work_dir} has no */vis_data/scalars.json with numbers. Give '
             'the --work-dir of train.py; a training writes them every '
             'default_hooks.logger.interval steps, with a LocalVisBackend')
-    return records
+    # A resumed training may make a validation again.
+    return list({(r['step'], 'loss' in r): r for r in records}.values())
 
 
 def draw_curves(records: list) -> bytes:
