@@ -159,6 +159,8 @@ class SafeCheckpointHook(CheckpointHook):
         self._clean()
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
         self._check_finite(runner)
         # The host saves the last checkpoint again from within, on all ranks;
         # the first may have failed by then.
