@@ -142,10 +142,13 @@ def test_iterations_survive(tmp_path):
         assert last(folder) == 'iter_6.pth'
         assert files(folder) == ['iter_4.pth', 'iter_6.pth']
 
-    starts = [((*STEP, 5), 2, in_a_step), (('os', 'fsync', 1), 0, in_a_file),
-              # The first time is after the validation that is made again.
-              (('mmdet_efficientdet.files:AtomicBackend', 'clean', 2), 1,
-               before_removal)]
+    starts = [
+        ((*STEP, 5), 2, in_a_step),
+        (('os', 'fsync', 1), 0, in_a_file),
+        # The first time is after the validation that is made again.
+        (('mmdet_efficientdet.files:AtomicBackend', 'clean', 2), 1,
+         before_removal)
+    ]
     _, killed = check_survival(tmp_path, BY_ITERATION, starts, 'iter_8.pth')
     assert files(killed) == ['iter_8.pth']
 
