@@ -8,7 +8,7 @@ import numpy as np
 from mmengine.fileio import get
 from mmengine.utils import ProgressBar
 
-from .hooks import check_class_names
+from .hooks import check_class_names, shorten
 from .raw_annotations import NOT_IN_FILE, Annotations
 
 MIN_BOXES = 10  # of a class, below which it cannot be learned
@@ -64,8 +64,10 @@ def check_file(data: Annotations) -> List[Finding]:
             check_class_names(data.classes, data.names, data.file)
         except ValueError as error:
             found.append(
-                Finding(True, 'class_names', 1, str(error),
-                        f'scale_config(..., classes={data.names})'))
+                Finding(
+                    True, 'class_names', 1, str(error),
+                    f'scale_config(..., classes=...) of {shorten(data.names)}'
+                ))
     strange = np.flatnonzero(data.labels == NOT_IN_FILE)
     add(True, 'category_id', [data.example(i) for i in strange],
         'boxes have a category_id that the file does not list',
@@ -100,7 +102,8 @@ def _repeated(ids: list) -> List[str]:
 def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
     """Checks the boxes of one annotation file.
 
-    A fault of a few boxes is a warning, one of more than half is an error.
+    Findings are warnings, since the other boxes can be learned from, but for
+    boxes of another format.
     """
     found = []
     total = max(1, int(data.wanted.sum()))
@@ -109,10 +112,9 @@ def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
         index = np.flatnonzero(mask & data.wanted)
         if len(index) > least * total:
             found.append(
-                Finding(
-                    len(index) > total / 2, name, len(index),
-                    f'{data.file}: {len(index)} of {total} boxes {text}', fix,
-                    tuple(data.example(i) for i in index[:3])))
+                Finding(False, name, len(index),
+                        f'{data.file}: {len(index)} of {total} boxes {text}',
+                        fix, tuple(data.example(i) for i in index[:3])))
 
     boxes, sides, limits = data.boxes, data.sides, data.limits
     over = np.maximum(-boxes[:, :2], boxes[:, 2:] - limits).max(
@@ -206,6 +208,19 @@ def check_training_set(parts: Sequence[Annotations]) -> List[Finding]:
                     'filter_empty_gt=False) learns background from them',
                     tuple(osp.basename(part.paths[i]) for i in index[:3])))
     return found
+
+
+def check_validation_set(parts: Sequence[Annotations]) -> List[Finding]:
+    """Checks that there is something to find."""
+    if not parts or any(part.usable.any() for part in parts):
+        return []
+    return [
+        Finding(
+            False, 'no_validation_boxes', 1,
+            f'{", ".join(part.file for part in parts)}: no box is left to be '
+            'found, so that AP will be -1',
+            'compare classes, ids, sizes and boxes of the file')
+    ]
 
 
 def check_overlap(train: Sequence[Annotations],

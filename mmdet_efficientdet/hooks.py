@@ -1,6 +1,7 @@
 """Hooks of the shipped configs."""
 import json
 
+from mmdet.datasets import CocoDataset
 from mmengine.fileio import get_text
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -55,6 +56,8 @@ class ClassCheckHook(Hook):
         for part in innermost(dataset):
             if not hasattr(part, 'cat_ids'):  # not of COCO's format
                 continue
+            if type(part).load_data_list is not CocoDataset.load_data_list:
+                continue  # such as Objects365, which sorts the classes
             if tuple(classes) == part.METAINFO.get('classes'):
                 if len(part.cat_ids) == len(classes):
                     continue  # COCO itself; its file is slow to read

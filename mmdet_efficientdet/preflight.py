@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .anchor_advisor import InputBoxes, Recall, best_iou, to_input
 from .dataset_checks import (Finding, check_boxes, check_file, check_overlap,
-                             check_training_set, verdict)
+                             check_training_set, check_validation_set, verdict)
 from .hooks import check_class_count, innermost
 from .models import EfficientDetHead
 from .raw_annotations import Annotations, read_annotations
@@ -42,11 +42,12 @@ def check_recipe(cfg: Config, model: nn.Module,
                 f'({num_gpus} GPUs x {batch} images x {steps} steps)',
                 f'--auto-scale-lr, or lr={lr * real / base:.3g}; if it was '
                 f'chosen for {real}, auto_scale_lr.base_batch_size={real}'))
-    group = batch * (num_gpus if cfg.get('sync_bn') else 1)
-    norms = [
-        name for name, module in model.train().named_modules()
-        if isinstance(module, _BatchNorm) and module.training
-    ]
+    norms, group = [], batch
+    for name, module in model.train().named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            norms.append(name)
+            if cfg.get('sync_bn') or isinstance(module, nn.SyncBatchNorm):
+                group = batch * num_gpus
     if norms and group < MIN_GROUP:
         found.append(
             Finding(
@@ -119,13 +120,24 @@ def check_training(cfg: Config, model: nn.Module, train: Sequence[Annotations],
                 Finding(True, 'num_classes', 1, str(error),
                         f'num_classes={len(part.classes)}'))
             continue
-        found += check_file(part) + check_boxes(part, max_per_img)
+        found += [
+            finding for finding in check_file(part)
+            if finding.name != 'iscrowd' or _reads_file(cfg)
+        ] + check_boxes(part, max_per_img)
     if not any(finding.error for finding in found):
-        found += check_training_set(train)
+        found += check_training_set(train) + check_validation_set(val)
         if isinstance(head, EfficientDetHead):
             found += check_anchors(head, input_boxes(cfg, train))
     found += check_overlap(train, val)
     return list(dict.fromkeys(found))  # a file may stand in both
+
+
+def _reads_file(cfg: Config) -> bool:
+    """Whether validation reads an annotation file of COCO by itself."""
+    evaluators = cfg.get('val_evaluator') or []
+    if isinstance(evaluators, dict):
+        evaluators = [evaluators]
+    return any(evaluator.get('ann_file') for evaluator in evaluators)
 
 
 def read_all(dataset) -> List[Annotations]:

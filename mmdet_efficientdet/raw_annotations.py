@@ -1,6 +1,7 @@
 """Annotation files as arrays, with what MMDetection would drop silently."""
 import os.path as osp
 from dataclasses import dataclass
+from numbers import Real
 from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -95,12 +96,13 @@ def read_annotations(dataset) -> Optional[Annotations]:
         dataset (BaseDetDataset): A ``CocoDataset`` or ``XMLDataset``.
 
     Returns:
-        Annotations: None for other formats.
+        Annotations: None for other formats, such as those of LVIS and
+        Objects365, which read a COCO file in a way of their own.
     """
-    if isinstance(dataset, CocoDataset):
-        return _read_coco(dataset)
-    if isinstance(dataset, XMLDataset):
-        return _read_xml(dataset)
+    for kind, read in ((CocoDataset, _read_coco), (XMLDataset, _read_xml)):
+        if (isinstance(dataset, kind)
+                and type(dataset).load_data_list is kind.load_data_list):
+            return read(dataset)
     return None
 
 
@@ -179,17 +181,21 @@ def _array(rows: list, width: int) -> np.ndarray:
 def _complete(entries: List[dict], fields: Tuple[str, ...],
               kind: str) -> Tuple[List[dict], List[str]]:
     """The entries with all fields, and a message for each of the others."""
-    needed = set(fields)
-    good = [
-        entry for entry in entries
-        if needed <= entry.keys() and len(entry.get('bbox', '1234')) == 4
-    ]
-    if len(good) == len(entries):
-        return good, []
-    bad = [
-        f'{kind} {entry.get("id", "without id")}: '
-        f'{", ".join(sorted(needed - entry.keys())) or "bbox of 4 numbers"}'
-        for entry in entries
-        if not (needed <= entry.keys() and len(entry.get('bbox', '1234')) == 4)
-    ]
+    good, bad = [], []
+    for entry in entries:
+        wrong = [
+            field for field in fields
+            if field not in entry or not _is_sound(field, entry[field])
+        ]
+        if wrong:
+            bad.append(f'{kind} {entry.get("id", "without id")}: '
+                       f'{", ".join(wrong)}')
+        else:
+            good.append(entry)
     return good, bad
+
+
+def _is_sound(field: str, value) -> bool:
+    if field == 'bbox':
+        return len(value) == 4 and all(isinstance(n, Real) for n in value)
+    return field not in ('height', 'width', 'area') or isinstance(value, Real)

@@ -18,7 +18,7 @@ from mmdet_efficientdet import AnchorGenerator
 from mmdet_efficientdet.anchor_advisor import (InputBoxes, Recall, advise,
                                                best_iou, recall_table, snippet,
                                                to_input)
-from mmdet_efficientdet.preflight import PreflightHook
+from mmdet_efficientdet.preflight import PreflightHook, check_recipe, read_all
 
 COPIES = 6  # of the tiny images, for ten boxes of each class
 EXTRA = '''
@@ -158,6 +158,16 @@ def no_annotations(train, val, root):
     train['annotations'] = []
 
 
+def no_validation(train, val, root):
+    val['annotations'] = []
+
+
+def close_ups(train, val, root):
+    for item in train['annotations']:
+        item['bbox'] = [0, 0, 128, 128]
+    train['images'] = [dict(i, width=128, height=128) for i in train['images']]
+
+
 def no_picture(train, val, root):
     (root / 'val' / '000003.jpg').write_text('no picture')
 
@@ -180,6 +190,7 @@ FAULTS = dict(
     inverted=(bbox(60, 50, -50, -40), 'WARNING', '(60, 50, 10, 10)'),
     outside=(bbox(90, 10, 50, 40), 'WARNING', '(90, 10, 140, 50)'),
     huge=(cover_image, 'WARNING', '2 of 54 boxes'),
+    no_validation_boxes=(no_validation, 'WARNING', 'val.json: no box'),
     duplicate=(twice, 'WARNING', 'annotation 9999'),
     box_format=(corners, 'ERROR', 'x1, y1, width, height'),
     max_per_img=(crowded, 'WARNING', '0_000001.jpg: 102 boxes'),
@@ -223,6 +234,74 @@ def test_fault_is_found_alone(name, sound, tmp_path, capsys):
     last = text.splitlines()[-1]
     assert last.startswith('VERDICT: this training will fail' if status else
                            'VERDICT: it can train (warnings: 1)')
+
+
+@pytest.mark.parametrize('fault, name, words', [
+    (entry('width', None, kind='images'), 'fields', 'image 1: width'),
+    (entry('area', 'large'), 'fields', 'annotation 1: area'),
+    (entry('bbox', [1, 2, '3', 4]), 'fields', 'annotation 1: bbox'),
+    (entry('bbox', [1, 2, 3]), 'fields', 'annotation 1: bbox'),
+])
+def test_fields_that_are_no_numbers(fault, name, words, sound, tmp_path,
+                                    capsys):
+    config = write_broken(sound, tmp_path, fault)
+    status, found, text = report(capsys, config, '--no-images')
+    assert (status, ('ERROR', name) in found) == (1, True), text
+    assert words in text
+
+
+def test_close_ups_can_be_trained(sound, tmp_path, capsys):
+    """Boxes that all cover their images are a warning, also many of them."""
+    config = write_broken(sound, tmp_path, close_ups)
+    status, found, text = report(capsys, config, '--no-images')
+    assert status == 0 and ('WARNING', 'huge') in found, text
+
+
+def test_datasets_with_readers_of_their_own(sound, tmp_path, capsys):
+    """LVIS and Objects365 are no faulty COCO: they are not read."""
+    for kind in ('LVISV1Dataset', 'Objects365V2Dataset'):
+        folder = tmp_path / kind
+        folder.mkdir()
+        config = Config.fromfile(write_broken(sound, folder, class_order))
+        for loader in (config.train_dataloader, config.val_dataloader):
+            loader.dataset.type = kind
+        loader = config.train_dataloader
+        assert read_all(loader.dataset) == []
+        loader.dataset.type = 'CocoDataset'
+        assert len(read_all(loader.dataset)) == 1
+
+
+def class_order(train, val, root):
+    train['categories'].reverse()
+
+
+@pytest.mark.parametrize('norm, gpus, warns', [('BN', 8, True),
+                                               ('SyncBN', 8, False),
+                                               ('SyncBN', 1, True)])
+def test_norms_over_all_gpus(norm, gpus, warns, sound, tmp_path):
+    config = Config.fromfile(write_broken(sound, tmp_path, lines('')))
+    config.sync_bn, config.auto_scale_lr = None, None
+    config.train_dataloader.batch_size = 2
+    model = torch.nn.Sequential(
+        dict(BN=torch.nn.BatchNorm2d, SyncBN=torch.nn.SyncBatchNorm)[norm](4))
+    assert bool(check_recipe(config, model, gpus)) == warns
+
+
+def test_truth_from_the_data_needs_no_crowd_flag(sound, tmp_path, capsys):
+    """Only a metric that reads the file itself stops without iscrowd."""
+    config = write_broken(sound, tmp_path, entry('iscrowd', None, split=1))
+    assert report(capsys, config, '--no-images', '--cfg-options',
+                  'val_evaluator.ann_file=')[:2] == (0, [])
+
+
+def test_files_of_another_kind(sound, tmp_path, capsys):
+    config = write_broken(sound, tmp_path, lines(''))
+    (tmp_path / 'data' / 'train.json').write_text('[1, 2]')
+    assert report(capsys, config)[:2] == (1, [('ERROR', 'annotation_file')])
+    with pytest.raises(SystemExit):
+        report(capsys, config, '--auto-scale-lr', '--cfg-options',
+               'auto_scale_lr=None')
+    assert 'base_batch_size' in capsys.readouterr().err
 
 
 def test_no_false_alarm_and_the_picture(sound, tmp_path, capsys):
@@ -321,7 +400,7 @@ train_dataloader['dataset'] = dict(
     (root / 'empty.json').write_text(
         json.dumps(dict(train, annotations=train['annotations'][:1])))
     found = report(capsys, config, '--no-images')[1]
-    assert found == [('ERROR', 'empty')]  # all boxes of that file
+    assert found == [('WARNING', 'empty')]  # all boxes of that file
 
 
 def test_tool_as_a_process(sound, tmp_path):

@@ -95,18 +95,24 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr'):
+            parser.error('--auto-scale-lr needs auto_scale_lr=dict('
+                         'base_batch_size=...) in the config')
         cfg.auto_scale_lr.enable = True
     model = MODELS.build(cfg.model)
     try:
         train = read_all(cfg.train_dataloader.dataset)
         val = cfg.get('val_dataloader')
         val = read_all(val.dataset) if val else []
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         finding = Finding(True, 'annotation_file', 1,
                           f'{type(error).__name__}: {error}',
                           'compare data_root, ann_file and the type of data')
         print(f'{finding}\n\n{verdict([finding])}')
         return 1
+    if not train:
+        print('The training data is of a format that is not known here; only '
+              'the config is checked')
     findings = check_training(cfg, model, train, val, args.gpus)
     if not args.no_images:
         for part in {part.file: part for part in (*train, *val)}.values():
