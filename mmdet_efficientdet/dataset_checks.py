@@ -66,8 +66,8 @@ def check_file(data: Annotations) -> List[Finding]:
             found.append(
                 Finding(
                     True, 'class_names', 1, str(error),
-                    f'scale_config(..., classes=...) of {shorten(data.names)}'
-                ))
+                    f'scale_config(..., classes=...) of {shorten(data.names)}')
+            )
     strange = np.flatnonzero(data.labels == NOT_IN_FILE)
     add(True, 'category_id', [data.example(i) for i in strange],
         'boxes have a category_id that the file does not list',
