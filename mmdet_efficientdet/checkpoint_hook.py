@@ -10,7 +10,7 @@ from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from .files import TEMPORARY, AtomicBackend, plain_data
 from .registry import HOOKS
@@ -95,6 +95,8 @@ class SafeCheckpointHook(CheckpointHook):
         validation. Once more does no harm.
         """
         loop = runner.train_loop
+        if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
+            return
         done, end = (loop.epoch,
                      loop.max_epochs) if by_epoch else (loop.iter,
                                                         loop.max_iters)
