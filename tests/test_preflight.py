@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 from tiny_data import (CONFIGS, IMAGES, make_dataset, run_tool, trained_run,
                        write_config)
-from torch import multiprocessing
+from two_ranks import errors_of_ranks
 
 from mmdet_efficientdet import AnchorGenerator
 from mmdet_efficientdet.anchor_advisor import (InputBoxes, Recall, advise,
@@ -452,22 +452,10 @@ class FirstOnly(PreflightHook):
         return 'one fault'
 
 
-def _rank(rank, folder):
-    torch.distributed.init_process_group(
-        'gloo', f'file://{folder}/store', rank=rank, world_size=2)
-    try:
-        FirstOnly().before_train(None)
-    except ValueError as error:
-        (folder / f'{rank}').write_text(str(error))
-    torch.distributed.destroy_process_group()
-
-
 def test_all_ranks_stop(tmp_path):
     """The verdict of the first process is that of all."""
-    multiprocessing.start_processes(
-        _rank, (tmp_path, ), nprocs=2, start_method='fork')
-    assert [(tmp_path / f'{rank}').read_text()
-            for rank in (0, 1)] == ['one fault'] * 2
+    assert errors_of_ranks(FirstOnly().before_train, tmp_path,
+                           None) == ['one fault'] * 2
 
 
 def brute_force(generator, boxes, size, levels=5):
