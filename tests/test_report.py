@@ -2,6 +2,7 @@
 import base64
 import html
 import json
+import os
 import re
 import sys
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import report
 from detection_errors import count_boxes
+from tensorboard.backend.event_processing.event_accumulator import \
+    EventAccumulator
 from tiny_data import make_dataset, run_tool, trained_run, write_config
 
 WIDTH = 1280  # of two drawings beside each other
@@ -139,8 +142,6 @@ def test_resumed_training(counted, tmp_path):
 
 def test_resume_and_tensorboard(tmp_path):
     """TensorBoard has loss, rate and AP at the steps of the page's curves."""
-    events = pytest.importorskip(
-        'tensorboard.backend.event_processing.event_accumulator')
     root = make_dataset(tmp_path / 'data')
     config = write_config(
         tmp_path / 'mine.py',
@@ -167,7 +168,7 @@ def test_resume_and_tensorboard(tmp_path):
     for name in ('loss', 'lr', 'coco/bbox_mAP', 'coco/bbox_mAP_50'):
         logged = {}  # the second start validates again after the first epoch
         for folder in folders:
-            reader = events.EventAccumulator(str(folder))
+            reader = EventAccumulator(str(folder))
             reader.Reload()
             logged.update({e.step: e.value for e in reader.Scalars(name)})
         expected = [(r['step'], r[name]) for r in records if name in r]
@@ -410,7 +411,7 @@ def test_interrupted_writing(make_page, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError('no space left on device')
 
-    monkeypatch.setattr(report.os, 'replace', fail)
+    monkeypatch.setattr(os, 'replace', fail)
     with pytest.raises(OSError, match='no space'):
         make_page()
     for name in ('a.html', 'a.png'):

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Optional, Sequence
 
+import cv2
 import mmcv
 import numpy as np
 from mmdet.registry import DATASETS, MODELS
@@ -20,6 +21,7 @@ from mmengine.config import Config, DictAction
 from mmdet_efficientdet.anchor_advisor import (advise, best_iou, recall_table,
                                                snippet)
 from mmdet_efficientdet.dataset_checks import Finding, check_images, verdict
+from mmdet_efficientdet.files import write_file
 from mmdet_efficientdet.models import EfficientDetHead
 from mmdet_efficientdet.preflight import check_training, input_boxes, read_all
 from mmdet_efficientdet.utils import register_all_modules
@@ -50,10 +52,8 @@ def draw_samples(cfg: Config, path: str, number: int = 16) -> None:
         np.concatenate(cells[i:i + columns], 1)
         for i in range(0, len(cells), columns)
     ])
-    root, extension = os.path.splitext(path)
-    temporary = f'{root}.tmp{extension}'
-    mmcv.imwrite(grid[..., ::-1], temporary)
-    os.replace(temporary, path)
+    extension = os.path.splitext(path)[1]
+    write_file(path, cv2.imencode(extension, grid[..., ::-1])[1].tobytes())
     print(f'{count} samples, as the network sees them: {path}')
 
 

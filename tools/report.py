@@ -17,7 +17,6 @@ import html
 import io
 import json
 import math
-import os
 from pathlib import Path
 
 import cv2
@@ -30,6 +29,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.utils import track_iter_progress
+
+from mmdet_efficientdet.files import write_file
 
 CURVES = {
     'Loss': lambda key: 'loss' in key,
@@ -180,13 +181,6 @@ def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
     return parts
 
 
-def write(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, and renames it."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Writes the page and the curves."""
     parser = argparse.ArgumentParser(
@@ -215,8 +209,8 @@ def main() -> None:
             evaluate(cfg, args.results), args.results.name, args.num_worst)
     title = html.escape(Path(args.config).stem)
     out = args.out or args.work_dir / 'report.html'
-    write(out.with_suffix('.png'), curves)
-    write(out, PAGE.format(title=title, body='\n'.join(body)).encode())
+    write_file(out.with_suffix('.png'), curves)
+    write_file(out, PAGE.format(title=title, body='\n'.join(body)).encode())
     print(out)
 
 
