@@ -1,4 +1,5 @@
 """How well the anchors fit the boxes, and which would fit better."""
+from functools import cache
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import mmcv
@@ -166,8 +167,12 @@ def advise(generator: AnchorGenerator,
             len(data.boxes), max_boxes, replace=False)
         data = InputBoxes(*(array[chosen] for array in data))
 
+    @cache
+    def recall(candidate: AnchorGenerator) -> Recall:
+        return Recall.of(best_iou(candidate, data, num_levels))
+
     def score(candidate: AnchorGenerator) -> float:
-        return sum(Recall.of(best_iou(candidate, data, num_levels)))
+        return sum(recall(candidate))
 
     width, height = (data.boxes[:, 2:] - data.boxes[:, :2]).T
     per_cell = generator.scales_per_octave * len(generator.aspect_pairs)
@@ -179,9 +184,7 @@ def advise(generator: AnchorGenerator,
     best = _search(generator.octave_base_scale, shapes, score)
     if score(best) < score(only_scale) + NOTICEABLE:
         best = only_scale
-    gain = (
-        Recall.of(best_iou(best, data, num_levels)).recall -
-        Recall.of(best_iou(generator, data, num_levels)).recall)
+    gain = recall(best).recall - recall(generator).recall
     return best if gain >= NOTICEABLE else None
 
 

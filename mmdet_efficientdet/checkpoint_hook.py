@@ -65,7 +65,7 @@ class SafeCheckpointHook(CheckpointHook):
                 backend='mmdet_efficientdet.atomic',
                 last_checkpoint=self._last)
         super().before_train(runner)
-        self._remove_half_written(runner)
+        self._remove_half_written()
         # For messages of others; resumed=False keeps it out of checkpoints.
         runner.message_hub.update_info(
             'work_dir', runner.work_dir, resumed=False)
@@ -117,7 +117,7 @@ class SafeCheckpointHook(CheckpointHook):
                 scalars[name] = HistoryBuffer(**value)
 
     @master_only
-    def _remove_half_written(self, runner) -> None:
+    def _remove_half_written(self) -> None:
         for path in (*Path(self.out_dir).glob(f'*.pth{TEMPORARY}'),
                      Path(self._last + TEMPORARY)):
             path.unlink(missing_ok=True)

@@ -52,12 +52,12 @@ def check_file(data: Annotations) -> List[Finding]:
     """Checks names, ids and fields of one annotation file."""
     found = []
 
-    def add(error, name, examples, text, fix):
-        if examples:
+    def add(error, name, faults, text, fix, show=str):
+        if len(faults):
             found.append(
-                Finding(error, name, len(examples),
-                        f'{data.file}: {len(examples)} {text}', fix,
-                        tuple(str(e) for e in examples[:3])))
+                Finding(error, name, len(faults),
+                        f'{data.file}: {len(faults)} {text}', fix,
+                        tuple(show(fault) for fault in faults[:3])))
 
     if data.names is not None:
         try:
@@ -68,10 +68,10 @@ def check_file(data: Annotations) -> List[Finding]:
                     True, 'class_names', 1, str(error),
                     f'scale_config(..., classes=...) of {shorten(data.names)}')
             )
-    strange = np.flatnonzero(data.labels == NOT_IN_FILE)
-    add(True, 'category_id', [data.example(i) for i in strange],
+    add(True, 'category_id', np.flatnonzero(data.labels == NOT_IN_FILE),
         'boxes have a category_id that the file does not list',
-        'write the ids of "categories", which may begin at 0 or at 1')
+        'write the ids of "categories", which may begin at 0 or at 1',
+        data.example)
     add(True, 'fields', data.incomplete, 'entries lack a field',
         'write the field; area is width x height')
     if data.names is not None:  # files of VOC have no ids, but names
@@ -83,10 +83,9 @@ def check_file(data: Annotations) -> List[Finding]:
             True, 'annotation_id', _repeated(data.ids), 'annotations have the '
             'id of another one, which MMDetection refuses',
             'number the annotations anew, from 1')
-    lost = np.flatnonzero(data.image < 0)
-    add(False, 'no_image', [data.example(i) for i in lost],
+    add(False, 'no_image', np.flatnonzero(data.image < 0),
         'boxes are of an image that the file does not list',
-        'list the images, or remove the boxes')
+        'list the images, or remove the boxes', data.example)
     if data.test_mode and data.names is not None:
         add(True, 'iscrowd', data.no_crowd_flag,
             'annotations have no iscrowd, without which evaluation stops',

@@ -54,10 +54,9 @@ class ClassCheckHook(Hook):
         check_class_count(
             getattr(model.bbox_head, 'num_classes', len(classes)), classes)
         for part in innermost(dataset):
-            if not hasattr(part, 'cat_ids'):  # not of COCO's format
+            if not (hasattr(part, 'cat_ids')
+                    and reads_like(part, CocoDataset)):
                 continue
-            if type(part).load_data_list is not CocoDataset.load_data_list:
-                continue  # such as Objects365, which sorts the classes
             if tuple(classes) == part.METAINFO.get('classes'):
                 if len(part.cat_ids) == len(classes):
                     continue  # COCO itself; its file is slow to read
@@ -123,6 +122,15 @@ def innermost(dataset) -> list:
     if hasattr(dataset, 'dataset'):
         return innermost(dataset.dataset)
     return [dataset]
+
+
+def reads_like(dataset, kind: type) -> bool:
+    """Whether a dataset is of this kind and reads its file as that does.
+
+    LVIS has fields of its own, and Objects365 sorts the classes.
+    """
+    return (isinstance(dataset, kind)
+            and type(dataset).load_data_list is kind.load_data_list)
 
 
 def shorten(classes) -> str:

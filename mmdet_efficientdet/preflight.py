@@ -68,11 +68,10 @@ def input_boxes(cfg: Config, parts: Sequence[Annotations]) -> InputBoxes:
     ]
     boxes, sizes = [np.zeros((0, 4))], [np.zeros((0, 2))]
     for part in parts:
-        usable = part.usable
         drawn = np.random.default_rng(0).permutation(len(part.paths))
         chosen = np.zeros(len(part.paths) + 1, bool)  # the last is for -1
         chosen[drawn[:MAX_SAMPLE // len(parts)]] = True
-        usable &= chosen[part.image]
+        usable = part.usable & chosen[part.image]
         boxes.append(part.boxes[usable])
         sizes.append(part.sizes[part.image[usable]])
     divisor = cfg.model.data_preprocessor.get('pad_size_divisor', 1)

@@ -1,12 +1,15 @@
 """Annotation files as arrays, with what MMDetection would drop silently."""
 import os.path as osp
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 from mmdet.datasets import CocoDataset, XMLDataset
 from mmengine.fileio import load
+
+from .hooks import reads_like
 
 NOT_WANTED, NOT_IN_FILE = -1, -2  # labels of boxes of other categories
 IMAGE_FIELDS = ('id', 'file_name', 'height', 'width')
@@ -55,12 +58,12 @@ class Annotations:
     filter_empty: bool
     test_mode: bool
 
-    @property
+    @cached_property
     def wanted(self) -> np.ndarray:
         """Mask ``(M, )`` of the boxes of the config's classes."""
         return (self.labels >= 0) & (self.image >= 0)
 
-    @property
+    @cached_property
     def usable(self) -> np.ndarray:
         """Mask ``(M, )`` of what MMDetection keeps, without crowds."""
         inside = np.minimum(self.boxes[:, 2:], self.limits) - np.maximum(
@@ -68,12 +71,12 @@ class Annotations:
         return (self.wanted & ~self.crowd & (self.area > 0)
                 & (inside > 0).all(1) & (self.sides >= 1).all(1))
 
-    @property
+    @cached_property
     def sides(self) -> np.ndarray:
         """Width and height ``(M, 2)`` of the boxes."""
         return self.boxes[:, 2:] - self.boxes[:, :2]
 
-    @property
+    @cached_property
     def limits(self) -> np.ndarray:
         """Width and height ``(M, 2)`` of each box's image."""
         if not len(self.sizes):
@@ -96,12 +99,10 @@ def read_annotations(dataset) -> Optional[Annotations]:
         dataset (BaseDetDataset): A ``CocoDataset`` or ``XMLDataset``.
 
     Returns:
-        Annotations: None for other formats, such as those of LVIS and
-        Objects365, which read a COCO file in a way of their own.
+        Annotations: None for other formats.
     """
     for kind, read in ((CocoDataset, _read_coco), (XMLDataset, _read_xml)):
-        if (isinstance(dataset, kind)
-                and type(dataset).load_data_list is kind.load_data_list):
+        if reads_like(dataset, kind):
             return read(dataset)
     return None
 

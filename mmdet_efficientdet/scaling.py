@@ -131,10 +131,8 @@ def scale_config(base: dict,
     model['data_preprocessor'].update(
         pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
             *image_size))
-    if tuple(model['data_preprocessor']['mean']) in {
-            other.mean
-            for other in SCALING.values()
-    }:  # a convention of the user's own, such as Det-AdvProp's, stays
+    # A convention of the user's own, such as Det-AdvProp's, stays.
+    if tuple(model['data_preprocessor']['mean']) in _column('mean'):
         model['data_preprocessor'].update(
             mean=list(row.mean), std=list(row.std))
     model['backbone'].update(arch=row.backbone)
@@ -169,11 +167,13 @@ def scale_config(base: dict,
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
     # A length of the user's own stays.
-    if base.get('train_cfg', {}).get('max_epochs') in {
-            other.epochs
-            for other in SCALING.values()
-    }:
+    if base.get('train_cfg', {}).get('max_epochs') in _column('epochs'):
         base['train_cfg']['max_epochs'] = row.epochs
+
+
+def _column(name: str) -> set:
+    """The different values of one number of the table."""
+    return {getattr(row, name) for row in SCALING.values()}
 
 
 def _check_image_size(image_size) -> Union[int, Tuple[int, int]]:

@@ -54,8 +54,7 @@ def measure(size, with_cp, image_size, batch_size, boxes, steps, threads):
     """Trains for a few steps in this process.
 
     Returns:
-        dict: ``before`` and ``peak`` in bytes, ``seconds`` of a step, and
-        ``loss`` of the first one.
+        dict: ``before`` and ``peak`` in bytes, and ``seconds`` of a step.
     """
     import torch
     from mmdet.registry import MODELS
@@ -81,18 +80,16 @@ def measure(size, with_cp, image_size, batch_size, boxes, steps, threads):
                         model.bbox_head.num_classes)
     on_gpu = device.type == 'cuda'
     before = torch.cuda.memory_allocated() if on_gpu else resident('VmRSS')
-    seconds, losses = [], []
+    seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        logs = model.train_step(data, optim_wrapper)
-        losses.append(logs['loss'].item())  # waits for a GPU, too
+        model.train_step(data, optim_wrapper)['loss'].item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if on_gpu else resident('VmHWM')
     return dict(
         before=before,
         peak=peak,
         seconds=min(seconds[1:]),
-        loss=losses[0],
         device=torch.cuda.get_device_name() if on_gpu else 'CPU',
         torch=torch.__version__)
 
