@@ -39,10 +39,10 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             which is the official 0.008 at 128 images.
         end (int): Length of the training. The runner fills in that of its
             loop.
-        last_step (int): Defaults to -1.
         by_epoch (bool): Whether a step is an epoch. Defaults to True; with
             ``convert_to_iter_based=True`` in a config, ``warmup`` and ``end``
-            are epochs and steps are iterations, as in the official code.
+            are epochs and steps are iterations, as in the official code. A
+            loop that counts iterations needs False.
         verbose (bool): Prints each rate. Defaults to False.
 
     Raises:
@@ -54,22 +54,28 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
                  warmup: int = 1,
                  start_factor: float = 0.05,
                  end: int = 10**9,
-                 last_step: int = -1,
                  by_epoch: bool = True,
                  verbose: bool = False) -> None:
         if warmup < 0 or not 0 <= start_factor <= 1:
             raise ValueError(
                 f'warmup={warmup} must be 0 or more steps, and start_factor='
                 f'{start_factor} a part of the peak, from 0 to 1')
-        if warmup < end < 4 * warmup:
-            print_log(
-                f'The official cosine counts from step 0: of {end} steps with '
-                f'{warmup} of warm-up, its rate is at 0 when the warm-up ends '
-                'or soon after, and rises again. Set a shorter warmup',
-                'current', logging.WARNING)
         self.warmup = warmup
         self.start_factor = start_factor
-        super().__init__(optimizer, 0, end, last_step, by_epoch, verbose)
+        super().__init__(optimizer, 0, end, -1, by_epoch, verbose)
+        if end <= 2 * warmup:
+            print_log(
+                f'The warm-up takes {warmup} of {end} steps, which leaves no '
+                'time to learn at the peak. Set a shorter warmup; a loop that '
+                'counts iterations needs param_scheduler=[dict('
+                "type='mmdet_efficientdet.WarmupCosineLR', by_epoch=False, "
+                'warmup=<iterations>)]', 'current', logging.WARNING)
+        elif end < 10 * warmup:
+            print_log(
+                f'The official cosine counts from step 0: of {end} steps with '
+                f'{warmup} of warm-up, its rate is 0 at step {end - warmup} '
+                f'and rises again, to {self._factor(end - 1):.0%} of the '
+                'peak. Set a shorter warmup', 'current', logging.WARNING)
 
     @classmethod
     def build_iter_from_epoch(cls,
@@ -91,10 +97,11 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             **kwargs)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on at the saved step, on the curve of this config.
+        """Goes on at the saved step, on the curve of this config's length.
 
         A training that is resumed with more epochs thus follows their curve
-        instead of staying at the last rate.
+        instead of staying at the last rate. The peak stays that of the
+        checkpoint, as with every scheduler of the host.
         """
         ours = ('end', 'warmup', 'start_factor')
         super().load_state_dict({
@@ -106,15 +113,17 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
 
     def _get_value(self) -> List[float]:
         """The rate of each parameter group at this step."""
-        # last_step does not count on beyond the end.
-        step, warmup = self._global_step, self.warmup
-        if step < warmup:
-            factor = self.start_factor
-            factor += (1 - self.start_factor) * step / warmup
-        else:
-            angle = math.pi * step / max(self.end - warmup, 1)
-            factor = (1 + math.cos(angle)) / 2
+        # The host stops counting last_step at the end, but not this; a
+        # training that goes on keeps the last rate.
+        factor = self._factor(min(self._global_step, self.end - 1))
         return [base * factor for base in self.base_values]
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup:
+            return self.start_factor + (1 -
+                                        self.start_factor) * step / self.warmup
+        angle = math.pi * step / max(self.end - self.warmup, 1)
+        return (1 + math.cos(angle)) / 2
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -124,6 +133,11 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     The host makes a group of every parameter, hundreds of them, and torch's
     optimizers fuse their work within a group only. The official recipe needs
     two: kernels, which decay, and all else.
+
+    ``flat_decay_mult`` of ``paramwise_cfg``, for parameters of less than two
+    dimensions, also holds for those that a key of ``custom_keys`` names,
+    unless the key has a ``decay_mult`` itself. With the host alone another
+    rate for the backbone turns on the decay of its norms and biases.
     """
 
     def add_params(self,
@@ -135,9 +149,14 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
             return  # a call for a submodule
+        flat = self.paramwise_cfg.get('flat_decay_mult')
         groups = {}
         for single in params:
             options = dict(lr=self.base_lr, weight_decay=self.base_wd)
+            if (flat is not None and self.base_wd is not None
+                    and 'decay_mult' not in single
+                    and single['params'][0].ndim < 2):
+                single['weight_decay'] = self.base_wd * flat
             # The multipliers have been applied to the two.
             options.update({
                 key: value
@@ -200,27 +219,50 @@ class BatchScaleHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner) -> None:
-        """Scales before anything is resumed, and says what came of it."""
+        """Scales, before anything is resumed."""
         scaling, wrapper = runner.auto_scale_lr or {}, runner.optim_wrapper
-        if not (scaling.get('enable') and isinstance(wrapper, OptimWrapper)):
+        self._images = None
+        if not isinstance(wrapper, OptimWrapper):
             return
-        loader, world = runner.train_dataloader, runner.world_size
-        counts, batch = wrapper._accumulative_counts, loader.batch_size
-        ratio = world * batch * counts / scaling['base_batch_size']
-        for group in wrapper.param_groups:
-            # The host does not scale what the log shows as base_lr.
-            unscaled = group is wrapper.base_param_settings
-            for key in {'lr', 'initial_lr'} & group.keys():
-                group[key] *= ratio if unscaled else counts
-        for scheduler in runner.param_schedulers or []:
-            if scheduler.param_name == 'lr':
-                scheduler.base_values = [
-                    group['initial_lr'] for group in wrapper.param_groups
-                ]
-        start = max(group['lr'] for group in wrapper.param_groups)
-        peak = max(
-            group.get('initial_lr', start) for group in wrapper.param_groups)
-        runner.logger.info(
-            f'One step of the optimizer sees {world * batch * counts} images '
-            f'({world} processes x {batch} images x {counts} accumulated): '
-            f'learning rate {peak:g}, from {start:g} at the start')
+        if scaling.get('enable'):
+            counts = wrapper._accumulative_counts
+            # That of the loader is None where a batch sampler was given.
+            batch = runner.train_dataloader.batch_sampler.batch_size
+            world = runner.world_size
+            self._images = world * batch * counts
+            runner.logger.info(
+                f'One step of the optimizer sees {self._images} images '
+                f'({world} processes x {batch} images x {counts} accumulated)')
+            ratio = self._images / scaling['base_batch_size']
+            for group in wrapper.param_groups:
+                # The host does not scale what the log shows as base_lr.
+                unscaled = group is wrapper.base_param_settings
+                for key in {'lr', 'initial_lr'} & group.keys():
+                    group[key] *= ratio if unscaled else counts
+            for scheduler in runner.param_schedulers or []:
+                if scheduler.param_name == 'lr':
+                    scheduler.base_values = [
+                        group['initial_lr'] for group in wrapper.param_groups
+                    ]
+        self._peak = _peak(wrapper)
+
+    def before_train(self, runner) -> None:
+        """Says what the rate is, now that a checkpoint may have been read."""
+        wrapper = runner.optim_wrapper
+        if not isinstance(wrapper, OptimWrapper):
+            return
+        peak = _peak(wrapper)
+        if self._images:
+            now = max(group['lr'] for group in wrapper.param_groups)
+            runner.logger.info(
+                f'Learning rate {peak:g}, and {now:g} at this step')
+        if not math.isclose(peak, self._peak):
+            runner.logger.warning(
+                f'The learning rate stays {peak:g}, with which the checkpoint '
+                f'was trained; that of this config, {self._peak:g}, is for a '
+                'training from load_from')
+
+
+def _peak(wrapper: OptimWrapper) -> float:
+    return max(
+        group.get('initial_lr', group['lr']) for group in wrapper.param_groups)

@@ -56,8 +56,7 @@ def sgd(lr=0.16):
 
 @pytest.mark.parametrize('step', GOLDEN)
 def test_golden_learning_rates(step):
-    scheduler = WarmupCosineLR(
-        sgd(), warmup=937, end=281_250, by_epoch=False, last_step=-1)
+    scheduler = WarmupCosineLR(sgd(), warmup=937, end=281_250, by_epoch=False)
     scheduler._global_step = step - 1
     scheduler.step()
     assert scheduler.get_last_value()[0] == pytest.approx(
@@ -86,6 +85,50 @@ def test_rate_of_each_step():
         [0.5, 0.308658, 0.146447, 0.0380602, 0, 0.0380602, 0.146447, 0.308658],
         abs=1e-6)
     assert rates[12] == rates[11]  # after the end it stays
+
+
+@pytest.mark.parametrize('warmup, end', [(2, 10), (3, 3)])
+def test_resumed_beyond_the_end(warmup, end):
+    """The rate stays, with and without a checkpoint in between."""
+    straight = WarmupCosineLR(sgd(), warmup=warmup, end=end)
+    for _ in range(end - 1):
+        straight.step()
+    last, = straight.get_last_value()
+    for _ in range(5):
+        straight.step()
+        resumed = WarmupCosineLR(sgd(), warmup=warmup, end=end)
+        resumed.load_state_dict(straight.state_dict())
+        for scheduler in (straight, resumed):
+            assert scheduler.optimizer.param_groups[0]['lr'] == last
+
+
+@pytest.mark.parametrize('warmup, end, message', [
+    (1, 1, 'no time to learn'),
+    (100, 200, 'no time to learn'),
+    (100, 300, '0 at step 200 and rises again, to 49%'),
+    (1000, 4000, '0 at step 3000 and rises again, to 25%'),
+    (100, 999, '0 at step 899 and rises again, to 3%'),
+    (100, 1000, None),
+    (0, 1, None),
+])
+def test_short_schedules(warmup, end, message, monkeypatch):
+    """Nobody trains with a rate that has no time to fall, without a word."""
+    logged = []
+    monkeypatch.setattr('mmdet_efficientdet.optim.print_log',
+                        lambda text, *_: logged.append(text))
+    scheduler = WarmupCosineLR(sgd(), warmup=warmup, end=end, by_epoch=False)
+    assert len(logged) == bool(message)
+    if not message:
+        return
+    assert message in logged[0]
+    if 'rises' in message:
+        rates = []
+        for _ in range(end):
+            rates += scheduler.get_last_value()
+            scheduler.step()
+        turn = int(re.search(r'0 at step (\d+)', message)[1])
+        assert min(range(end), key=lambda s: rates[s]) == turn
+        assert f'{rates[-1] / 0.16:.0%}' in message
 
 
 def test_resumed_with_more_epochs():
@@ -159,14 +202,42 @@ def test_groups_keep_their_options():
     model = MODELS.build(config.model)
     groups = build_optim_wrapper(model,
                                  config.optim_wrapper).optimizer.param_groups
-    rates = {
-        (round(g['lr'], 9), g['weight_decay']): len(g['params'])
-        for g in groups
-    }
-    assert set(rates) == {(6e-4, 1e-2), (6e-3, 1e-2), (6e-3, 0)}
-    assert len(groups) == 3
+    assert {(round(g['lr'], 9), g['weight_decay'])
+            for g in groups} == {(6e-4, 1e-2), (6e-4, 0), (6e-3, 1e-2),
+                                 (6e-3, 0)}
+    assert len(groups) == 4
+    for group in groups:
+        assert {p.ndim > 1
+                for p in group['params']} == {group['weight_decay'] > 0}
     learned = [p for p in model.parameters() if p.requires_grad]
-    assert sum(rates.values()) == len(learned) < len(list(model.parameters()))
+    assert sum(len(group['params']) for group in groups) == len(learned)
+    assert len(learned) < len(list(model.parameters()))
+
+
+def test_decay_of_a_key():
+    """A key's own decay_mult counts for all that it names."""
+    model = torch.nn.ModuleDict({
+        name: torch.nn.Conv2d(1, 1, 1)
+        for name in ('slow', 'decayed', 'other')
+    })
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            constructor='mmdet_efficientdet.GroupedOptimWrapperConstructor',
+            optimizer=dict(type='SGD', lr=1, weight_decay=0.1),
+            paramwise_cfg=dict(
+                flat_decay_mult=0,
+                custom_keys=dict(
+                    slow=dict(lr_mult=0.5), decayed=dict(decay_mult=1)))))
+    found = {
+        id(parameter): (group['lr'], group['weight_decay'])
+        for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
+    }
+    assert [
+        found[id(parameter)] for name in ('slow', 'decayed', 'other')
+        for parameter in (model[name].weight, model[name].bias)
+    ] == [(0.5, 0.1), (0.5, 0), (1, 0.1), (1, 0.1), (1, 0.1), (1, 0)]
 
 
 def test_averages_follow_the_official_ramp():
@@ -224,24 +295,37 @@ def root(tmp_path_factory):
 
 
 def test_scaled_by_accumulated_batches(root, tmp_path):
-    """0.64 for 128 images is 0.04 for 2 images, 4 times; resuming keeps it."""
+    """0.64 for 128 images is 0.04 for 2 images, 4 times; resuming keeps it.
+
+    Batches of one aspect ratio come from a sampler of their own.
+    """
     config = write_config(
         tmp_path / 'mine.py',
         root,
         extra='optim_wrapper = dict(optimizer=dict(lr=0.64), '
-        'accumulative_counts=4)\ntrain_cfg = dict(val_interval=9)')
-    for epochs, options in ((1, []), (2, ['--resume'])):
+        'accumulative_counts=4)\ntrain_cfg = dict(val_interval=9)\n'
+        'train_dataloader.update(batch_sampler=dict('
+        "type='AspectRatioBatchSampler'))")
+    for epochs, rate, options in ((1, 0.64, []), (2, 0.02, ['--resume'])):
         done = run_tool(
             'train.py',
             config,
             '--auto-scale-lr',
             '--cfg-options',
             f'train_cfg.max_epochs={epochs}',
+            f'optim_wrapper.optimizer.lr={rate}',
             *options,
             cwd=tmp_path)
         assert done.code == 0, done.output
-        assert ('sees 8 images (1 processes x 2 images x 4 accumulated): '
-                'learning rate 0.04, from 0.002 at the start') in done.output
+        assert ('sees 8 images (1 processes x 2 images x 4 accumulated)'
+                in done.output)
+        now, message = ((0.002, ''),
+                        (0, 'The learning rate stays 0.04, with which the '
+                         'checkpoint was trained; that of this config, '
+                         '0.00125,'))[epochs - 1]
+        assert f'Learning rate 0.04, and {now} at this step' in done.output
+        assert message in done.output
+        assert ('The learning rate stays' in done.output) == bool(message)
         rates = re.findall(r'base_lr: (\S+) lr: (\S+) ', done.output)
         # The third step of an epoch: 0.002 + 0.038 * 2 / 3, then the cosine
         # at 5 of 6 - 3 steps, 0.04 * (1 + cos(5 / 3 * pi)) / 2

@@ -12,8 +12,7 @@ optim_wrapper = dict(
     optimizer=dict(type='SGD', lr=0.16, momentum=0.9, weight_decay=4e-5),
     # Only kernels decay: no biases, norms and fusion weights.
     paramwise_cfg=dict(
-        norm_decay_mult=0,
-        bias_decay_mult=0,
+        flat_decay_mult=0,
         custom_keys=dict(fusion_weights=dict(decay_mult=0))),
     # Of the gradient that all GPUs share; LocalClipOptimWrapper clips that of
     # each, as TPUs do.
