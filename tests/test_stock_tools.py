@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import cv2
@@ -308,6 +309,31 @@ def test_part_without_objects(tmp_path):
     ClassCheckHook().before_train(runner)
     loader.dataset = parts[0]
     with pytest.raises(ValueError, match='negatives.txt has no object'):
+        ClassCheckHook().before_train(runner)
+
+
+@pytest.mark.parametrize('kind, stops', [('CocoDataset', True),
+                                         ('Objects365V1Dataset', False)])
+def test_order_in_the_file(kind, stops, tmp_path):
+    """Objects365 sorts the categories by their ids; COCO does not."""
+    init_default_scope('mmdet')
+    root = make_dataset(tmp_path)
+    content = mmengine.load(root / 'coco.json')
+    content['categories'].sort(key=lambda c: -c['id'])
+    mmengine.dump(content, root / 'coco.json')
+    dataset = DATASETS.build(
+        dict(
+            type=kind,
+            metainfo=dict(classes=CLASSES),
+            data_root=str(root),
+            ann_file='coco.json',
+            data_prefix=dict(img='JPEGImages/')))
+    runner = SimpleNamespace(
+        train_dataloader=SimpleNamespace(dataset=dataset),
+        val_loop=None,
+        model=SimpleNamespace(bbox_head=SimpleNamespace(num_classes=3)))
+    with pytest.raises(ValueError, match='in the same order') if stops \
+            else nullcontext():
         ClassCheckHook().before_train(runner)
 
 
