@@ -12,6 +12,7 @@ from .hooks import check_class_names, shorten
 from .raw_annotations import NOT_IN_FILE, Annotations
 
 MIN_BOXES = 10  # of a class, below which it cannot be learned
+MIN_FAULTS = 10  # below which a fault does not spoil a whole training
 
 
 class Finding(NamedTuple):
@@ -121,11 +122,12 @@ def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
     # Taken for (x1, y1, x2, y2), the third and fourth number are corners.
     as_corners = (sides > boxes[:, :2]).all(1) & (sides <= limits + 1).all(1)
     sound = (sides >= 1).all(1)
-    if (data.names is not None and (over > 1)[data.wanted].sum() > total / 5
+    reaching_out = int((over > 1)[data.wanted].sum())
+    if (data.names is not None and reaching_out > max(total / 5, MIN_FAULTS)
             and as_corners[data.wanted].mean() > 0.99):
         found.append(
             Finding(
-                True, 'box_format', int((over > 1)[data.wanted].sum()),
+                True, 'box_format', reaching_out,
                 f'{data.file}: the boxes seem to be (x1, y1, x2, y2); COCO '
                 'has (x1, y1, width, height)', 'subtract x1 and y1 from the '
                 'last two numbers',
@@ -225,9 +227,13 @@ def check_validation_set(parts: Sequence[Annotations]) -> List[Finding]:
 def check_overlap(train: Sequence[Annotations],
                   val: Sequence[Annotations]) -> List[Finding]:
     """Checks that no image is for training and for validation."""
-    seen = {osp.normpath(path) for part in train for path in part.paths}
-    paths = [path for part in val for path in part.paths]
-    shared = [path for path in paths if osp.normpath(path) in seen]
+    # Parts of one file, chosen by indices, need not overlap.
+    trained, paths = ([
+        osp.normpath(path) for part in parts if not part.partial
+        for path in part.paths
+    ] for parts in (train, val))
+    seen = set(trained)
+    shared = [path for path in paths if path in seen]
     if not shared:
         return []
     return [
@@ -247,8 +253,8 @@ def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
         bar = ProgressBar(len(data.paths), file=sys.stderr)
     for path, size in zip(data.paths, data.sizes):
         try:
-            image = mmcv.imfrombytes(get(path))
-        except OSError:
+            image = mmcv.imfrombytes(get(path, data.backend_args))
+        except FileNotFoundError:
             lists['missing'].append(path)
         except Exception:  # every library has its own for what is no image
             lists['unreadable'].append(path)
@@ -267,7 +273,8 @@ def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
     words = dict(
         missing=(True, 'are missing', 'correct data_root or data_prefix.img'),
         unreadable=(True, 'cannot be read', 'replace or leave them out'),
-        image_size=(len(lists['image_size']) > len(data.paths) / 2,
+        image_size=(len(lists['image_size'])
+                    > max(len(data.paths) / 2, MIN_FAULTS),
                     'are of another size than the file says',
                     'correct width and height, and boxes; a camera may have '
                     'turned the image by its EXIF tag'))

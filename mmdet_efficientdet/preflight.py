@@ -1,5 +1,5 @@
 """What makes a training fail, found in config and data before it starts."""
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 from mmdet.registry import DATASETS, TRANSFORMS
@@ -42,12 +42,8 @@ def check_recipe(cfg: Config, model: nn.Module,
                 f'({num_gpus} GPUs x {batch} images x {steps} steps)',
                 f'--auto-scale-lr, or lr={lr * real / base:.3g}; if it was '
                 f'chosen for {real}, auto_scale_lr.base_batch_size={real}'))
-    norms, group = [], batch
-    for name, module in model.train().named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            norms.append(name)
-            if cfg.get('sync_bn') or isinstance(module, nn.SyncBatchNorm):
-                group = batch * num_gpus
+    norms, sharing = _training_norms(cfg, model, num_gpus)
+    group = batch * sharing
     if norms and group < MIN_GROUP:
         found.append(
             Finding(
@@ -57,6 +53,60 @@ def check_recipe(cfg: Config, model: nn.Module,
                 "norm_cfg=dict(type='GN', num_groups=8), or norm_eval=True of "
                 'the backbone', tuple(norms[:3])))
     return found
+
+
+def _training_norms(cfg: Config, model: nn.Module,
+                    num_gpus: int) -> Tuple[List[str], int]:
+    """Batch norms that take statistics, and over how many GPUs."""
+    norms = {
+        name: module
+        for name, module in model.train().named_modules()
+        if isinstance(module, _BatchNorm) and module.training
+    }
+    sync = cfg.get('sync_bn') or any(
+        isinstance(norm, nn.SyncBatchNorm) for norm in norms.values())
+    return list(norms), num_gpus if sync else 1
+
+
+def check_last_batch(cfg: Config, model: nn.Module, num_gpus: int,
+                     dataset) -> List[Finding]:
+    """Checks that no batch norm gets one pixel of one image.
+
+    torch raises there, at the end of the first epoch. The coarsest level has
+    one pixel if the input is no larger than its stride.
+
+    Args:
+        cfg, model, num_gpus: See :func:`check_training`.
+        dataset (Dataset | dict): Of the training. Built only if it matters.
+    """
+    loader, head = cfg.train_dataloader, model.bbox_head
+    sizes = [
+        transform.image_size
+        for transform in innermost(loader.dataset)[0].get('pipeline', [])
+        if transform.type.endswith('ResizeCrop')
+    ]
+    norms, sharing = _training_norms(cfg, model, num_gpus)
+    norms = [name for name in norms if not name.startswith('backbone.')]
+    if not norms or not sizes or np.max(sizes) > 2**(head.num_levels + 2):
+        return []
+    batch = last = loader.get('batch_size', 1)
+    whole = loader.get('drop_last') or loader.get(
+        'sampler', {}).get('infinite') or 'Infinite' in loader.get(
+            'sampler', {}).get('type', '')
+    if not whole and batch > 1:
+        if isinstance(dataset, dict):
+            dataset = DATASETS.build(dataset)
+        last = -(-len(dataset) // num_gpus) % batch or batch
+    if last * sharing > 1:
+        return []
+    return [
+        Finding(
+            True, 'last_batch', 1,
+            f'the last of the batches, of up to {batch} images, has one '
+            f'image, and at {np.max(sizes)} pixels the coarsest level has one '
+            'pixel, of which batch norms cannot take statistics',
+            'train_dataloader.drop_last=True, or another batch_size')
+    ]
 
 
 def input_boxes(cfg: Config, parts: Sequence[Annotations]) -> InputBoxes:
@@ -97,8 +147,12 @@ def check_anchors(head: nn.Module, data: InputBoxes) -> List[Finding]:
     ]
 
 
-def check_training(cfg: Config, model: nn.Module, train: Sequence[Annotations],
-                   val: Sequence[Annotations], num_gpus: int) -> List[Finding]:
+def check_training(cfg: Config,
+                   model: nn.Module,
+                   train: Sequence[Annotations],
+                   val: Sequence[Annotations],
+                   num_gpus: int,
+                   dataset=None) -> List[Finding]:
     """All that needs no image.
 
     Args:
@@ -106,6 +160,7 @@ def check_training(cfg: Config, model: nn.Module, train: Sequence[Annotations],
         model (nn.Module): Built from it; put into training mode.
         train, val (Sequence[Annotations]): Files of both data sets.
         num_gpus (int): Number of processes.
+        dataset (Dataset, optional): Of the training, if it has been built.
     """
     found = check_recipe(cfg, model, num_gpus)
     head = getattr(model, 'bbox_head', None)
@@ -126,6 +181,10 @@ def check_training(cfg: Config, model: nn.Module, train: Sequence[Annotations],
     if not any(finding.error for finding in found):
         found += check_training_set(train) + check_validation_set(val)
         if isinstance(head, EfficientDetHead):
+            if dataset is None and train:  # a format that is known
+                dataset = cfg.train_dataloader.dataset
+            if dataset is not None:
+                found += check_last_batch(cfg, model, num_gpus, dataset)
             found += check_anchors(head, input_boxes(cfg, train))
     found += check_overlap(train, val)
     return list(dict.fromkeys(found))  # a file may stand in both
@@ -136,7 +195,9 @@ def _reads_file(cfg: Config) -> bool:
     evaluators = cfg.get('val_evaluator') or []
     if isinstance(evaluators, dict):
         evaluators = [evaluators]
-    return any(evaluator.get('ann_file') for evaluator in evaluators)
+    return any(
+        evaluator.get('ann_file') and evaluator['type'].endswith('CocoMetric')
+        for evaluator in evaluators)
 
 
 def read_all(dataset) -> List[Annotations]:
@@ -189,10 +250,11 @@ class PreflightHook(Hook):
         if is_model_wrapper(model):
             model = model.module
         val = runner.val_dataloader if runner.val_loop is not None else None
+        dataset = runner.train_dataloader.dataset
         found = check_training(
-            runner.cfg, model, read_all(runner.train_dataloader.dataset),
+            runner.cfg, model, read_all(dataset),
             read_all(val.dataset) if val is not None else [],
-            runner.world_size)
+            runner.world_size, dataset)
         for finding in found:
             if not finding.error:
                 runner.logger.warning(

@@ -36,10 +36,12 @@ class Annotations:
         area (np.ndarray): ``(M, )``, as the file says.
         crowd (np.ndarray): ``(M, )`` bool.
         incomplete (list[str]): Images and boxes without a needed field.
-        no_crowd_flag (list): Ids of boxes without ``iscrowd``, which
-            training does not need.
+        no_crowd_flag (list): Ids of boxes of the config's classes without
+            ``iscrowd``, which training does not need.
         filter_empty (bool): Whether images without boxes are left out.
         test_mode (bool): Whether nothing is left out.
+        partial (bool): Whether ``indices`` choose some of the images.
+        backend_args (dict, optional): How the host reads the files.
     """
     file: str
     classes: Sequence[str]
@@ -57,6 +59,8 @@ class Annotations:
     no_crowd_flag: list
     filter_empty: bool
     test_mode: bool
+    partial: bool
+    backend_args: Optional[dict]
 
     @cached_property
     def wanted(self) -> np.ndarray:
@@ -138,7 +142,10 @@ def _read_coco(dataset) -> Annotations:
             bool(ann.get('iscrowd', 0) or ann.get('ignore', 0)) for ann in anns
         ], bool),
         incomplete=incomplete + missing,
-        no_crowd_flag=[ann['id'] for ann in anns if 'iscrowd' not in ann],
+        no_crowd_flag=[
+            ann['id'] for ann in anns if 'iscrowd' not in ann
+            and label.get(ann['category_id'], NOT_IN_FILE) >= 0
+        ],
         **_settings(dataset))
 
 
@@ -172,7 +179,9 @@ def _settings(dataset) -> dict:
         file=str(dataset.ann_file),
         classes=dataset.metainfo['classes'],
         filter_empty=bool((dataset.filter_cfg or {}).get('filter_empty_gt')),
-        test_mode=dataset.test_mode)
+        test_mode=dataset.test_mode,
+        partial=getattr(dataset, '_indices', None) is not None,
+        backend_args=dataset.backend_args)
 
 
 def _array(rows: list, width: int) -> np.ndarray:
@@ -198,5 +207,6 @@ def _complete(entries: List[dict], fields: Tuple[str, ...],
 
 def _is_sound(field: str, value) -> bool:
     if field == 'bbox':
-        return len(value) == 4 and all(isinstance(n, Real) for n in value)
+        return (isinstance(value, (list, tuple)) and len(value) == 4
+                and all(isinstance(n, Real) for n in value))
     return field not in ('height', 'width', 'area') or isinstance(value, Real)

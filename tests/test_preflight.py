@@ -2,12 +2,15 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import check_dataset
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 from tiny_data import (CONFIGS, IMAGES, make_dataset, run_tool, trained_run,
@@ -18,7 +21,10 @@ from mmdet_efficientdet import AnchorGenerator
 from mmdet_efficientdet.anchor_advisor import (InputBoxes, Recall, advise,
                                                best_iou, recall_table, snippet,
                                                to_input)
-from mmdet_efficientdet.preflight import PreflightHook, check_recipe, read_all
+from mmdet_efficientdet.preflight import (PreflightHook, check_anchors,
+                                          check_last_batch, check_recipe,
+                                          read_all)
+from mmdet_efficientdet.utils import register_all_modules
 
 COPIES = 6  # of the tiny images, for ten boxes of each class
 EXTRA = '''
@@ -103,6 +109,15 @@ def entry(key, value, number=1, kind='annotations', split=0):
                 del item[key]
             else:
                 item[key] = value
+
+    return fault
+
+
+def null(key, kind='annotations'):
+    """A fault of one field of the first entry, which is there but empty."""
+
+    def fault(train, val, root):
+        train[kind][0][key] = None
 
     return fault
 
@@ -241,6 +256,8 @@ def test_fault_is_found_alone(name, sound, tmp_path, capsys):
     (entry('area', 'large'), 'fields', 'annotation 1: area'),
     (entry('bbox', [1, 2, '3', 4]), 'fields', 'annotation 1: bbox'),
     (entry('bbox', [1, 2, 3]), 'fields', 'annotation 1: bbox'),
+    (null('bbox'), 'fields', 'annotation 1: bbox'),
+    (null('width', kind='images'), 'fields', 'image 1: width'),
 ])
 def test_fields_that_are_no_numbers(fault, name, words, sound, tmp_path,
                                     capsys):
@@ -248,6 +265,109 @@ def test_fields_that_are_no_numbers(fault, name, words, sound, tmp_path,
     status, found, text = report(capsys, config, '--no-images')
     assert (status, ('ERROR', name) in found) == (1, True), text
     assert words in text
+
+
+def one_of_many(train, val, root):
+    """One image, whose box stands in another format and whose size is wrong.
+
+    It is part of a training set of many sound ones.
+    """
+    part = dict(
+        train,
+        images=[dict(train['images'][0], width=150)],
+        annotations=[
+            dict(train['annotations'][0], image_id=1, bbox=[60, 50, 100, 90])
+        ])
+    (root / 'part.json').write_text(json.dumps(part))
+    return """
+sound = dict(
+    type='CocoDataset', metainfo=dict(classes=('red', 'green', 'blue')),
+    pipeline=_base_.train_pipeline, **dataset)
+train_dataloader['dataset'] = dict(
+    _delete_=True, type='ConcatDataset',
+    datasets=[sound, dict(sound, ann_file='part.json')])
+"""
+
+
+def test_one_image_does_not_stop_a_training(sound, tmp_path, capsys):
+    """What would spoil all of a data set spoils no more than its part."""
+    config = write_broken(sound, tmp_path, one_of_many)
+    status, found, text = report(capsys, config)
+    assert status == 0 and set(found) == {('WARNING', 'outside'),
+                                          ('WARNING', 'image_size')}, text
+
+
+def test_crowd_flags_of_classes_that_are_left_out(sound, tmp_path, capsys):
+    """Evaluation reads the annotations of the config's classes only."""
+
+    def fault(train, val, root):
+        for item in val['annotations']:
+            if item['category_id'] == 25:
+                del item['iscrowd']
+        return '''
+for part in (train_dataloader, val_dataloader):
+    part['dataset']['metainfo'] = dict(classes=('red', 'green'))
+model = dict(bbox_head=dict(num_classes=2))
+'''
+
+    config = write_broken(sound, tmp_path, fault)
+    assert report(capsys, config, '--no-images')[:2] == (0, [])
+
+
+def test_parts_of_one_file(sound, tmp_path, capsys):
+    """Images that indices choose for two data sets are not the same ones."""
+    option = "val_dataloader['dataset'].update(dataset, indices=[{}])\n"
+    config = write_broken(
+        sound, tmp_path,
+        lines(
+            option.format(0) + "train_dataloader['dataset'] = dict("
+            'dataset, indices=list(range(1, 36)))'))
+    assert report(capsys, config, '--no-images')[:2] == (0, [])
+
+
+@pytest.mark.parametrize('options, gpus, alone', [
+    ({}, 1, True),
+    ({'train_dataloader.drop_last': True}, 1, False),
+    ({'train_dataloader.batch_size': 6}, 1, False),
+    ({'train_dataloader.batch_size': 1}, 1, True),
+    ({'train_dataloader.sampler.infinite': True}, 1, False),
+    ({'train_dataloader.dataset.indices': 8}, 1, False),
+    ({'train_dataloader.batch_size': 4}, 4, True),
+    ({'train_dataloader.batch_size': 4,
+      'train_dataloader.dataset.indices': 36}, 4, True),
+    ({'model.neck.norm_cfg': None, 'model.bbox_head.norm_cfg': None}, 1,
+     False),
+    ({'train_dataloader.batch_size': 4, 'sync_bn': 'torch'}, 4, False),
+    ({'sync_bn': 'torch'}, 1, True),
+    ({'model.norm_eval': True}, 1, False),
+    ({'model.backbone.norm_eval': True}, 1, True),
+])  # yapf: disable
+def test_last_batch_of_one_image(options, gpus, alone, sound, tmp_path):
+    """33 images, 8 at a time, or 9 on each of 4 GPUs, 4 at a time."""
+    fault = lines("train_dataloader['dataset'].update(indices=33)\n"
+                  'sync_bn = None')
+    config = Config.fromfile(write_broken(sound, tmp_path, fault))
+    config.merge_from_dict(options)
+    register_all_modules()
+    found = check_last_batch(config, MODELS.build(config.model), gpus,
+                             config.train_dataloader.dataset)
+    assert [(finding.error, finding.name)
+            for finding in found] == [(True, 'last_batch')] * alone
+
+
+@pytest.mark.parametrize('side, fails', [(128, True), (192, False)])
+def test_one_pixel_of_one_image(side, fails, sound, tmp_path):
+    """torch raises just where the pre-flight says so."""
+    config = Config.fromfile(write_broken(sound, tmp_path, lines('')))
+    config.train_dataloader.batch_size = 1
+    config.train_dataloader.dataset.pipeline[-2].image_size = side
+    register_all_modules()
+    model = MODELS.build(config.model)
+    assert bool(check_last_batch(config, model, 1, None)) == fails
+    image = torch.zeros(1, 3, side, side)
+    with pytest.raises(ValueError, match='more than 1 value') if fails \
+            else nullcontext():
+        model.bbox_head(model.extract_feat(image))
 
 
 def test_close_ups_can_be_trained(sound, tmp_path, capsys):
@@ -269,6 +389,12 @@ def test_datasets_with_readers_of_their_own(sound, tmp_path, capsys):
         assert read_all(loader.dataset) == []
         loader.dataset.type = 'CocoDataset'
         assert len(read_all(loader.dataset)) == 1
+    config = write_broken(sound, tmp_path, lines(''))
+    option = '{}_dataloader.dataset.type=LVISV1Dataset'
+    text = report(capsys, config, '--cfg-options',
+                  *map(option.format, ('train', 'val')))[2]
+    for key in ('train', 'val'):
+        assert f'{key}_dataloader is of a format that is not known' in text
 
 
 def class_order(train, val, root):
@@ -356,14 +482,15 @@ def test_options(sound, tmp_path, capsys):
     """The number of GPUs and --auto-scale-lr change what is right."""
     config = write_broken(sound, tmp_path, lines("sync_bn = 'torch'"))
     options = ['--no-images', '--cfg-options', 'train_dataloader.batch_size=1']
-    both = [('WARNING', 'learning_rate'), ('WARNING', 'batch_norm')]
-    assert report(capsys, config, *options)[1] == both
+    rate, *norms = [('WARNING', 'learning_rate'), ('WARNING', 'batch_norm'),
+                    ('ERROR', 'last_batch')]
+    assert report(capsys, config, *options)[1] == [rate, *norms]
     assert report(capsys, config, '--gpus', 8, *options)[1] == []
-    assert report(capsys, config, '--auto-scale-lr', *options)[1] == both[1:]
+    assert report(capsys, config, '--auto-scale-lr', *options)[1] == norms
     accumulated = [*options, 'optim_wrapper.accumulative_counts=8']
-    assert report(capsys, config, *accumulated)[1] == both[1:]
+    assert report(capsys, config, *accumulated)[1] == norms
     assert report(capsys, config, '--gpus', 8, *options,
-                  'sync_bn=None')[1] == both[1:]
+                  'sync_bn=None')[1] == norms
     # Without batch norms in training there is no group.
     frozen = [f'model.{part}.norm_cfg=None' for part in ('neck', 'bbox_head')]
     assert report(capsys, config, '--auto-scale-lr', *options, *frozen,
@@ -531,6 +658,28 @@ def test_long_boxes_get_other_aspects():
     assert proposal.num_base_priors == now.num_base_priors
 
 
+@pytest.mark.parametrize('fitting, missed', [(4, None), (2, 8)])
+def test_recall_that_is_too_low(fitting, missed):
+    """Below 0.3 the anchors are named; real data has less than 1, too."""
+    data, now = random_boxes(8, 12, number=10), AnchorGenerator()
+    corner = np.full((fitting, 2), 256 - 16)
+    data.boxes[:fitting] = np.concatenate([corner, corner + 32], 1)
+    head = SimpleNamespace(prior_generator=now, num_levels=5)
+    assert [finding.count for finding in check_anchors(head, data)
+            ] == [missed] * bool(missed)
+
+
+def test_long_class_lists_are_shortened(sound, tmp_path, capsys):
+    """The message of 80 wrong names stays readable."""
+    names = [f'kind{i}' for i in range(80)]
+    config = write_broken(
+        sound, tmp_path,
+        lines(f"train_dataloader['dataset']['metainfo'] = dict(classes={names}"
+              ')\nmodel = dict(bbox_head=dict(num_classes=80))'))
+    text = report(capsys, config, '--no-images')[2]
+    assert "'kind9', ...)" in text and 'kind10' not in text
+
+
 def test_fitting_anchors_are_kept():
     """Shapes of the default anchors need no other."""
     now = AnchorGenerator()
@@ -547,7 +696,6 @@ def test_boxes_are_scaled_as_in_testing():
     size = np.array([[96., 128.]])  # height, width
 
     def scale(divisor, **transform):
-        from mmdet.registry import TRANSFORMS
         return to_input(boxes, size, [TRANSFORMS.build(transform)], divisor)
 
     fit = scale(64, type='mmdet_efficientdet.ResizeCrop', image_size=64,

@@ -110,9 +110,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
                           'compare data_root, ann_file and the type of data')
         print(f'{finding}\n\n{verdict([finding])}')
         return 1
-    if not train:
-        print('The training data is of a format that is not known here; only '
-              'the config is checked')
+    for key, parts in (('train', train), ('val', val)):
+        if not parts and cfg.get(f'{key}_dataloader'):
+            print(f'The data of {key}_dataloader is of a format that is not '
+                  'known here, and not checked')
     findings = check_training(cfg, model, train, val, args.gpus)
     if not args.no_images:
         for part in {part.file: part for part in (*train, *val)}.values():
