@@ -134,6 +134,30 @@ def test_parts_alone():
             hook.remove()
 
 
+def test_compiled():
+    """A compiled model checkpoints, too, with the same loss."""
+    config = small_config('d0')
+    config.update(with_cp=True)
+    config.backbone.drop_path_rate = 0
+    torch.manual_seed(0)
+    model = MODELS.build(config)
+    model.init_weights()
+    model.train()
+    inputs = model.data_preprocessor(
+        batch((SIDE, SIDE), (48, SIDE), num_classes=2),
+        training=True)['inputs']
+
+    def total(extract):
+        model.zero_grad()
+        outs = model.bbox_head(extract(inputs))
+        loss = sum(x.square().mean() for maps in outs for x in maps)
+        loss.backward()
+        return loss.item(), model.backbone.stem.conv.weight.grad.norm().item()
+
+    compiled = torch.compile(model.extract_feat, backend='eager')
+    assert total(compiled) == pytest.approx(total(model.extract_feat))
+
+
 def test_off_by_default():
     """No shipped config pays time for memory that was not asked for."""
     model = MODELS.build(small_config('d0'))

@@ -2,6 +2,7 @@
 from contextlib import contextmanager, nullcontext
 from typing import Callable, Optional
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
@@ -110,12 +111,13 @@ def _spare_statistics(module: nn.Module):
             setattr(norm, name, buffer)
 
 
+@torch.compiler.disable
 def checkpoint(function: Callable, *args, norms: Optional[nn.Module] = None):
     """Runs ``function`` without keeping activations for the backward pass.
 
     The second forward pass, which recomputes them, leaves the statistics of
     batch norms alone, so that they are updated once per step as without
-    checkpointing.
+    checkpointing. ``torch.compile`` cannot look into it.
 
     Args:
         function (Callable): A module, or a function that runs ``norms``.
