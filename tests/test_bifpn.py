@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from effdet.config.fpn_config import bifpn_config
@@ -108,6 +109,31 @@ def test_graph(num_levels):
 def test_fusion(fusion, weights, values, expected):
     """Golden values of every fusion, in the order of the inputs."""
     assert fuse(fusion, weights, values) == pytest.approx(expected, rel=4e-7)
+
+
+@pytest.mark.parametrize('fusion, expected', [
+    ('channel_softmax', [(1 * 4 + 3 * 8) / 4, (3 * 40 + 1 * 80) / 4]),
+    ('channel_fast_normalized', [(1 * 4 + 3 * 8) / 4.0001, 40 * 3 / 3.0001]),
+])
+def test_fusion_of_channels(fusion, expected):
+    """Each channel has weights of its own; those of a channel sum to 1.
+
+    Formulas of the official ``channel_attn`` and ``channel_fastattn``.
+    """
+    node = make_identity(FusionNode([2, 2], 2, fusion, None, RELU).double())
+    assert node.fusion_weights.tolist() == [[1, 1], [1, 1]]
+    weights = torch.tensor([[1, 3], [3, 1]]).double()
+    if fusion == 'channel_softmax':
+        weights = weights.log()
+    else:
+        weights[1, 1] = -1
+    node.fusion_weights.data = weights
+    fine, coarse = (
+        torch.tensor(v).double().view(1, 2, 1, 1).expand(1, 2, 4, 4)
+        for v in ([4, 40], [8, 80]))
+    out = node([fine, coarse[..., :2, :2]], (4, 4))
+    assert out[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-9)
+    assert (out == out[..., :1, :1]).all()
 
 
 def test_fusion_is_relative():
@@ -271,6 +297,13 @@ def test_extra_levels_are_pooled():
     dict(num_outs=3, end_level=2),
     dict(num_outs=2, start_level=1, end_level=2),
     dict(num_outs=5, start_level=1, end_level=3),
+    dict(num_outs=5, add_extra_convs=True),
+    dict(num_outs=6, add_extra_convs='on_input'),
+    dict(
+        num_outs=6,
+        start_level=1,
+        add_extra_convs='on_output',
+        relu_before_extra_convs=True),
 ])
 def test_levels_like_fpn(settings):
     """Number, width and sizes of the outputs are those of FPN."""
@@ -287,13 +320,99 @@ def test_levels_like_fpn(settings):
     assert [out.shape for out in outs] == [out.shape for out in fpn(feats)]
 
 
+@pytest.mark.parametrize('relu', [False, True])
+def test_convolutions_behind_the_fusion(relu):
+    """'on_output': each further level is a convolution of the one before."""
+    neck = BiFPN([3, 4], 2, 4, stack_times=1, relu_before_extra_convs=relu,
+                 add_extra_convs='on_output').eval()  # yapf: disable
+    plain = BiFPN([3, 4], 2, 2, stack_times=1).eval()
+    plain.layers = neck.layers
+    feats = [torch.randn(1, 3, 16, 16), torch.randn(1, 4, 8, 8)]
+    outs = neck(feats)
+    torch.testing.assert_close(outs[:2], plain(feats), rtol=0, atol=0)
+    first, second = neck.extra_levels
+    assert first.conv.stride == second.conv.stride == (2, 2)
+    assert torch.equal(outs[2], first(outs[1]))
+    middle = outs[2].relu() if relu else outs[2]
+    assert torch.equal(outs[3], second(middle))
+
+
+def test_convolutions_before_the_fusion():
+    """'on_input': they read the last input, and the layers fuse them."""
+    neck = BiFPN([3, 4], 2, 4, stack_times=1,
+                 add_extra_convs='on_input').eval()
+    feats = [torch.randn(1, 3, 16, 16), torch.randn(1, 4, 8, 8)]
+    first, second = neck.extra_levels
+    assert (first.conv.in_channels, first.conv.out_channels) == (4, 2)
+    levels = [*feats, first(feats[1]), second(first(feats[1]))]
+    torch.testing.assert_close(
+        neck(feats), neck.layers[0](levels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('num_ins', [2, 3, 4, 5, 6])
+def test_number_of_inputs(num_ins):
+    """From P2 with six inputs, to two; nothing is made up."""
+    widths = list(range(3, 3 + num_ins))
+    neck = BiFPN(widths, 2, num_ins, stack_times=2).eval()
+    assert not neck.extra_levels
+    assert len(neck.layers[0].nodes) == 2 * (num_ins - 1)
+    outs = neck(
+        [torch.randn(1, c, 64 >> i, 96 >> i) for i, c in enumerate(widths)])
+    assert [out.shape for out in outs] == [(1, 2, 64 >> i, 96 >> i)
+                                           for i in range(num_ins)]
+
+
+def test_full_convolutions():
+    """3x3 kernels of all channels in place of the separable ones."""
+    neck = BiFPN([2, 2], 2, 3, stack_times=1, separable_conv=False)
+    shapes = [node.conv.weight.shape for node in neck.layers[0].nodes]
+    assert shapes == [(2, 2, 3, 3)] * 4
+    assert len(neck([torch.ones(1, 2, 8, 8), torch.ones(1, 2, 4, 4)])) == 3
+
+
+@pytest.mark.parametrize('norm_cfg, kind', [
+    (dict(type='GN', num_groups=2), nn.GroupNorm),
+    (dict(type='SyncBN'), nn.SyncBatchNorm),
+    (dict(type='BN', requires_grad=False), nn.BatchNorm2d),
+])
+def test_norms(norm_cfg, kind):
+    """The norm stands behind every convolution, trained or frozen."""
+    neck = BiFPN([3, 4], 6, 3, norm_cfg=norm_cfg)
+    norms = [m for m in neck.modules() if isinstance(m, kind)]
+    # 3 x 4 nodes; the first layer reads the input of level 0 once and that of
+    # level 1 twice; the level above
+    assert len(norms) == 12 + 3 + 1
+    learned = norm_cfg.get('requires_grad', True)
+    assert {norm.weight.requires_grad for norm in norms} == {learned}
+
+
+def test_statistics_that_stay():
+    """norm_eval freezes statistics, not scales; evaluation is evaluation."""
+    neck = BiFPN([3, 4], 6, 3, norm_eval=True)
+    before = {k: v.clone() for k, v in neck.named_buffers()}
+    feats = [torch.randn(2, 3, 16, 16), torch.randn(2, 4, 8, 8)]
+    sum(out.square().sum() for out in neck.train()(feats)).backward()
+    assert all(torch.equal(v, before[k]) for k, v in neck.named_buffers())
+    assert neck.layers[0].nodes[0].norm.weight.grad.any()
+    assert neck.training and not neck.eval().training
+
+
+def test_no_activation():
+    """act_cfg=None, the default of FPN, hands negative sums on."""
+    node = make_identity(FusionNode([2, 2], 2, 'sum', None, None))
+    out = node([-torch.ones(1, 2, 2, 2)] * 2, (2, 2))
+    assert (out == -2).all()
+
+
 @pytest.mark.parametrize('sizes', [
     [(64, 65), (32, 33), (16, 17), (8, 9), (4, 5)],
     [(13, 17), (7, 9), (4, 5), (2, 3), (1, 2), (1, 1)],
     [(8, 32), (4, 16), (2, 8), (1, 4), (1, 2), (1, 1)],
     [(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)],
+    [(50, 60), (20, 15), (7, 15), (4, 8)],
+    [(5, 5), (10, 12), (10, 30)],
 ])
-@pytest.mark.parametrize('fusion', ['fast_normalized', 'sum'])
+@pytest.mark.parametrize('fusion', ['fast_normalized', 'channel_softmax'])
 def test_odd_sizes(sizes, fusion):
     """Levels of odd sizes, down to one pixel, keep their sizes."""
     neck = BiFPN([3, 4, 5], 2, len(sizes), fusion=fusion).eval()
@@ -332,6 +451,9 @@ def test_without_norm():
     (dict(end_level=3), 'end_level=3'),
     (dict(start_level=-1), 'start_level=-1'),
     (dict(stack_times=0), 'stack_times=0'),
+    (dict(in_channels=256), 'in_channels=256 must be a list'),
+    (dict(add_extra_convs='on_lateral'), "'on_lateral'.*'on_output'"),
+    (dict(start_level=2, add_extra_convs='on_output'), 'only input, 2 of'),
 ])
 def test_bad_arguments_raise(settings, words):
     """What does not fit is named, with what would."""
@@ -340,18 +462,69 @@ def test_bad_arguments_raise(settings, words):
                  **settings})  # yapf: disable
 
 
-def test_wrong_number_of_inputs_raises():
-    """The number of maps must be that of in_channels."""
-    neck = BiFPN([3, 4], 2, 3)
-    with pytest.raises(ValueError, match='got 1 .*names 2'):
-        neck([torch.ones(1, 3, 8, 8)])
-
-
-def test_level_that_grows_on_one_axis_raises():
-    """A level that is larger on one axis and smaller on the other raises."""
+@pytest.mark.parametrize('shapes, words', [
+    ([(3, 8, 8)], r'1 feature maps of \[3\] channels.*in_channels=\[3, 4\]'),
+    ([(3, 8, 8), (5, 4, 4)], r'of \[3, 5\] channels'),
+    ([(3, 8, 8), (4, 4, 9)], 'levels 0 and 1 have 8x8 and 4x9 pixels'),
+    ([(3, 8, 8), (4, 8, 0)], 'input 1 of the neck is empty: 8x0'),
+])
+def test_inputs_that_do_not_fit(shapes, words):
+    """Levels and sizes are named."""
     neck = BiFPN([3, 4], 2, 2)
-    with pytest.raises(ValueError, match=r'\(4, 9\).*\(8, 8\)'):
-        neck([torch.ones(1, 3, 8, 8), torch.ones(1, 4, 4, 9)])
+    with pytest.raises(ValueError, match=words):
+        neck([torch.ones(1, *shape) for shape in shapes])
+
+
+EXPORTED = [
+    dict(num_outs=5),
+    dict(num_outs=5, fusion='softmax', add_extra_convs='on_output'),
+    dict(num_outs=4, fusion='channel_fast_normalized', separable_conv=False),
+    dict(num_outs=3, fusion='unbounded',
+         norm_cfg=dict(type='GN', num_groups=2)),
+    dict(num_outs=6, fusion='sum', norm_cfg=None, add_extra_convs=True),
+]  # yapf: disable
+
+
+def trained(settings):
+    """A neck whose statistics and weights are not the initial ones."""
+    torch.manual_seed(0)
+    neck = BiFPN([3, 4, 5], 6, **settings)
+    feats = [
+        torch.randn(2, c, n, n + 2) for c, n in ((3, 30), (4, 15), (5, 8))
+    ]
+    neck.train()(feats)
+    for parameter in neck.parameters():
+        parameter.data += torch.rand_like(parameter) * 0.1
+    return neck.eval(), feats
+
+
+@pytest.mark.parametrize('settings', EXPORTED, ids=str)
+def test_onnx(settings, tmp_path):
+    """The exported graph computes the same; its levels are odd in size."""
+    neck, feats = trained(settings)
+    path = str(tmp_path / 'neck.onnx')
+    torch.onnx.export(neck, (feats, ), path, dynamo=False, opset_version=17)
+    session = onnxruntime.InferenceSession(path)
+    outs = session.run(None, {
+        i.name: x.numpy()
+        for i, x in zip(session.get_inputs(), feats)
+    })
+    with torch.no_grad():
+        expected = neck(feats)
+    assert len(outs) == settings['num_outs']
+    for out, reference in zip(outs, expected):
+        assert reference.abs().max() > 0.1
+        np.testing.assert_allclose(
+            out, reference.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('settings', EXPORTED, ids=str)
+def test_compiled_in_one_piece(settings):
+    """torch.compile takes the whole neck: a graph break would raise."""
+    neck, feats = trained(settings)
+    compiled = torch.compile(neck, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(feats), neck(feats))
 
 
 @pytest.mark.parametrize('width', LIMITS)

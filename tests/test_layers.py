@@ -111,10 +111,14 @@ def test_same_size_is_untouched():
 
 def test_any_ratio_fits():
     """The wanted size comes out, also where no stride leads to it."""
-    x = torch.arange(49.0).view(1, 1, 7, 7)
-    out = resize_to(x, (5, 5))
-    assert out.shape == (1, 1, 5, 5)
-    assert out.max() == 48
+    x = torch.arange(17.0).view(1, 1, 1, 17)
+    # Stride 1 leaves 17 of 10, of which every 1.7th is taken.
+    assert resize_to(
+        x, (1, 10)).flatten().tolist() == [0, 1, 3, 5, 6, 8, 10, 11, 13, 15]
+    # Windows of 4 at stride 3, of 16, give 2, 5, 8, 11, 14 and 15.
+    assert resize_to(x[..., :16],
+                     (1, 5)).flatten().tolist() == [2, 5, 8, 11, 14]
+    assert resize_to(torch.zeros(1, 1, 50, 60), (20, 15)).shape[2:] == (20, 15)
 
 
 @pytest.mark.parametrize('size, target', [((4, 8), (8, 4)), ((5, 2), (3, 3))])

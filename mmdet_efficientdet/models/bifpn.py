@@ -17,7 +17,7 @@ counted from the finest, so that 0 is P3::
 The middle levels' last nodes also read the level's input (1 -> 9, ...).
 """
 from collections import OrderedDict
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmcv.cnn import build_activation_layer
@@ -26,9 +26,12 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .layers import (BN_CFG, SWISH_CFG, SeparableConv2d, build_norm,
-                     checkpoint, max_pool_same, resize_to)
+                     checkpoint, freeze_statistics, max_pool_same, resize_to,
+                     size_of)
 
-FUSIONS = ('fast_normalized', 'softmax', 'sum', 'unbounded')
+FUSIONS = ('fast_normalized', 'softmax', 'sum', 'unbounded',
+           'channel_fast_normalized', 'channel_softmax')
+EXTRA_CONVS = (False, True, 'on_input', 'on_output')
 
 
 def bifpn_graph(num_levels: int) -> List[Tuple[int, List[int]]]:
@@ -56,16 +59,20 @@ def bifpn_graph(num_levels: int) -> List[Tuple[int, List[int]]]:
     return graph
 
 
-def projection(in_channels: int, out_channels: int,
-               norm_cfg: Optional[dict]) -> nn.Sequential:
-    """A 1x1 convolution with bias and norm, without activation.
+def conv_norm(in_channels: int,
+              out_channels: int,
+              norm_cfg: Optional[dict],
+              kernel_size: int = 1,
+              **conv_args) -> nn.Sequential:
+    """A convolution with bias and norm, without activation.
 
     The bias in front of the norm is redundant, but the official network has
     it and stores it.
     """
     return nn.Sequential(
         OrderedDict(
-            conv=nn.Conv2d(in_channels, out_channels, 1),
+            conv=nn.Conv2d(in_channels, out_channels, kernel_size,
+                           **conv_args),
             norm=build_norm(norm_cfg, out_channels)))
 
 
@@ -74,42 +81,54 @@ class FusionNode(BaseModule):
 
     Every input is resized to the node's level, through a 1x1 convolution and
     a norm of its own where its width differs; then come the weighted sum, the
-    activation, a separable convolution and a norm.
+    activation, a 3x3 convolution and a norm.
 
     Args:
         in_channels (Sequence[int]): Width of each input.
         out_channels (int): Width of the output.
-        fusion (str): One of ``FUSIONS``.
-        norm_cfg (dict, optional): Norm of all convolutions.
-        act_cfg (dict): Activation before the separable convolution.
+        fusion, norm_cfg, act_cfg, separable_conv: See :class:`BiFPN`.
     """
 
     eps = 1e-4  # of the fast normalised fusion
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int,
-                 fusion: str, norm_cfg: Optional[dict], act_cfg: dict) -> None:
+    def __init__(self,
+                 in_channels: Sequence[int],
+                 out_channels: int,
+                 fusion: str,
+                 norm_cfg: Optional[dict],
+                 act_cfg: Optional[dict],
+                 separable_conv: bool = True) -> None:
         super().__init__()
         self.fusion = fusion
         if fusion != 'sum':
-            self.fusion_weights = nn.Parameter(torch.ones(len(in_channels)))
+            shape = [len(in_channels)]
+            if fusion.startswith('channel_'):
+                shape.append(out_channels)
+            self.fusion_weights = nn.Parameter(torch.ones(shape))
         self.resamples = nn.ModuleDict({
             str(edge):
-            projection(channels, out_channels, norm_cfg)
+            conv_norm(channels, out_channels, norm_cfg)
             for edge, channels in enumerate(in_channels)
             if channels != out_channels
         })
-        self.act = build_activation_layer(act_cfg)
-        self.conv = SeparableConv2d(out_channels, out_channels)
+        self.act = build_activation_layer(act_cfg) if act_cfg \
+            else nn.Identity()
+        self.conv = SeparableConv2d(out_channels, out_channels) \
+            if separable_conv else nn.Conv2d(
+                out_channels, out_channels, 3, padding=1)
         self.norm = build_norm(norm_cfg, out_channels)
 
     def normalized_weights(self) -> Tensor:
-        """The factor of each input, ``(num_inputs, )``."""
+        """The factor of each input, ``(num_inputs, )``.
+
+        Those of the ``channel_`` fusions are ``(num_inputs, C)``.
+        """
         weights = self.fusion_weights
-        if self.fusion == 'softmax':
+        if self.fusion.endswith('softmax'):
             return weights.softmax(0)
-        if self.fusion == 'fast_normalized':
+        if self.fusion.endswith('fast_normalized'):
             weights = weights.relu()
-            return weights / (weights.sum() + self.eps)
+            return weights / (weights.sum(0) + self.eps)
         return weights
 
     def forward(self, inputs: Sequence[Tensor], size: tuple) -> Tensor:
@@ -128,7 +147,8 @@ class FusionNode(BaseModule):
         dtype = resized[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
         if self.fusion != 'sum':
-            weights = self.normalized_weights().to(wide).view(-1, 1, 1, 1, 1)
+            weights = self.normalized_weights().to(wide)
+            weights = weights.view(len(inputs), 1, -1, 1, 1)
             resized = [x * weight for x, weight in zip(resized, weights)]
         fused = self.act(sum(resized[1:], resized[0].to(wide)))
         return self.norm(self.conv(fused.to(dtype)))
@@ -140,24 +160,24 @@ class BiFPNLayer(BaseModule):
     Args:
         in_channels (Sequence[int]): Width of each level's input.
         out_channels (int): Width of every output.
-        fusion, norm_cfg, act_cfg: See :class:`FusionNode`.
+        node_args: The others of :class:`FusionNode`.
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int,
-                 fusion: str, norm_cfg: Optional[dict], act_cfg: dict) -> None:
+                 *node_args) -> None:
         super().__init__()
         self.graph = bifpn_graph(len(in_channels))
         channels = list(in_channels)
         self.nodes = nn.ModuleList()
         for _, inputs in self.graph:
             self.nodes.append(
-                FusionNode([channels[i] for i in inputs], out_channels, fusion,
-                           norm_cfg, act_cfg))
+                FusionNode([channels[i] for i in inputs], out_channels,
+                           *node_args))
             channels.append(out_channels)
 
     def forward(self, feats: Sequence[Tensor]) -> Tuple[Tensor, ...]:
         """Returns one fused feature map for each of ``feats``."""
-        sizes = [feat.shape[-2:] for feat in feats]
+        sizes = [size_of(feat) for feat in feats]
         feats = list(feats)
         for node, (level, inputs) in zip(self.nodes, self.graph):
             feats.append(node([feats[i] for i in inputs], sizes[level]))
@@ -166,11 +186,14 @@ class BiFPNLayer(BaseModule):
 
 @MODELS.register_module()
 class BiFPN(BaseModule):
-    """Bi-directional feature pyramid network, with FPN's call signature.
+    """Bi-directional feature pyramid network, in place of any ``FPN``.
 
     Levels above the backbone's are made from its last one: a 1x1 convolution
     and a norm where the width changes, then 3x3 SAME max-pooling; each
     further level is pooled from the one below it.
+
+    Neighbouring levels may have any ratio of sizes, also another one on each
+    axis, as long as both axes go the same way.
 
     Args:
         in_channels (Sequence[int]): Widths of the backbone's outputs.
@@ -181,16 +204,28 @@ class BiFPN(BaseModule):
             last. Defaults to -1.
         stack_times (int): Number of BiFPN layers. Defaults to 3.
         fusion (str): 'fast_normalized' (the default; D0-D5), 'softmax',
-            'sum' (D6, D7, D7x, Lite) or 'unbounded' (paper, section 3.3).
+            'sum' (D6, D7, D7x, Lite) or 'unbounded' (paper, section 3.3);
+            'channel_fast_normalized' and 'channel_softmax' have a weight for
+            each channel (official code).
+        add_extra_convs (bool | str): How further levels are made, as in
+            ``FPN``: False (the default) by pooling, 'on_input' or True by 3x3
+            convolutions of stride 2 instead, 'on_output' by such convolutions
+            of the last output, which then are not fused.
+        relu_before_extra_convs (bool): Puts a ReLU between these
+            convolutions, as ``FPN`` does. Defaults to False.
+        separable_conv (bool): Depthwise-separable 3x3 convolutions in the
+            layers, else full ones. Defaults to True.
         norm_cfg (dict, optional): Defaults to batch norm with TensorFlow's
             constants; None for no norm.
-        act_cfg (dict): Defaults to SiLU (swish).
+        act_cfg (dict, optional): Defaults to SiLU (swish); None for none.
+        norm_eval (bool): Keeps batch norms in evaluation mode while training.
+            Defaults to False.
         with_cp (bool): Recomputes the layers in the backward pass to save
             memory. Defaults to False.
         init_cfg (dict, optional): With ``None``, the official initialisers.
 
     Raises:
-        ValueError: If ``fusion`` is unknown or the levels do not fit.
+        ValueError: If an option is unknown or the levels do not fit.
     """
 
     def __init__(self,
@@ -201,15 +236,25 @@ class BiFPN(BaseModule):
                  end_level: int = -1,
                  stack_times: int = 3,
                  fusion: str = 'fast_normalized',
+                 add_extra_convs: Union[bool, str] = False,
+                 relu_before_extra_convs: bool = False,
+                 separable_conv: bool = True,
                  norm_cfg: Optional[dict] = BN_CFG,
-                 act_cfg: dict = SWISH_CFG,
+                 act_cfg: Optional[dict] = SWISH_CFG,
+                 norm_eval: bool = False,
                  with_cp: bool = False,
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
+        if not isinstance(in_channels, (list, tuple)):
+            raise ValueError(f'in_channels={in_channels!r} must be a list of '
+                             "the widths of the backbone's outputs")
         num_ins = len(in_channels)
         last = num_ins - 1 if end_level == -1 else end_level
         if fusion not in FUSIONS:
             raise ValueError(f'fusion={fusion!r} must be one of {FUSIONS}')
+        if add_extra_convs not in EXTRA_CONVS:
+            raise ValueError(f'add_extra_convs={add_extra_convs!r} must be '
+                             f'one of {EXTRA_CONVS}')
         if not 0 <= start_level <= last < num_ins:
             raise ValueError(
                 f'start_level={start_level} and end_level={end_level} must '
@@ -223,6 +268,12 @@ class BiFPN(BaseModule):
                 f'num_outs={num_outs} does not fit: inputs {start_level} to '
                 f'{last} of {list(in_channels)} are used, so num_outs must '
                 f'be {allowed} (and at least 2)')
+        on_output = add_extra_convs == 'on_output'
+        if on_output and len(used) < 2:
+            raise ValueError(
+                f'the only input, {start_level} of {list(in_channels)}, has '
+                "nothing to be fused with: add_extra_convs='on_output' makes "
+                'further levels behind the fusion. Use more inputs, or False')
         if stack_times < 1:
             raise ValueError(f'stack_times={stack_times} must be at least 1')
         self.in_channels = list(in_channels)
@@ -230,18 +281,28 @@ class BiFPN(BaseModule):
         self.num_outs = num_outs
         self.start_level = start_level
         self.last_level = last
+        self.add_extra_convs = add_extra_convs
+        self.relu_before_extra_convs = relu_before_extra_convs
+        self.norm_eval = norm_eval
         self.with_cp = with_cp
         self.extra_levels = nn.ModuleList()
+        width = out_channels if on_output else used[-1]
         for _ in range(extra):
+            kernel = dict(
+                kernel_size=3, stride=2, padding=1) if add_extra_convs \
+                else dict(kernel_size=1)
+            needed = add_extra_convs or width != out_channels
             self.extra_levels.append(
-                projection(used[-1], out_channels, norm_cfg) if used[-1] !=
-                out_channels else nn.Identity())
-            used.append(out_channels)
+                conv_norm(width, out_channels, norm_cfg, **kernel
+                          ) if needed else nn.Identity())
+            width = out_channels
+        fused = used if on_output else used + [out_channels] * extra
         self.layers = nn.ModuleList()
         for _ in range(stack_times):
             self.layers.append(
-                BiFPNLayer(used, out_channels, fusion, norm_cfg, act_cfg))
-            used = [out_channels] * num_outs
+                BiFPNLayer(fused, out_channels, fusion, norm_cfg, act_cfg,
+                           separable_conv))
+            fused = [out_channels] * len(fused)
 
     def init_weights(self) -> None:
         """Draws all kernels from Glorot's uniform distribution."""
@@ -254,6 +315,13 @@ class BiFPN(BaseModule):
                     nn.init.zeros_(module.bias)
         self._is_init = True
 
+    def train(self, mode: bool = True) -> 'BiFPN':
+        """Switches the mode, except for norms that stay in evaluation."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            freeze_statistics(self)
+        return self
+
     def forward(self, inputs: Sequence[Tensor]) -> Tuple[Tensor, ...]:
         """Fuses the backbone's features.
 
@@ -265,19 +333,52 @@ class BiFPN(BaseModule):
             tuple[Tensor]: ``num_outs`` maps ``(N, out_channels, H_i, W_i)``.
 
         Raises:
-            ValueError: If the number of inputs is wrong, or if from one level
-                to another one axis grows and the other shrinks.
+            ValueError: If number or widths of the inputs are wrong, or if
+                from one level to another one axis grows and the other
+                shrinks.
         """
-        if len(inputs) != len(self.in_channels):
+        widths = [x.shape[1] for x in inputs]
+        if widths != self.in_channels:
             raise ValueError(
-                f'BiFPN got {len(inputs)} feature maps, but in_channels='
-                f'{self.in_channels} names {len(self.in_channels)}')
+                f'BiFPN got {len(widths)} feature maps of {widths} channels, '
+                f'but in_channels={self.in_channels}. Write in_channels as '
+                "the backbone's out_indices give them")
         feats = list(inputs[self.start_level:self.last_level + 1])
-        for extra_level in self.extra_levels:
-            # An axis of one pixel cannot shrink further.
-            stride = [2 if n > 1 else 1 for n in feats[-1].shape[-2:]]
-            feats.append(max_pool_same(extra_level(feats[-1]), stride))
+        on_output = self.add_extra_convs == 'on_output'
+        if not on_output:
+            self._add_levels(feats)
+        _check_sizes([size_of(x) for x in feats], self.start_level)
         with_cp = self.with_cp and self.training
         for layer in self.layers:
             feats = checkpoint(layer, feats) if with_cp else layer(feats)
+        feats = list(feats)
+        if on_output:
+            self._add_levels(feats)
         return tuple(feats)
+
+    def _add_levels(self, feats: List[Tensor]) -> None:
+        for i, extra_level in enumerate(self.extra_levels):
+            x = feats[-1]
+            if self.relu_before_extra_convs and self.add_extra_convs and i:
+                x = x.relu()
+            x = extra_level(x)
+            if not self.add_extra_convs:
+                # An axis of one pixel cannot shrink further.
+                x = max_pool_same(x, [2 if n > 1 else 1 for n in size_of(x)])
+            feats.append(x)
+
+
+def _check_sizes(sizes: List[tuple], start_level: int) -> None:
+    """Raises a ValueError unless neighbours can be resized to each other."""
+    for i, (height, width) in enumerate(sizes):
+        if not height or not width:
+            raise ValueError(
+                f'input {start_level + i} of the neck is empty: '
+                f'{height}x{width} pixels of {sizes}. Enlarge the images')
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
+        if (a[0] - b[0]) * (a[1] - b[1]) < 0:
+            raise ValueError(
+                f'levels {start_level + i} and {start_level + i + 1} have '
+                f'{a[0]}x{a[1]} and {b[0]}x{b[1]} pixels: from one to the '
+                'other one axis would have to grow and the other to shrink. '
+                f'All levels: {sizes}')

@@ -1,6 +1,6 @@
 """What the host has no part for: TensorFlow's layers as EfficientDet uses."""
 from contextlib import contextmanager, nullcontext
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,12 @@ class SeparableConv2d(nn.Module):
         return self.pointwise(self.depthwise(x))
 
 
+def size_of(x: Tensor) -> Tuple[int, int]:
+    """Height and width, as numbers also while a graph is traced."""
+    height, width = x.shape[-2:]
+    return int(height), int(width)
+
+
 def max_pool_same(x: Tensor, stride: tuple) -> Tensor:
     """Max-pools to ``ceil(size / stride)`` with TensorFlow's SAME padding.
 
@@ -60,7 +66,7 @@ def max_pool_same(x: Tensor, stride: tuple) -> Tensor:
     """
     kernel = [s + 1 if s > 1 else 1 for s in stride]
     padding = []
-    for size, k, s in zip(x.shape[-2:], kernel, stride):
+    for size, k, s in zip(size_of(x), kernel, stride):
         total = max((-(-size // s) - 1) * s + k - size, 0)
         padding = [total // 2, total - total // 2] + padding
     return F.max_pool2d(F.pad(x, padding, value=float('-inf')), kernel, stride)
@@ -70,7 +76,9 @@ def resize_to(x: Tensor, size: tuple) -> Tensor:
     """Resizes features to another level: max-pool down, nearest up.
 
     Each axis goes its own way, so an axis of one pixel stays while the other
-    is pooled (the official code refuses that case).
+    is pooled (the official code refuses that case). Of a ratio that no stride
+    gives, such as 17 to 10, the rest is left to the interpolation; adaptive
+    pooling cannot be exported.
 
     Args:
         x (Tensor): Features ``(N, C, H, W)``.
@@ -79,21 +87,24 @@ def resize_to(x: Tensor, size: tuple) -> Tensor:
     Raises:
         ValueError: If one axis must grow and the other shrink.
     """
-    now = tuple(x.shape[-2:])
-    size = tuple(size)
+    now, size = size_of(x), tuple(size)
     if now == size:
         return x
-    if now[0] >= size[0] and now[1] >= size[1]:
-        stride = [(n - 1) // s + 1 for n, s in zip(now, size)]
-        if all(-(-n // p) == s for n, p, s in zip(now, stride, size)):
-            return max_pool_same(x, stride)
-        return F.adaptive_max_pool2d(x, size)  # a ratio no stride gives
-    if now[0] <= size[0] and now[1] <= size[1]:
-        return F.interpolate(x, size=size, mode='nearest')
-    raise ValueError(
-        f'cannot resize features of size {now} to a level of size {size}: '
-        'one axis would have to grow and the other to shrink. Pyramid levels '
-        'must not grow on any axis from one level to the next')
+    grows = [n < s for n, s in zip(now, size)]
+    if any(grows) and any(n > s for n, s in zip(now, size)):
+        raise ValueError(
+            f'cannot resize features of size {now} to a level of size {size}: '
+            'one axis would have to grow and the other to shrink. Pyramid '
+            'levels must not grow on any axis from one level to the next')
+    if not any(grows):
+        stride = []
+        for n, s in zip(now, size):
+            exact = (n - 1) // s + 1
+            stride.append(exact if -(-n // exact) == s else (n - 1) // (s - 1))
+        x = max_pool_same(x, stride)
+        if size_of(x) == size:
+            return x
+    return F.interpolate(x, size=size, mode='nearest')
 
 
 @contextmanager
