@@ -165,6 +165,13 @@ def test_off_by_default():
     assert 'with_cp' not in D0.read_text()
 
 
+def test_nothing_to_measure(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['measure_training.py', '--steps', '0'])
+    with pytest.raises(SystemExit):
+        measure_training.main()
+    assert '--steps' in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_measuring_tool(monkeypatch, capsys):
     """It trains in processes of their own and prints sound figures."""
     monkeypatch.setattr('sys.argv', [

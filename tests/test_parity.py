@@ -53,6 +53,18 @@ def test_variants_of_effdet(settings):
     assert max(parts.values()) < BOUND
 
 
+def test_softmax_fusion():
+    """effdet's 'attn'; the sizes above have the other two fusions."""
+    sides = (192, 258)
+    theirs, ours = build_both('d0', sides, fpn_name='bifpn_attn')
+    image = torch.randn(2, 3, *sides)
+    assert compare(theirs, ours, image)['neck'] > BOUND
+    for module in ours.modules():
+        if isinstance(module, FusionNode):
+            module.fusion = 'softmax'
+    assert max(compare(theirs, ours, image).values()) < BOUND
+
+
 @pytest.mark.parametrize('key, part', [
     ('backbone.stem.bn.running_mean', 'backbone'),
     ('backbone.blocks.0.depthwise_conv.bn.running_var', 'backbone'),

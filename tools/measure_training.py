@@ -154,6 +154,8 @@ def main():
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.steps, args.batch_size, args.threads) < 1:
+        parser.error('--steps, --batch-size and --threads must be positive')
     if args.measure:
         print(json.dumps(measure(**json.loads(args.measure))))
         return
