@@ -227,19 +227,23 @@ def check_validation_set(parts: Sequence[Annotations]) -> List[Finding]:
 def check_overlap(train: Sequence[Annotations],
                   val: Sequence[Annotations]) -> List[Finding]:
     """Checks that no image is for training and for validation."""
-    # Parts of one file, chosen by indices, need not overlap.
-    trained, paths = ([
-        osp.normpath(path) for part in parts if not part.partial
-        for path in part.paths
-    ] for parts in (train, val))
-    seen = set(trained)
-    shared = [path for path in paths if path in seen]
+    seen, shared, number = {}, [], 0
+    for part in train:
+        for path in part.paths:
+            path = osp.normpath(path)
+            seen[path] = seen.get(path, True) and part.partial
+    for part in val:
+        number += len(part.paths)
+        for path in map(osp.normpath, part.paths):
+            # Of one file, indices may choose images for each of the two.
+            if path in seen and not (part.partial and seen[path]):
+                shared.append(path)
     if not shared:
         return []
     return [
         Finding(
             False, 'overlap', len(shared),
-            f'{len(shared)} of {len(paths)} images of the validation are '
+            f'{len(shared)} of {number} images of the validation are '
             'trained on, so that AP says nothing', 'split the data by images',
             tuple(shared[:3]))
     ]

@@ -102,7 +102,23 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         A training that is resumed with more epochs thus follows their curve
         instead of staying at the last rate. The peak stays that of the
         checkpoint, as with every scheduler of the host.
+
+        Raises:
+            ValueError: If the checkpoint counts epochs and this iterations,
+                or the other way round.
         """
+        if state_dict.get('by_epoch', self.by_epoch) != self.by_epoch:
+            raise ValueError(
+                'the schedule of the checkpoint has by_epoch='
+                f'{not self.by_epoch}, that of the config {self.by_epoch}. '
+                'Resume with the same, or start anew with load_from')
+        before = state_dict.get('warmup', self.warmup)
+        if before != self.warmup:
+            print_log(
+                f'The warm-up of the checkpoint has {before} steps, that of '
+                f'the config {self.warmup}. If epochs have another length now '
+                '(batch, processes, data), the schedule goes on at another '
+                'place of its curve', 'current', logging.WARNING)
         ours = ('end', 'warmup', 'start_factor')
         super().load_state_dict({
             k: v
@@ -138,6 +154,10 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     dimensions, also holds for those that a key of ``custom_keys`` names,
     unless the key has a ``decay_mult`` itself. With the host alone another
     rate for the backbone turns on the decay of its norms and biases.
+
+    Raises:
+        ValueError: If modules share a parameter, which the host's groups do
+            not allow either.
     """
 
     def add_params(self,
@@ -150,12 +170,22 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             return  # a call for a submodule
         flat = self.paramwise_cfg.get('flat_decay_mult')
-        groups = {}
+        names = {id(p): name for name, p in module.named_parameters()}
+        groups, seen = {}, set()
         for single in params:
+            parameter, = single['params']
+            name = names[id(parameter)]
+            if name in seen:
+                raise ValueError(
+                    f'{name} is shared by several modules; write optim_wrapper'
+                    '.paramwise_cfg.bypass_duplicate=True')
+            seen.add(name)
             options = dict(lr=self.base_lr, weight_decay=self.base_wd)
             if (flat is not None and self.base_wd is not None
-                    and 'decay_mult' not in single
-                    and single['params'][0].ndim < 2):
+                    and parameter.ndim < 2 and 'decay_mult' not in single
+                    and any(
+                        key in name
+                        for key in self.paramwise_cfg.get('custom_keys', ()))):
                 single['weight_decay'] = self.base_wd * flat
             # The multipliers have been applied to the two.
             options.update({
@@ -221,24 +251,27 @@ class BatchScaleHook(Hook):
     def before_run(self, runner) -> None:
         """Scales, before anything is resumed."""
         scaling, wrapper = runner.auto_scale_lr or {}, runner.optim_wrapper
+        if not isinstance(wrapper, OptimWrapper) or hasattr(self, '_peak'):
+            return  # several optimizers, or a test after a training
         self._images = None
-        if not isinstance(wrapper, OptimWrapper):
-            return
         if scaling.get('enable'):
-            counts = wrapper._accumulative_counts
-            # That of the loader is None where a batch sampler was given.
+            counts, world = wrapper._accumulative_counts, runner.world_size
+            given = runner.cfg.train_dataloader.batch_size
+            # A batch sampler of the config may have another size.
             batch = runner.train_dataloader.batch_sampler.batch_size
-            world = runner.world_size
+            if not isinstance(batch, int):
+                batch = given
             self._images = world * batch * counts
             runner.logger.info(
                 f'One step of the optimizer sees {self._images} images '
                 f'({world} processes x {batch} images x {counts} accumulated)')
             ratio = self._images / scaling['base_batch_size']
+            scaled = world * given / scaling['base_batch_size']  # by the host
             for group in wrapper.param_groups:
                 # The host does not scale what the log shows as base_lr.
                 unscaled = group is wrapper.base_param_settings
                 for key in {'lr', 'initial_lr'} & group.keys():
-                    group[key] *= ratio if unscaled else counts
+                    group[key] *= ratio if unscaled else ratio / scaled
             for scheduler in runner.param_schedulers or []:
                 if scheduler.param_name == 'lr':
                     scheduler.base_values = [
@@ -253,9 +286,9 @@ class BatchScaleHook(Hook):
             return
         peak = _peak(wrapper)
         if self._images:
-            now = max(group['lr'] for group in wrapper.param_groups)
+            now = max(group['lr'] for group in wrapper.optimizer.param_groups)
             runner.logger.info(
-                f'Learning rate {peak:g}, and {now:g} at this step')
+                f'Base learning rate {peak:g}, and {now:g} at this step')
         if not math.isclose(peak, self._peak):
             runner.logger.warning(
                 f'The learning rate stays {peak:g}, with which the checkpoint '
@@ -265,4 +298,5 @@ class BatchScaleHook(Hook):
 
 def _peak(wrapper: OptimWrapper) -> float:
     return max(
-        group.get('initial_lr', group['lr']) for group in wrapper.param_groups)
+        group.get('initial_lr', group['lr'])
+        for group in wrapper.optimizer.param_groups)

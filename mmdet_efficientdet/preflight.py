@@ -79,34 +79,59 @@ def check_last_batch(cfg: Config, model: nn.Module, num_gpus: int,
         cfg, model, num_gpus: See :func:`check_training`.
         dataset (Dataset | dict): Of the training. Built only if it matters.
     """
-    loader, head = cfg.train_dataloader, model.bbox_head
-    sizes = [
-        transform.image_size
-        for transform in innermost(loader.dataset)[0].get('pipeline', [])
-        if transform.type.endswith('ResizeCrop')
-    ]
+    loader = cfg.train_dataloader
+    side = _input_side(cfg)
     norms, sharing = _training_norms(cfg, model, num_gpus)
     norms = [name for name in norms if not name.startswith('backbone.')]
-    if not norms or not sizes or np.max(sizes) > 2**(head.num_levels + 2):
+    if not norms or not side or side > 2**(model.bbox_head.num_levels + 2):
         return []
-    batch = last = loader.get('batch_size', 1)
-    whole = loader.get('drop_last') or loader.get(
-        'sampler', {}).get('infinite') or 'Infinite' in loader.get(
-            'sampler', {}).get('type', '')
+    sampler = loader.get('sampler') or {}
+    batches = loader.get('batch_sampler') or {}
+    batch = last = batches.get('batch_size', loader.get('batch_size', 1))
+    whole = (
+        loader.get('drop_last') or batches.get('drop_last')
+        or loader.get('num_batch_per_epoch') or sampler.get('infinite')
+        or 'Infinite' in str(sampler.get('type')))
     if not whole and batch > 1:
         if isinstance(dataset, dict):
             dataset = DATASETS.build(dataset)
-        last = -(-len(dataset) // num_gpus) % batch or batch
+        images = -(-len(dataset) // num_gpus)
+        if cfg.train_cfg.get('max_iters', images) >= images / batch:
+            last = images % batch or batch
     if last * sharing > 1:
         return []
     return [
         Finding(
             True, 'last_batch', 1,
             f'the last of the batches, of up to {batch} images, has one '
-            f'image, and at {np.max(sizes)} pixels the coarsest level has one '
-            'pixel, of which batch norms cannot take statistics',
+            f'image, and at {side} pixels the coarsest level has one pixel, '
+            'of which batch norms cannot take statistics',
             'train_dataloader.drop_last=True, or another batch_size')
     ]
+
+
+def _input_side(cfg: Config) -> int:
+    """The longer side of the largest input, or 0 where it is not known."""
+    sides = []
+    for part in innermost(cfg.train_dataloader.dataset):
+        kinds = ('Resize', 'Crop', 'Pad', 'Mosaic', 'MixUp', 'Affine',
+                 'Expand', 'Rotate')
+        changing = [
+            transform for transform in part.get('pipeline', []) if any(
+                kind in str(transform.type) for kind in kinds)
+        ]
+        if not changing:
+            return 0
+        last, size = changing[-1], None
+        if str(last.type).endswith('ResizeCrop'):
+            size = last.image_size
+        elif last.type == 'Resize' and not last.get('keep_ratio'):
+            size = last.get('scale')
+        if not size:
+            return 0
+        sides.append(np.max(size))
+    divisor = cfg.model.data_preprocessor.get('pad_size_divisor', 1)
+    return int(-(-max(sides) // divisor) * divisor)
 
 
 def input_boxes(cfg: Config, parts: Sequence[Annotations]) -> InputBoxes:

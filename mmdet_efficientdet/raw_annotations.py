@@ -2,6 +2,7 @@
 import os.path as osp
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from numbers import Real
 from typing import List, Optional, Sequence, Tuple
 
@@ -72,7 +73,7 @@ class Annotations:
         """Mask ``(M, )`` of what MMDetection keeps, without crowds."""
         inside = np.minimum(self.boxes[:, 2:], self.limits) - np.maximum(
             self.boxes[:, :2], 0)
-        return (self.wanted & ~self.crowd & (self.area > 0)
+        return (self.wanted & ~self.crowd & ~(self.area <= 0)
                 & (inside > 0).all(1) & (self.sides >= 1).all(1))
 
     @cached_property
@@ -143,7 +144,7 @@ def _read_coco(dataset) -> Annotations:
         ], bool),
         incomplete=incomplete + missing,
         no_crowd_flag=[
-            ann['id'] for ann in anns if 'iscrowd' not in ann
+            ann['id'] for ann in anns if ann.get('iscrowd') is None
             and label.get(ann['category_id'], NOT_IN_FILE) >= 0
         ],
         **_settings(dataset))
@@ -208,5 +209,5 @@ def _complete(entries: List[dict], fields: Tuple[str, ...],
 def _is_sound(field: str, value) -> bool:
     if field == 'bbox':
         return (isinstance(value, (list, tuple)) and len(value) == 4
-                and all(isinstance(n, Real) for n in value))
+                and all(isinstance(n, Real) and isfinite(n) for n in value))
     return field not in ('height', 'width', 'area') or isinstance(value, Real)

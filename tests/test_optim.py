@@ -146,6 +146,21 @@ def test_resumed_with_more_epochs():
         long.step()
 
 
+def test_resumed_with_other_steps(monkeypatch):
+    """Steps of another kind raise, and of another length are named."""
+    saved = WarmupCosineLR(sgd(), warmup=2, end=50).state_dict()
+    with pytest.raises(ValueError, match='by_epoch=True.*config False'):
+        WarmupCosineLR(
+            sgd(), warmup=2, end=50, by_epoch=False).load_state_dict(saved)
+    logged = []
+    monkeypatch.setattr('mmdet_efficientdet.optim.print_log',
+                        lambda text, *_: logged.append(text))
+    for warmup in (2, 3):
+        WarmupCosineLR(sgd(), warmup=warmup, end=50).load_state_dict(saved)
+    message, = logged
+    assert 'checkpoint has 2 steps, that of the config 3' in message
+
+
 def test_all_rates_follow_the_peak():
     """Another peak scales the whole curve, its start and its end, too."""
     one, two = sgd(0.16), sgd(0.01)
@@ -240,6 +255,44 @@ def test_decay_of_a_key():
     ] == [(0.5, 0.1), (0.5, 0), (1, 0.1), (1, 0.1), (1, 0.1), (1, 0)]
 
 
+def test_decay_of_norms_is_the_users():
+    """Without a key the host's own order of rules counts."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    rules = dict(flat_decay_mult=0, norm_decay_mult=1)
+    optimizer = dict(type='SGD', lr=1, weight_decay=0.1)
+    ours, hosts = (
+        build_optim_wrapper(
+            model,
+            dict(
+                optimizer=optimizer,
+                paramwise_cfg=rules,
+                constructor=constructor)) for constructor in (
+                    'mmdet_efficientdet.GroupedOptimWrapperConstructor',
+                    'DefaultOptimWrapperConstructor'))
+    decay = [{
+        id(p): group['weight_decay']
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
+    } for wrapper in (ours, hosts)]
+    assert decay[0] == decay[1]
+    assert sorted(decay[0].values()) == [0, 0.1, 0.1, 0.1]
+
+
+def test_shared_parameter():
+    """It would be stepped twice, and its gradient counted twice."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    config = dict(
+        constructor='mmdet_efficientdet.GroupedOptimWrapperConstructor',
+        optimizer=dict(type='SGD', lr=1),
+        paramwise_cfg=dict(flat_decay_mult=0))
+    with pytest.raises(ValueError, match='0.weight is shared'):
+        build_optim_wrapper(model, config)
+    config['paramwise_cfg']['bypass_duplicate'] = True
+    group, = build_optim_wrapper(model, config).optimizer.param_groups
+    assert len(group['params']) == 3
+
+
 def averages_of(model):
     """The averaged copy of a model that the configs ask for."""
     config = dict(Config.fromfile(D0).default_hooks.ema)
@@ -303,17 +356,17 @@ def root(tmp_path_factory):
 
 
 def test_scaled_by_accumulated_batches(root, tmp_path):
-    """0.64 for 128 images is 0.04 for 2 images, 4 times; resuming keeps it.
+    """0.64 for 128 images is 0.04 for twice 4 of them; resuming keeps it.
 
-    Batches of one aspect ratio come from a sampler of their own.
+    The batches are those of a sampler, which the host's scaling overlooks.
     """
     config = write_config(
         tmp_path / 'mine.py',
         root,
         extra='optim_wrapper = dict(optimizer=dict(lr=0.64), '
-        'accumulative_counts=4)\ntrain_cfg = dict(val_interval=9)\n'
+        'accumulative_counts=2)\ntrain_cfg = dict(val_interval=9)\n'
         'train_dataloader.update(batch_sampler=dict('
-        "type='AspectRatioBatchSampler'))")
+        "type='AspectRatioBatchSampler', batch_size=4))")
     for epochs, rate, options in ((1, 0.64, []), (2, 0.02, ['--resume'])):
         done = run_tool(
             'train.py',
@@ -325,20 +378,20 @@ def test_scaled_by_accumulated_batches(root, tmp_path):
             *options,
             cwd=tmp_path)
         assert done.code == 0, done.output
-        assert ('sees 8 images (1 processes x 2 images x 4 accumulated)'
+        assert ('sees 8 images (1 processes x 4 images x 2 accumulated)'
                 in done.output)
         now, message = ((0.002, ''),
                         (0, 'The learning rate stays 0.04, with which the '
                          'checkpoint was trained; that of this config, '
                          '0.00125,'))[epochs - 1]
-        assert f'Learning rate 0.04, and {now} at this step' in done.output
+        assert f'Base learning rate 0.04, and {now} at this' in done.output
         assert message in done.output
         assert ('The learning rate stays' in done.output) == bool(message)
         rates = re.findall(r'base_lr: (\S+) lr: (\S+) ', done.output)
-        # The third step of an epoch: 0.002 + 0.038 * 2 / 3, then the cosine
-        # at 5 of 6 - 3 steps, 0.04 * (1 + cos(5 / 3 * pi)) / 2
-        assert rates[-1] == (('2.7333e-02', ) * 2,
-                             ('3.0000e-02', ) * 2)[epochs - 1]
+        # The second step of an epoch: 0.002 + 0.038 / 2, then the cosine
+        # at 3 of 4 - 2 steps, 0.04 * (1 + cos(3 / 2 * pi)) / 2
+        assert rates[-1] == (('2.1000e-02', ) * 2,
+                             ('2.0000e-02', ) * 2)[epochs - 1]
 
 
 def train_briefly(path, **options):
@@ -396,10 +449,13 @@ def test_rate_fits_the_batch(path, rate):
     assert config.auto_scale_lr.base_batch_size == 8
     assert config.train_dataloader.batch_size == 8
     assert config.optim_wrapper.optimizer.lr == rate
-    # The kind of a width that 8 groups do not divide would raise.
+
+
+def test_group_norm_fits_every_size():
+    """The kind of a width that 8 groups do not divide would raise."""
     assert all(
-        Config.fromfile(p).model.neck.out_channels % 8 == 0
-        for p in SIZES.values())
+        Config.fromfile(path).model.neck.out_channels % 8 == 0
+        for path in SIZES.values())
 
 
 def test_inputs_of_advprop():

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 
 import check_dataset
@@ -113,11 +114,11 @@ def entry(key, value, number=1, kind='annotations', split=0):
     return fault
 
 
-def null(key, kind='annotations'):
+def null(key, kind='annotations', split=0):
     """A fault of one field of the first entry, which is there but empty."""
 
-    def fault(train, val, root):
-        train[kind][0][key] = None
+    def fault(*files):
+        files[split][kind][0][key] = None
 
     return fault
 
@@ -257,6 +258,8 @@ def test_fault_is_found_alone(name, sound, tmp_path, capsys):
     (entry('bbox', [1, 2, '3', 4]), 'fields', 'annotation 1: bbox'),
     (entry('bbox', [1, 2, 3]), 'fields', 'annotation 1: bbox'),
     (null('bbox'), 'fields', 'annotation 1: bbox'),
+    (entry('bbox', [1, 2, float('nan'), 4]), 'fields', 'annotation 1: bbox'),
+    (null('iscrowd', split=1), 'iscrowd', 'val.json: 1 annotations'),
     (null('width', kind='images'), 'fields', 'image 1: width'),
 ])
 def test_fields_that_are_no_numbers(fault, name, words, sound, tmp_path,
@@ -314,6 +317,25 @@ model = dict(bbox_head=dict(num_classes=2))
     assert report(capsys, config, '--no-images')[:2] == (0, [])
 
 
+def test_area_that_is_no_number(sound, tmp_path, capsys):
+    """The host drops boxes of area 0, and keeps these."""
+    config = write_broken(sound, tmp_path, entry('area', float('nan'), 54))
+    assert report(capsys, config, '--no-images')[:2] == (0, [])
+
+
+@pytest.mark.parametrize('whole', ['train', 'val'])
+def test_part_of_what_is_trained_on(whole, sound, tmp_path, capsys):
+    """All images of one file, and some of it: these stand in both."""
+    part = dict(train='val', val='train')[whole]
+    config = write_broken(
+        sound, tmp_path,
+        lines("val_dataloader['dataset'].update(dataset)\n"
+              f"{part}_dataloader['dataset'] = dict("
+              f"{part}_dataloader['dataset'], indices=30)"))
+    found = report(capsys, config, '--no-images')[1]
+    assert ('WARNING', 'overlap') in found
+
+
 def test_parts_of_one_file(sound, tmp_path, capsys):
     """Images that indices choose for two data sets are not the same ones."""
     option = "val_dataloader['dataset'].update(dataset, indices=[{}])\n"
@@ -341,6 +363,21 @@ def test_parts_of_one_file(sound, tmp_path, capsys):
     ({'sync_bn': 'torch'}, 1, True),
     ({'model.norm_eval': True}, 1, False),
     ({'model.backbone.norm_eval': True}, 1, True),
+    ({'train_dataloader.sampler': None}, 1, True),
+    ({'train_dataloader.num_batch_per_epoch': 2}, 1, False),
+    ({'train_dataloader.batch_sampler': dict(drop_last=True)}, 1, False),
+    ({'train_dataloader.batch_sampler': dict(batch_size=5)}, 1, False),
+    ({'train_dataloader.batch_size': 5,
+      'train_dataloader.batch_sampler': dict(batch_size=4)}, 1, True),
+    ({'model.data_preprocessor.pad_size_divisor': 256}, 1, False),
+    ({'train_cfg': dict(max_iters=3)}, 1, False),
+    ({'train_cfg': dict(max_iters=5)}, 1, True),
+    ({'train_dataloader.dataset.pipeline': [
+        dict(type='Resize', scale=(100, 128), keep_ratio=False)]}, 1, True),
+    ({'train_dataloader.dataset.pipeline': [
+        dict(type='Resize', scale=(100, 129), keep_ratio=False)]}, 1, False),
+    ({'train_dataloader.dataset.pipeline': [
+        dict(type='Resize', scale=(64, 64), keep_ratio=True)]}, 1, False),
 ])  # yapf: disable
 def test_last_batch_of_one_image(options, gpus, alone, sound, tmp_path):
     """33 images, 8 at a time, or 9 on each of 4 GPUs, 4 at a time."""
@@ -355,12 +392,35 @@ def test_last_batch_of_one_image(options, gpus, alone, sound, tmp_path):
             for finding in found] == [(True, 'last_batch')] * alone
 
 
+@pytest.mark.parametrize('sides, alone',
+                         [((64, 128), True), ((64, 256), False),
+                          ((256, 64), False)])
+def test_last_batch_of_several_files(sides, alone, sound, tmp_path):
+    """The image that is alone may be a large one."""
+    config = Config.fromfile(write_broken(sound, tmp_path, lines('')))
+    config.sync_bn = None
+    parts = []
+    for side in sides:
+        part = deepcopy(config.train_dataloader.dataset)
+        part.pipeline[-2].image_size = side
+        parts.append(dict(part, indices=4))
+    config.train_dataloader.batch_size = 7
+    config.train_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=parts)
+    config.model.data_preprocessor.pad_size_divisor = 1
+    register_all_modules()
+    assert bool(
+        check_last_batch(config, MODELS.build(config.model), 1,
+                         config.train_dataloader.dataset)) == alone
+
+
 @pytest.mark.parametrize('side, fails', [(128, True), (192, False)])
 def test_one_pixel_of_one_image(side, fails, sound, tmp_path):
     """torch raises just where the pre-flight says so."""
     config = Config.fromfile(write_broken(sound, tmp_path, lines('')))
     config.train_dataloader.batch_size = 1
     config.train_dataloader.dataset.pipeline[-2].image_size = side
+    config.model.data_preprocessor.pad_size_divisor = side
     register_all_modules()
     model = MODELS.build(config.model)
     assert bool(check_last_batch(config, model, 1, None)) == fails
