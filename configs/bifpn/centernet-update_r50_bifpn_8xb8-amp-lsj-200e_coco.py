@@ -1,0 +1,10 @@
+_base_ = 'mmdet::centernet/centernet-update_r50_fpn_8xb8-amp-lsj-200e_coco.py'
+
+model = dict(
+    neck=dict(
+        _delete_=True,
+        type='mmdet_efficientdet.BiFPN',
+        in_channels=[256, 512, 1024, 2048],
+        out_channels=256,
+        num_outs=5,
+        start_level=1))

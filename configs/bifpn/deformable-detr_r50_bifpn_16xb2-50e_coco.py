@@ -1,0 +1,11 @@
+_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
+
+# Two images on a GPU are too few for batch norm.
+model = dict(
+    neck=dict(
+        _delete_=True,
+        type='mmdet_efficientdet.BiFPN',
+        in_channels=[512, 1024, 2048],
+        out_channels=256,
+        num_outs=4,
+        norm_cfg=dict(type='GN', num_groups=32)))

@@ -1,0 +1,10 @@
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+
+# Two images on a GPU are too few for batch norm.
+model = dict(
+    bbox_head=dict(
+        _delete_=True,
+        type='mmdet_efficientdet.EfficientDetHead',
+        num_classes=80,
+        in_channels=256,
+        norm_cfg=dict(type='GN', num_groups=32)))

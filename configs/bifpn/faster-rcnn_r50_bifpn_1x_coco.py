@@ -1,0 +1,11 @@
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+
+# Two images on a GPU are too few for batch norm.
+model = dict(
+    neck=dict(
+        _delete_=True,
+        type='mmdet_efficientdet.BiFPN',
+        in_channels=[256, 512, 1024, 2048],
+        out_channels=256,
+        num_outs=5,
+        norm_cfg=dict(type='GN', num_groups=32)))

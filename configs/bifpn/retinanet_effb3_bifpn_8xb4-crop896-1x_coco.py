@@ -1,0 +1,10 @@
+_base_ = 'mmdet::efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py'
+
+model = dict(
+    neck=dict(
+        _delete_=True,
+        type='mmdet_efficientdet.BiFPN',
+        in_channels=[48, 136, 384],
+        out_channels=256,
+        num_outs=5,
+        norm_cfg=dict(type='GN', num_groups=32)))

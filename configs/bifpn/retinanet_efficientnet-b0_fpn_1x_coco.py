@@ -1,0 +1,12 @@
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmdet_efficientdet.EfficientNet',
+        arch='b0',
+        out_indices=(3, 4, 5),
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='timm://tf_efficientnet_b0.aa_in1k')),
+    neck=dict(in_channels=[40, 112, 320], start_level=0))

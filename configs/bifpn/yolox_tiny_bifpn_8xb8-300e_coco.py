@@ -1,0 +1,9 @@
+_base_ = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
+
+model = dict(
+    neck=dict(
+        _delete_=True,
+        type='mmdet_efficientdet.BiFPN',
+        in_channels=[96, 192, 384],
+        out_channels=96,
+        num_outs=3))
