@@ -1,7 +1,7 @@
 """Show that each config of configs/bifpn trains, tests, infers and exports.
 
 From each config a small one is derived: the trees of tools/prepare_trees.py,
-one class, training images of 160 pixels, random weights. The network
+one class, training images of 96 pixels, random weights. The network
 is built, trained for a few steps by MMDetection's train.py and tested by its
 test.py; DetInferencer looks at the held-out photograph, and ONNX Runtime
 computes what the neck does. The optimizer is the same for all. A row is passed
@@ -37,7 +37,7 @@ SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 CONFIGS = ROOT / 'configs' / 'bifpn'
 DATA = ROOT / 'data' / 'trees'
 SCALE = 0.64  # of all images; trees have 5 to 70 pixels then
-CROP = 160  # height and width of images for training, in pixels
+CROP = 96  # height and width of images for training, in pixels
 NUM_AVERAGED = 5  # losses at either end of the training
 BOUND = 1e-4  # of the ONNX outputs' errors, relative to the largest value
 COLUMNS = dict(
@@ -258,20 +258,22 @@ def verify(config: Path, folder: Path, steps: int) -> dict:
         ``error``: what went wrong, or an empty string.
     """
     start = time.time()
+    receipt = folder / 'row.json'
     row = dict(
         config=config.stem,
         lines=len(config.read_text().splitlines()),
         error='')
+    recipe = ''
 
     def say(what: str) -> None:
         print(f'== {config.stem}: {what}', flush=True)
 
     try:
         cfg = derive(config, folder.parent / 'annotations', steps)
-        receipt = folder / 'row.json'
+        recipe = cfg.pretty_text
         if receipt.is_file():
             kept = json.loads(receipt.read_text())
-            if kept.pop('recipe') == cfg.pretty_text and not kept['error']:
+            if kept.pop('recipe') == recipe and not kept['error']:
                 say('done before')
                 return kept
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,9 +301,8 @@ def verify(config: Path, folder: Path, steps: int) -> dict:
         row['error'] = f'{type(error).__name__}: {error}'
         say(row['error'])
     row['seconds'] = time.time() - start
-    write_file(
-        folder / 'row.json',
-        json.dumps(dict(row, recipe=cfg.pretty_text), indent=1).encode())
+    write_file(receipt,
+               json.dumps(dict(row, recipe=recipe), indent=1).encode())
     return row
 
 
