@@ -1,7 +1,7 @@
 """Show that each config of configs/bifpn trains, tests, infers and exports.
 
 From each config a small one is derived: the trees of tools/prepare_trees.py,
-one class, training images of 96 pixels, random weights. The network
+one class, random weights, small images, few queries or regions. The network
 is built, trained for a few steps by MMDetection's train.py and tested by its
 test.py; DetInferencer looks at the held-out photograph, and ONNX Runtime
 computes what the neck does. The optimizer is the same for all. A row is passed
@@ -36,8 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 CONFIGS = ROOT / 'configs' / 'bifpn'
 DATA = ROOT / 'data' / 'trees'
-SCALE = 0.64  # of all images; trees have 5 to 70 pixels then
-CROP = 96  # height and width of images for training, in pixels
+WINDOW = 200  # pixels of the data that a training image shows
 NUM_AVERAGED = 5  # losses at either end of the training
 BOUND = 1e-4  # of the ONNX outputs' errors, relative to the largest value
 COLUMNS = dict(
@@ -86,23 +85,33 @@ def with_masks(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def derive(config: Path, folder: Path, steps: int) -> Config:
+def derive(config: Path, folder: Path, image_size: int, steps: int) -> Config:
     """The config on the trees, for a training of ``steps`` steps.
 
     Args:
         config (Path): A config for COCO.
         folder (Path): Where annotations with masks are written.
+        image_size (int): Height and width of training images in pixels.
         steps (int): Batches of two images.
     """
     cfg = Config.fromfile(config)
     model = cfg.model
     to_random_weights(model)
     model.data_preprocessor.pop('batch_augments', None)
+    if 'num_queries' in model:
+        # No more than the pixels that they are chosen from
+        model.num_queries = model.test_cfg.max_per_img = 50
+    if 'rpn_head' in model:
+        stages = model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 64
+        model.test_cfg.rpn.max_per_img = 100
     has_masks = 'mask_head' in model.get('roi_head', {})
     for key in ('custom_hooks', 'auto_scale_lr', 'tta_model', 'tta_pipeline'):
         cfg.pop(key, None)
 
-    resize = dict(type='Resize', scale_factor=SCALE, keep_ratio=True)
+    resize = dict(
+        type='Resize', scale_factor=image_size / WINDOW, keep_ratio=True)
     load = [
         dict(type='LoadImageFromFile'),
         dict(type='LoadAnnotations', with_bbox=True, with_mask=has_masks)
@@ -198,12 +207,15 @@ def train(config: Path, steps: int) -> tuple:
 
 
 def test(config: Path, checkpoint: Path) -> float:
-    """Tests on the held-out photograph; returns its AP50."""
+    """Tests on the held-out photograph; returns its AP50.
+
+    That is 0 where nothing is found, of which the metric says nothing.
+    """
     folder = config.parent / 'test'
     run('test.py', config.parent / 'test.log', config, checkpoint,
         '--work-dir', folder)
     scores = json.loads(newest(folder, '*/*.json').read_text())
-    return scores['coco/bbox_mAP_50']
+    return scores.get('coco/bbox_mAP_50', 0.0)
 
 
 def infer(inferencer: DetInferencer) -> int:
@@ -245,12 +257,13 @@ def export(model: torch.nn.Module) -> float:
         for x, y in zip(outputs, expected))
 
 
-def verify(config: Path, folder: Path, steps: int) -> dict:
+def verify(config: Path, folder: Path, image_size: int, steps: int) -> dict:
     """Does all with one config.
 
     Args:
         config (Path): A config for COCO.
         folder (Path): Gets the derived config, logs and the row's file.
+        image_size (int): Height and width of training images in pixels.
         steps (int): Of the training.
 
     Returns:
@@ -269,7 +282,7 @@ def verify(config: Path, folder: Path, steps: int) -> dict:
         print(f'== {config.stem}: {what}', flush=True)
 
     try:
-        cfg = derive(config, folder.parent / 'annotations', steps)
+        cfg = derive(config, folder.parent / 'annotations', image_size, steps)
         recipe = cfg.pretty_text
         if receipt.is_file():
             kept = json.loads(receipt.read_text())
@@ -336,13 +349,14 @@ def main() -> None:
         'configs', nargs='*', help='names, without .py; all by default')
     parser.add_argument(
         '--work-dir', default=ROOT / 'work_dirs' / 'detectors', type=Path)
+    parser.add_argument('--image-size', default=64, type=int)
     parser.add_argument('--steps', default=20, type=int)
     args = parser.parse_args()
     names = args.configs or sorted(path.stem for path in CONFIGS.glob('*.py'))
     register_all_modules()
     rows = [
-        verify(CONFIGS / f'{name}.py', args.work_dir / name, args.steps)
-        for name in names
+        verify(CONFIGS / f'{name}.py', args.work_dir / name, args.image_size,
+               args.steps) for name in names
     ]
     print(table(rows))
     sys.exit(any(row['error'] for row in rows))
