@@ -1,0 +1,253 @@
+"""tools/compare_necks.py: folds, statistics, resuming, and one real run."""
+import csv
+import json
+from types import SimpleNamespace
+
+import compare_necks
+import cv2
+import numpy as np
+import prepare_trees
+import pytest
+
+SETS = dict(
+    train=(True, (('a', 0, 0, 240, 280), ('b', 0, 0, 120, 60))),
+    test=(False, (('b', 0, 60, 120, 120), )),
+    osbs=(False, (('c', 0, 0, 100, 100), )))
+FOLDS = ((('a', 0, 0, 240, 100), ), (('a', 0, 100, 240, 190), ),
+         (('a', 0, 190, 240, 280), ), (('b', 0, 0, 120, 120), ('c', 0, 0, 100,
+                                                               100)))
+SIZES = dict(a=(280, 240), b=(120, 120), c=(100, 100))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A small data set, as prepare_trees.py makes it, and its pictures."""
+    monkeypatch.setattr(prepare_trees, 'SETS', dict(SETS))
+    monkeypatch.setattr(compare_necks, 'FOLDS', FOLDS)
+    monkeypatch.setattr(compare_necks, 'TILE', 95)
+    generator = np.random.default_rng(0)
+    pictures = {}
+    for name, (height, width) in SIZES.items():
+        pixels = generator.integers(90, 160, (height, width, 3), np.uint8)
+        corners = np.mgrid[5:width - 35:40, 5:height - 30:30].reshape(2, -1).T
+        boxes = np.hstack([
+            corners, corners + generator.integers(16, (30, 24), corners.shape)
+        ])
+        for x0, y0, x1, y1 in boxes:
+            pixels[y0:y1, x0:x1] = 20, 120, 20
+        pictures[name] = pixels, boxes.astype(float)
+    root = tmp_path / 'data'
+    (root / 'images').mkdir(parents=True)
+    for name in SETS:
+        prepare_trees.write_set(root, name, pictures, 100, 50)
+    (root / 'receipt.json').write_text(
+        json.dumps(
+            dict(settings=dict(window=100, stride=50), files_sha256='abc')))
+    return SimpleNamespace(root=root, pictures=pictures)
+
+
+@pytest.fixture
+def command(data, tmp_path):
+    """A function that runs the tool; its ``out`` has the results."""
+
+    def run(*args):
+        compare_necks.main([
+            '--data',
+            str(data.root), '--out',
+            str(tmp_path / 'out'), '--seeds', '0', *args
+        ])
+
+    run.out = tmp_path / 'out'
+    return run
+
+
+def row(neck, seed, fold, ap50):
+    return dict(
+        neck=neck,
+        seed=seed,
+        fold=fold,
+        AP50=ap50,
+        AP=ap50 / 2,
+        loss=1.25,
+        step_s=0.25,
+        peak_mb=512.4,
+        neck_parameters=12345,
+        model_parameters=3456789,
+        neck_multiply_adds=34 * 10**6,
+        neck_ms=7.25,
+        network_ms=25.75)
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Replaces the processes; lists the runs they would have made."""
+    made = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target, args):
+            self.neck, self.seed, self.fold, _, self.out, _ = args
+
+        def start(self):
+            made.append((self.neck, self.seed, self.fold))
+            result = compare_necks.result_file(self.out, *made[-1])
+            if self.neck == 'nasfpn':
+                self.exitcode = -9
+            else:
+                result.write_text(json.dumps(row(*made[-1], 0.5)))
+
+        def join(self):
+            pass
+
+    context = SimpleNamespace(
+        Process=Process, set_forkserver_preload=lambda names: None)
+    monkeypatch.setattr(compare_necks.multiprocessing, 'get_context',
+                        lambda method: context)
+    return made
+
+
+def test_photographs_from_windows(data):
+    photographs = compare_necks.read_photographs(data.root)
+    assert set(photographs) == set(data.pictures)
+    for name, (pixels, boxes) in data.pictures.items():
+        got_pixels, got_boxes = photographs[name]
+        assert np.array_equal(got_pixels, pixels)
+        assert sorted(got_boxes.tolist()) == sorted(boxes.tolist())
+
+
+def test_folds_share_no_pixel_and_no_tree(data, tmp_path):
+    out = tmp_path / 'folds'
+    compare_necks.write_folds(data.root, out)
+    covered = {name: np.zeros(size, int) for name, size in SIZES.items()}
+    centres = []
+    for fold in range(4):
+        seen = {name: np.zeros(size, int) for name, size in SIZES.items()}
+        for kind in ('train', 'test'):
+            coco = json.loads((out / f'{kind}_{fold}.json').read_text())
+            corners = {}
+            for image in coco['images']:
+                name, x, y, _ = image['file_name'].split('_')
+                x, y = corners[image['id']] = int(x[1:]), int(y[1:])
+                h, w = image['height'], image['width']
+                pixels = cv2.imread(str(out / 'images' / image['file_name']))
+                original = data.pictures[name][0][y:y + h, x:x + w]
+                assert np.array_equal(pixels, original)
+                if kind == 'train':
+                    seen[name][y:y + h, x:x + w] = 1
+                else:
+                    assert not seen[name][y:y + h, x:x + w].any()
+                    covered[name][y:y + h, x:x + w] += 1
+                    assert max(h, w) <= 95
+            if kind == 'test':
+                centres.append(len(coco['annotations']))
+    assert all((pixels == 1).all() for pixels in covered.values())
+    # Each tree has its centre in one fold, and is counted there only.
+    expected = []
+    for areas in FOLDS:
+        trees = 0
+        for name, x0, y0, x1, y1 in areas:
+            middle = data.pictures[name][1].reshape(-1, 2, 2).mean(1)
+            trees += ((middle > (x0, y0)) & (middle <= (x1, y1))).all(1).sum()
+        expected.append(trees)
+    assert centres == expected
+    assert sum(centres) == sum(len(b) for _, b in data.pictures.values())
+
+
+def test_folds_cover_the_trees_of_the_shipped_sets():
+    """The areas of the folds are those of the data, each pixel once."""
+    areas = {}
+    for name in ('train', 'test', 'osbs'):
+        for source, x0, y0, x1, y1 in prepare_trees.SETS[name][1]:
+            areas[source] = areas.get(source, 0) + (x1 - x0) * (y1 - y0)
+    canvas = {'crop2': (2472, 2299), 'crop': (1035, 1249), 'osbs': (400, 400)}
+    assert areas == {name: h * w for name, (h, w) in canvas.items()}
+    counts = {name: np.zeros(size, int) for name, size in canvas.items()}
+    for fold in compare_necks.FOLDS:
+        for source, x0, y0, x1, y1 in fold:
+            counts[source][y0:y1, x0:x1] += 1
+    assert all((count == 1).all() for count in counts.values())
+
+
+def test_paired_difference():
+    rows = [
+        row('fpn', seed, fold, 0.2 + fold) for seed in (0, 1)
+        for fold in (0, 1, 2)
+    ]
+    for fold, (first, second) in enumerate(((0, .2), (.1, .3), (.4, .2))):
+        rows.append(row('bifpn', 0, fold, 0.2 + fold + first))
+        rows.append(row('bifpn', 1, fold, 0.2 + fold + second))
+    rows.append(row('bifpn', 2, 0, 0.9))  # without its pair
+    centre, half = compare_necks.paired_difference(rows, 'bifpn')
+    # 0.1, 0.2 and 0.3: t(0.975, 2) = 4.302653, deviation 0.1.
+    assert centre == pytest.approx(0.2)
+    assert half == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    one = [r for r in rows if r['fold'] == 0]
+    assert compare_necks.paired_difference(one,
+                                           'bifpn') == (pytest.approx(0.1),
+                                                        None)
+    assert compare_necks.paired_difference(rows, 'pafpn') == (None, None)
+
+
+def test_resume_and_refusal(command, fake_runs, capsys):
+    command('--necks', 'fpn', 'bifpn', '--folds', '0', '1')
+    expected = [('fpn', 0, 0), ('bifpn', 0, 0), ('fpn', 0, 1), ('bifpn', 0, 1)]
+    assert fake_runs == expected
+    (command.out / 'runs' / 'bifpn_seed0_fold0.json').unlink()
+    command('--necks', 'fpn', 'bifpn', '--folds', '0', '1')
+    assert fake_runs == [*expected, ('bifpn', 0, 0)]
+    assert '3 of 4 runs are there' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='steps 120 there and 7 now'):
+        command('--necks', 'pafpn', '--steps', '7')
+    with pytest.raises(SystemExit, match='nasfpn_seed0_fold0 ended with -9'):
+        command('--necks', 'nasfpn', 'pafpn', '--folds', '0')
+    assert len(list((command.out / 'runs').glob('*.json'))) == 5
+
+
+def test_table_and_picture(command, fake_runs):
+    runs = command.out / 'runs'
+    runs.mkdir(parents=True)
+    for neck, differences in dict(
+            fpn=(0, 0, 0, 0),
+            bifpn=(.10, .11, .09, .10),
+            pafpn=(-.10, -.11, -.09, -.10),
+            bifpn_sum=(-.1, .1, .2, -.1)).items():
+        for fold, difference in enumerate(differences):
+            result = row(neck, 0, fold, 0.4 + fold / 10 + difference)
+            compare_necks.result_file(command.out, neck, 0,
+                                      fold).write_text(json.dumps(result))
+    command('--necks', 'fpn', 'pafpn', 'bifpn', 'bifpn_sum')
+    assert fake_runs == []
+    text = (command.out / 'table.md').read_text()
+    rest = ('| 1.250 | 12 | 3,457 | 34 | 7.2 | 25.8 | 0.25 | 512 |\n')
+    assert '| fpn | 4 | 0.550 | - | - | 0.275 ' + rest in text
+    assert ('| bifpn | 4 | 0.650 | +0.100 [+0.087, +0.113] | better | 0.325 ' +
+            rest) in text
+    assert '[-0.113, -0.087] | worse |' in text
+    assert '| bifpn_sum | 4 | 0.575 | +0.025 [-0.214, +0.264] | no: 0 is' \
+        in text
+    assert '120 steps of 4 windows at 256 px' in text
+    assert 'Command: `python ' in text
+    with (command.out / 'results.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r['neck'], r['fold']) for r in rows] == [
+        (neck, str(fold)) for neck in ('fpn', 'pafpn', 'bifpn', 'bifpn_sum')
+        for fold in range(4)
+    ]
+    assert float(rows[8]['AP50']) == 0.5
+    picture = cv2.imread(str(command.out / 'necks.png'))
+    assert picture.shape == (300, 1300, 3) and picture.std() > 10
+
+
+def test_real_run(command):
+    command('--necks', 'bifpn_1_layer', '--folds', '1', '--steps', '2')
+    result = json.loads(
+        (command.out / 'runs' / 'bifpn_1_layer_seed0_fold1.json').read_text())
+    assert set(result) == set(row('bifpn', 0, 0, 0))
+    assert 0 <= result['AP'] <= result['AP50'] <= 1
+    assert 0 < result['loss'] < 10
+    assert 0 < result['neck_ms'] < result['network_ms']
+    assert 100 < result['peak_mb'] < 4000
+    assert result['neck_parameters'] < result['model_parameters'] < 4e6
+    log = (command.out / 'logs' / 'bifpn_1_layer_seed0_fold1.log').read_text()
+    assert 'Iter(test) [3/3]' in log
