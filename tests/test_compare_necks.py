@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import prepare_trees
 import pytest
+import tree_folds
 
 SETS = dict(
     train=(True, (('a', 0, 0, 240, 280), ('b', 0, 0, 120, 60))),
@@ -23,8 +24,8 @@ SIZES = dict(a=(280, 240), b=(120, 120), c=(100, 100))
 def data(tmp_path, monkeypatch):
     """A small data set, as prepare_trees.py makes it, and its pictures."""
     monkeypatch.setattr(prepare_trees, 'SETS', dict(SETS))
-    monkeypatch.setattr(compare_necks, 'FOLDS', FOLDS)
-    monkeypatch.setattr(compare_necks, 'TILE', 95)
+    monkeypatch.setattr(tree_folds, 'FOLDS', FOLDS)
+    monkeypatch.setattr(tree_folds, 'TILE', 95)
     generator = np.random.default_rng(0)
     pictures = {}
     for name, (height, width) in SIZES.items():
@@ -108,7 +109,7 @@ def fake_runs(monkeypatch):
 
 
 def test_photographs_from_windows(data):
-    photographs = compare_necks.read_photographs(data.root)
+    photographs = tree_folds.read_photographs(data.root)
     assert set(photographs) == set(data.pictures)
     for name, (pixels, boxes) in data.pictures.items():
         got_pixels, got_boxes = photographs[name]
@@ -118,7 +119,7 @@ def test_photographs_from_windows(data):
 
 def test_folds_share_no_pixel_and_no_tree(data, tmp_path):
     out = tmp_path / 'folds'
-    compare_necks.write_folds(data.root, out)
+    tree_folds.write_folds(data.root, out)
     covered = {name: np.zeros(size, int) for name, size in SIZES.items()}
     centres = []
     for fold in range(4):
@@ -163,7 +164,7 @@ def test_folds_cover_the_trees_of_the_shipped_sets():
     canvas = {'crop2': (2472, 2299), 'crop': (1035, 1249), 'osbs': (400, 400)}
     assert areas == {name: h * w for name, (h, w) in canvas.items()}
     counts = {name: np.zeros(size, int) for name, size in canvas.items()}
-    for fold in compare_necks.FOLDS:
+    for fold in tree_folds.FOLDS:
         for source, x0, y0, x1, y1 in fold:
             counts[source][y0:y1, x0:x1] += 1
     assert all((count == 1).all() for count in counts.values())

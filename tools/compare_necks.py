@@ -25,21 +25,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 
-import cv2
-import numpy as np
-import prepare_trees
+import tree_folds
 from scipy import stats
 
 from mmdet_efficientdet.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
-# The areas (picture, x0, y0, x1, y1) in px that each fold is tested on: thirds
-# of one photograph, and the two others.
-FOLDS = ((('crop2', 0, 0, 2299, 824), ), (('crop2', 0, 824, 2299, 1648), ),
-         (('crop2', 0, 1648, 2299, 2472), ), (('crop', 0, 0, 1249, 1035),
-                                              ('osbs', 0, 0, 400, 400)))
-TILE = 600  # px, the longest side of a test tile
 BATCH_SIZE = 4
 ENLARGEMENT = 1.2  # less than the recipe's: more trees in each step
 LAST = 20  # steps over which the loss is averaged
@@ -58,83 +50,6 @@ NECKS = dict(
     bifpn_1_layer=dict(BIFPN, fusion='fast_normalized', stack_times=1),
     bifpn_2_layers=dict(BIFPN, fusion='fast_normalized', stack_times=2))
 BASELINE = 'fpn'
-
-
-def read_photographs(data):
-    """Puts the photographs together again from the windows.
-
-    Args:
-        data (Path): What prepare_trees.py has made.
-
-    Returns:
-        dict: Of each picture its pixels (h, w, 3) BGR and the boxes (n, 4) of
-        all trees, each once, xyxy in px.
-    """
-    photographs = {}
-    for name in ('train', 'test', 'osbs'):
-        coco = json.loads((data / f'{name}.json').read_text())
-        found = {image['id']: [] for image in coco['images']}
-        for annotation in coco['annotations']:
-            found[annotation['image_id']].append(annotation['bbox'])
-        areas = {area[0]: area[1:] for area in prepare_trees.SETS[name][1]}
-        for image in coco['images']:
-            source, x, y, _ = image['file_name'].rsplit('_', 3)
-            pixels, trees = photographs.setdefault(source, ({}, set()))
-            x0, y0 = int(x[1:]), int(y[1:])
-            x1, y1 = x0 + image['width'], y0 + image['height']
-            pixels[x0, y0] = image['file_name']
-            window = np.array([x0, y0, x1, y1])
-            # A box at an inner side of a window is whole in another window.
-            inner = window != areas[source]
-            for x, y, w, h in found[image['id']]:
-                box = np.array([x0 + x, y0 + y, x0 + x + w, y0 + y + h])
-                if not (inner & (box == window)).any():
-                    trees.add(tuple(box.tolist()))
-    for source, (files, trees) in photographs.items():
-        parts = {
-            corner: cv2.imread(str(data / 'images' / file))
-            for corner, file in files.items()
-        }
-        width = max(x + part.shape[1] for (x, _), part in parts.items())
-        height = max(y + part.shape[0] for (_, y), part in parts.items())
-        picture = np.zeros((height, width, 3), np.uint8)
-        for (x, y), part in parts.items():
-            picture[y:y + part.shape[0], x:x + part.shape[1]] = part
-        photographs[source] = picture, np.array(sorted(trees))
-    return photographs
-
-
-def tiles(area):
-    """Cuts an area into equal tiles of at most TILE px, by rows."""
-    source, *rect = area
-    xs, ys = (np.linspace(low, high,
-                          -(-(high - low) // TILE) + 1).astype(int).tolist()
-              for low, high in zip(rect[:2], rect[2:]))
-    return [(source, x0, y0, x1, y1) for y0, y1 in zip(ys, ys[1:])
-            for x0, x1 in zip(xs, xs[1:])]
-
-
-def write_folds(data, out):
-    """Writes ``train_N.json``, ``test_N.json`` and images to ``out``.
-
-    A tree on a cut belongs to the side with its centre, as in
-    prepare_trees.py.
-    """
-    settings = json.loads((data / 'receipt.json').read_text())['settings']
-    photographs = read_photographs(data)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        new = Path(folder, 'new')
-        (new / 'images').mkdir(parents=True)
-        for fold, areas in enumerate(FOLDS):
-            others = sum((a for a in FOLDS if a is not areas), ())
-            cut = sum(map(tiles, areas), [])
-            for name, areas_of_set in (('train', (True, others)),
-                                       ('test', (False, cut))):
-                name = f'{name}_{fold}'
-                prepare_trees.SETS[name] = areas_of_set
-                prepare_trees.write_set(new, name, photographs,
-                                        settings['window'], settings['stride'])
-        new.rename(out)
 
 
 def make_config(neck, seed, fold, steps, folder):
@@ -249,7 +164,7 @@ def run_all(tasks, steps, out, jobs):
     """
     todo = [task for task in tasks if not result_file(out, *task).is_file()]
     print(f'{len(tasks) - len(todo)} of {len(tasks)} runs are there', flush=1)
-    # Keeps glibc from returning the memory of each layer, a quarter of the time.
+    # Spares a quarter of the time: glibc keeps the memory of each layer.
     os.environ.update(
         MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**31))
     context = multiprocessing.get_context('forkserver')
@@ -352,7 +267,7 @@ def table(rows):
 def conditions(out, settings):
     """What the numbers are of: the lines below the table."""
     trees, windows = [], []
-    for fold in range(len(FOLDS)):
+    for fold in range(len(tree_folds.FOLDS)):
         test, train = (
             json.loads((out / 'folds' / f'{name}_{fold}.json').read_text())
             for name in ('test', 'train'))
@@ -474,7 +389,8 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     receipt = json.loads((args.data / 'receipt.json').read_text())
     cfg = make_config(BASELINE, 0, 0, args.steps, '')
-    recipe = json.dumps([cfg.to_dict(), NECKS, FOLDS, TILE])
+    recipe = json.dumps(
+        [cfg.to_dict(), NECKS, tree_folds.FOLDS, tree_folds.TILE])
     settings = dict(
         steps=args.steps,
         image_size=cfg.image_size,
@@ -484,7 +400,7 @@ def main(argv=None):
            for name in ('torch', 'mmdet', 'mmcv')})
     check_settings(out, settings)
     if not (out / 'folds').is_dir():
-        write_folds(args.data, out / 'folds')
+        tree_folds.write_folds(args.data, out / 'folds')
     # One seed and fold after the other: a part is a comparison, too.
     tasks = [(neck, seed, fold) for seed in args.seeds for fold in args.folds
              for neck in args.necks]
