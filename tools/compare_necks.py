@@ -311,21 +311,19 @@ def draw(rows):
     left, right = figure.subplots(1, 2, sharey=True)
     for y, neck in enumerate(necks):
         own = [r for r in rows if r['neck'] == neck]
-        for fold in sorted({r['fold'] for r in own}):
-            left.plot([r['AP50'] for r in own if r['fold'] == fold],
-                      [y + 0.1 * (fold - 1.5)] * sum(r['fold'] == fold
-                                                     for r in own),
-                      'o',
-                      color=f'C{fold}',
-                      alpha=0.7,
-                      label=None if y else f'fold {fold}')
+        left.scatter([r['AP50'] for r in own],
+                     [y + 0.1 * (r['fold'] - 1.5) for r in own],
+                     c=[f'C{r["fold"]}' for r in own],
+                     alpha=0.7)
         left.plot(statistics.mean(r['AP50'] for r in own), y, 'k|', ms=22)
         centre, half = paired_difference(rows, neck)
-        if centre is not None:
+        if neck != BASELINE and centre is not None:
             right.errorbar(centre, y, xerr=half, fmt='ko', capsize=4)
-    left.set(yticks=range(len(necks)), yticklabels=necks, xlabel='AP50')
-    left.invert_yaxis()
-    left.legend()
+    left.set(
+        yticks=range(len(necks)),
+        yticklabels=necks,
+        ylim=(len(necks) - 0.5, -0.5),
+        xlabel='AP50: all runs, a colour and a line for each fold, and mean')
     right.axvline(0, color='gray')
     right.set(xlabel='AP50 - AP50 of FPN: mean and 95 % interval over folds')
     for panel in (left, right):
