@@ -166,7 +166,9 @@ def run_all(tasks, steps, out, jobs):
     print(f'{len(tasks) - len(todo)} of {len(tasks)} runs are there', flush=1)
     # Spares a quarter of the time: glibc keeps the memory of each layer.
     os.environ.update(
-        MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**31))
+        OMP_NUM_THREADS='1',
+        MALLOC_MMAP_THRESHOLD_=str(2**30),
+        MALLOC_TRIM_THRESHOLD_=str(2**31))
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
         ['mmdet.apis', 'mmdet.engine', 'mmdet_efficientdet.models'])
@@ -288,8 +290,9 @@ def conditions(out, settings):
         'Interval: t over the folds, of the differences paired by fold and '
         'seed and averaged over seeds first, as seeds share their data. Folds '
         'share training data, too, and the intervals are not corrected for '
-        'the number of necks. "No" means that this comparison cannot tell, '
-        'not that the necks are equal.',
+        'the number of necks. So few steps are far from convergence: what is '
+        'compared is what a neck learns in them. "No" means that this '
+        'comparison cannot tell, not that the necks are equal.',
         'Neck and network (backbone, neck and head, without post-processing): '
         f'one image of {settings["image_size"]} px, CPU time of one '
         f'thread, median of {REPEATS}, then of the runs. Step: likewise, with '
