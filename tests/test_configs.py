@@ -80,7 +80,7 @@ def check_loss_and_results(model, data, num_classes=80):
 
 def test_one_config_for_each_size():
     """Names follow the host's pattern, and 600 epochs are for D7 and D7x."""
-    of_coco = {path for path in ALL if path.stem.endswith('00e_coco')}
+    of_coco = set(CONFIGS.glob('*00e_coco.py'))
     recipes = {
         path
         for path in of_coco if re.search('-(gn|advprop)-', path.stem)

@@ -45,6 +45,15 @@ CASES = dict(
                        dict(CLIPPED, type=LOCAL, accumulative_counts=2), 2))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """As in the ranks, whose sums have the same order then."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def new_model(**head):
     """D0 without dropped blocks, in training, with frozen norms.
 
