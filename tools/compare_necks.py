@@ -1,32 +1,32 @@
-"""Compare necks under one detector, on the trees of tools/prepare_trees.py.
+"""Compare necks, or ways to scale, under one detector on aerial trees.
 
     python tools/compare_necks.py
+    python tools/compare_necks.py --study scaling --out work_dirs/scaling
 
-trains EfficientDet-Lite0 with each neck, seed and fold in a process of its
+trains EfficientDet-Lite0 with each variant, seed and fold in a process of its
 own, with the shipped recipe for trees, cut short. The folds are places: no
-pixel of a fold's test tiles is in its training windows. Below --out come the
-folds, one file for each run, results.csv, table.md and necks.png. Given again,
-the command goes on where it was stopped.
+pixel of a fold's test tiles is in its training windows. When all runs are
+there, costs are measured, all variants in turn: leave the machine alone then.
+Below --out come the folds, one file for each run, costs.json, results.csv,
+table.md and results.png. Given again, the command goes on where it was
+stopped.
 """
 import argparse
-import csv
 import hashlib
-import io
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import tree_folds
-from scipy import stats
+from comparison_report import write_results
 
 from mmdet_efficientdet.files import write_file
 
@@ -35,35 +35,58 @@ RECIPE = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
 BATCH_SIZE = 4
 ENLARGEMENT = 1.2  # less than the recipe's: more trees in each step
 LAST = 20  # steps over which the loss is averaged
-REPEATS = 20  # of which the median is the latency
+REPEATS = 15  # of which the median is a time
 
 SHARED = ('in_channels', 'out_channels', 'num_outs', 'norm_cfg')
 BIFPN = dict(type='mmdet_efficientdet.BiFPN', act_cfg=dict(type='ReLU6'))
-NECKS = dict(
-    fpn=dict(type='FPN', add_extra_convs='on_input'),
-    pafpn=dict(type='PAFPN', add_extra_convs='on_input'),
-    nasfpn=dict(type='NASFPN', stack_times=3),
-    bifpn=dict(BIFPN, fusion='fast_normalized'),
-    bifpn_softmax=dict(BIFPN, fusion='softmax'),
-    bifpn_sum=dict(BIFPN, fusion='sum'),
-    bifpn_unbounded=dict(BIFPN, fusion='unbounded'),
-    bifpn_1_layer=dict(BIFPN, fusion='fast_normalized', stack_times=1),
-    bifpn_2_layers=dict(BIFPN, fusion='fast_normalized', stack_times=2))
-BASELINE = 'fpn'
+LITE0 = dict(BIFPN, fusion='sum')
+# What each variant changes in the recipe; the first is what others are
+# compared with.
+STUDIES = dict(
+    necks=dict(
+        fpn=dict(neck=dict(type='FPN', add_extra_convs='on_input')),
+        pafpn=dict(neck=dict(type='PAFPN', add_extra_convs='on_input')),
+        nasfpn=dict(neck=dict(type='NASFPN', stack_times=3)),
+        bifpn=dict(neck=dict(BIFPN, fusion='fast_normalized')),
+        bifpn_softmax=dict(neck=dict(BIFPN, fusion='softmax')),
+        bifpn_sum=dict(neck=dict(BIFPN, fusion='sum')),
+        bifpn_unbounded=dict(neck=dict(BIFPN, fusion='unbounded')),
+        bifpn_1_layer=dict(
+            neck=dict(BIFPN, fusion='fast_normalized', stack_times=1)),
+        bifpn_2_layers=dict(
+            neck=dict(BIFPN, fusion='fast_normalized', stack_times=2))),
+    # All but the first have 42 % more multiply-adds than it has. The
+    # backbone stays, as there are ImageNet weights of few others.
+    scaling=dict(
+        lite0=dict(neck=LITE0),
+        resolution=dict(neck=LITE0, image_size=296),
+        width=dict(
+            neck=dict(LITE0, out_channels=140),
+            bbox_head=dict(in_channels=140)),
+        depth=dict(
+            neck=dict(LITE0, stack_times=15),
+            bbox_head=dict(stacked_convs=14)),
+        compound=dict(
+            neck=dict(LITE0, out_channels=88, stack_times=6),
+            bbox_head=dict(in_channels=88, stacked_convs=4),
+            image_size=272)))
 
 
-def make_config(neck, seed, fold, steps, folder):
-    """The shipped recipe for trees with another neck, cut short.
+def make_config(study, variant, seed, fold, steps, folder):
+    """The shipped recipe for trees with a variant, cut short.
 
     The whole backbone is frozen. ``folder`` has the folds.
     """
     from mmengine.config import Config
     cfg = Config.fromfile(RECIPE, import_custom_modules=False)
+    changes = STUDIES[study][variant]
     cfg.model.neck = dict({key: cfg.model.neck[key]
-                           for key in SHARED}, **NECKS[neck])
+                           for key in SHARED}, **changes['neck'])
+    cfg.model.bbox_head.update(changes.get('bbox_head', {}))
     cfg.model.backbone.frozen_stages = 5
     # NASFPN needs each level to be half of the one below.
-    cfg.model.data_preprocessor.pad_size_divisor = 128
+    cfg.model.data_preprocessor.pad_size_divisor = \
+        128 if study == 'necks' else 8
     for file, loader in (('train', cfg.train_dataloader),
                          ('test', cfg.test_dataloader)):
         loader.update(num_workers=0, persistent_workers=False)
@@ -71,12 +94,15 @@ def make_config(neck, seed, fold, steps, folder):
         loader.dataset.ann_file = f'{file}_{fold}.json'
     cfg.train_dataloader.batch_size = BATCH_SIZE
     scale = ENLARGEMENT / cfg.enlargement
+    side = changes.get('image_size', cfg.image_size)
     for transform in cfg.train_dataloader.dataset.pipeline:
-        if 'ratio_range' in transform:
+        if 'ratio_range' in transform:  # relative to the size
+            transform.image_size = side
             transform.ratio_range = [r * scale for r in transform.ratio_range]
     for transform in cfg.test_dataloader.dataset.pipeline:
         if 'scale_factor' in transform:
-            transform.scale_factor = ENLARGEMENT
+            transform.scale_factor = ENLARGEMENT * side / cfg.image_size
+    cfg.image_size = side
     cfg.test_evaluator.ann_file = f'{folder}/test_{fold}.json'
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.train_cfg.max_iters = steps
@@ -87,83 +113,113 @@ def make_config(neck, seed, fold, steps, folder):
     return cfg
 
 
-def median_ms(function):
-    """The median CPU time of a call, after one that is not counted."""
-    seconds = []
-    for _ in range(REPEATS + 1):
-        start = time.process_time()
-        function()
-        seconds.append(time.process_time() - start)
-    return 1000 * statistics.median(seconds[1:])
-
-
-def measure(model, side):
-    """Sizes and latencies of a trained model for an image of ``side`` px."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    model.eval()
-    with torch.no_grad():
-        image = torch.randn(1, 3, side, side)
-        feats = model.backbone(image)
-        with FlopCounterMode(display=False) as counter:
-            model.neck(feats)
-        return dict(
-            neck_parameters=sum(p.numel() for p in model.neck.parameters()),
-            model_parameters=sum(p.numel() for p in model.parameters()),
-            neck_multiply_adds=counter.get_total_flops() // 2,
-            neck_ms=median_ms(lambda: model.neck(feats)),
-            network_ms=median_ms(lambda: model(image, mode='tensor')))
-
-
-def run(neck, seed, fold, steps, out, log):
-    """Trains and tests once, in this process; the result is a file."""
+def start_process(log):
+    """What comes first in a process of one thread with a log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     import torch
-    from mmengine.runner import Runner
 
     from mmdet_efficientdet.utils import register_all_modules
     register_all_modules(init_default_scope=False)
     torch.set_num_threads(1)
-    cfg = make_config(neck, seed, fold, steps, out / 'folds')
+
+
+def run(study, variant, seed, fold, steps, out, log):
+    """Trains and tests once, in this process; the result is a file."""
+    start_process(log)
+    import torch
+    from mmengine.runner import Runner
+    cfg = make_config(study, variant, seed, fold, steps, out / 'folds')
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         runner = Runner.from_cfg(cfg)
         # The head starts equal whatever the neck has drawn.
         torch.manual_seed(seed)
         runner.model.bbox_head.init_weights()
-        start = time.process_time()
         runner.train()
-        step = (time.process_time() - start) / steps
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         history = runner.message_hub
         scores = runner.test()
     row = dict(
-        neck=neck,
+        variant=variant,
         seed=seed,
         fold=fold,
         AP50=scores['coco/bbox_mAP_50'],
         AP=scores['coco/bbox_mAP'],
         loss=history.get_scalar('train/loss').mean(LAST),
-        step_s=step,
-        peak_mb=peak,
-        **measure(runner.model, cfg.image_size))
-    write_file(result_file(out, neck, seed, fold), json.dumps(row).encode())
+        peak_mb=peak)
+    write_file(result_file(out, variant, seed, fold), json.dumps(row).encode())
 
 
-def result_file(out, neck, seed, fold):
+def result_file(out, variant, seed, fold):
     """Where the result of a run is."""
-    return out / 'runs' / f'{neck}_seed{seed}_fold{fold}.json'
+    return out / 'runs' / f'{variant}_seed{seed}_fold{fold}.json'
 
 
-def run_all(tasks, steps, out, jobs):
-    """Makes the runs that are missing, ``jobs`` at a time.
+def measure(study, variants, out, log):
+    """Writes the sizes and times of all variants, measured in turn.
+
+    Times are CPU times, for one thread: of neck and network for one image,
+    and of a training step for a batch, the optimizer included.
+    """
+    start_process(log)
+    import torch
+    from mmdet.registry import DATASETS, MODELS
+    from mmengine.dataset import pseudo_collate
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import DefaultScope
+    from torch.utils.flop_counter import FlopCounterMode
+    DefaultScope.get_instance('measure', scope_name='mmdet')
+    costs, calls = {}, {}
+    for variant in variants:
+        cfg = make_config(study, variant, 0, 0, 1, out / 'folds')
+        cfg.model.backbone.init_cfg = None
+        torch.manual_seed(0)
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        batch = pseudo_collate([dataset[i] for i in range(BATCH_SIZE)])
+        optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        image = torch.randn(1, 3, cfg.image_size, cfg.image_size)
+        model.eval()
+        with torch.no_grad():
+            feats = model.backbone(image)
+            counts = []
+            for part, given in ((model.neck, feats), (model, image)):
+                with FlopCounterMode(display=False) as counter:
+                    part(given)
+                counts.append(counter.get_total_flops() // 2)
+        costs[variant] = dict(
+            neck_parameters=sum(p.numel() for p in model.neck.parameters()),
+            parameters=sum(p.numel() for p in model.parameters()),
+            neck_multiply_adds=counts[0],
+            multiply_adds=counts[1])
+        calls[variant] = dict(
+            neck_ms=partial(model.neck, feats),
+            network_ms=partial(model, image),
+            step_ms=partial(model.train_step, batch, optim_wrapper))
+    for name in ('neck_ms', 'network_ms', 'step_ms'):
+        times = {variant: [] for variant in variants}
+        for _ in range(REPEATS + 1):  # the first does not count
+            for variant, functions in calls.items():
+                start = time.process_time()
+                with torch.set_grad_enabled(name == 'step_ms'):
+                    functions[name]()
+                times[variant].append(1000 * (time.process_time() - start))
+        for variant, values in times.items():
+            costs[variant][name] = statistics.median(values[1:])
+    write_file(out / 'costs.json', json.dumps(costs, indent=1).encode())
+
+
+def run_all(study, tasks, steps, out, jobs):
+    """Makes the runs that are missing, ``jobs`` at a time, then the costs.
 
     Returns:
         list[str]: What failed.
     """
     todo = [task for task in tasks if not result_file(out, *task).is_file()]
-    print(f'{len(tasks) - len(todo)} of {len(tasks)} runs are there', flush=1)
+    print(
+        f'{len(tasks) - len(todo)} of {len(tasks)} runs are there', flush=True)
     # Spares a quarter of the time: glibc keeps the memory of each layer.
     os.environ.update(
         OMP_NUM_THREADS='1',
@@ -175,13 +231,17 @@ def run_all(tasks, steps, out, jobs):
     for folder in ('runs', 'logs'):
         (out / folder).mkdir(exist_ok=True)
 
+    def start_and_wait(target, *args):
+        process = context.Process(target=target, args=args)
+        process.start()
+        process.join()
+        return process.exitcode
+
     def make(task):
         log = out / 'logs' / f'{result_file(out, *task).stem}.log'
         start = time.time()
-        process = context.Process(target=run, args=(*task, steps, out, log))
-        process.start()
-        process.join()
-        return log, process.exitcode, time.time() - start
+        code = start_and_wait(run, study, *task, steps, out, log)
+        return log, code, time.time() - start
 
     failed, start = [], time.time()
     pool = ThreadPoolExecutor(jobs)
@@ -203,156 +263,16 @@ def run_all(tasks, steps, out, jobs):
                 flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
+    costs = out / 'costs.json'
+    variants = list(dict.fromkeys(variant for variant, *_ in tasks))
+    there = json.loads(costs.read_text()) if costs.is_file() else {}
+    if not there.keys() >= set(variants):
+        print('measuring costs: leave the machine alone', flush=True)
+        log = out / 'logs' / 'costs.log'
+        code = start_and_wait(measure, study, variants, out, log)
+        if code:
+            failed.append(f'measuring costs ended with {code}, see {log}')
     return failed
-
-
-def paired_difference(rows, neck):
-    """AP50 of a neck minus that of the baseline.
-
-    The seeds of a fold share its data, so that they are averaged first, and
-    the folds are the sample.
-
-    Returns:
-        tuple: Mean, and the half width of the 95 % t interval; either is None
-        if there are too few folds.
-    """
-    scores = {(r['neck'], r['fold'], r['seed']): r['AP50'] for r in rows}
-    by_fold = {}
-    for (name, *key), score in scores.items():
-        if name == neck and (BASELINE, *key) in scores:
-            by_fold.setdefault(key[0],
-                               []).append(score - scores[(BASELINE, *key)])
-    folds = [statistics.mean(values) for values in by_fold.values()]
-    if len(folds) < 2:
-        return (folds[0] if folds else None), None
-    quantile = stats.t.ppf(0.975, len(folds) - 1)
-    return (statistics.mean(folds),
-            float(quantile * statistics.stdev(folds) / len(folds)**0.5))
-
-
-def table(rows):
-    """The lines of a Markdown table with one row for each neck."""
-    lines = [
-        '| neck | runs | AP50 | AP50 - FPN (95 %) | shown | AP | loss '
-        '| neck par. (k) | model par. (k) | neck multiply-adds (M) '
-        '| neck (ms) | network (ms) | step (s) | peak (MB) |',
-        '| --- ' + '| ---: ' * 13 + '|'
-    ]
-    for neck in [n for n in NECKS if any(r['neck'] == n for r in rows)]:
-        own = [r for r in rows if r['neck'] == neck]
-
-        def mean(key, own=own):
-            return statistics.mean(r[key] for r in own)
-
-        def median(key, own=own):
-            return statistics.median(r[key] for r in own)
-
-        centre, half = paired_difference(rows, neck)
-        text, shown = '-', '-'
-        if neck != BASELINE and half is not None:
-            text = (f'{centre:+.3f} [{centre - half:+.3f}, '
-                    f'{centre + half:+.3f}]')
-            shown = 'no: 0 is inside'
-            if abs(centre) > half:
-                shown = 'better' if centre > 0 else 'worse'
-        lines.append(
-            f'| {neck} | {len(own)} | {mean("AP50"):.3f} | {text} | {shown} '
-            f'| {mean("AP"):.3f} | {mean("loss"):.3f} '
-            f'| {own[0]["neck_parameters"] / 1e3:,.0f} '
-            f'| {own[0]["model_parameters"] / 1e3:,.0f} '
-            f'| {own[0]["neck_multiply_adds"] / 1e6:,.0f} '
-            f'| {median("neck_ms"):.1f} | {median("network_ms"):.1f} '
-            f'| {median("step_s"):.2f} | {median("peak_mb"):,.0f} |')
-    return lines
-
-
-def conditions(out, settings):
-    """What the numbers are of: the lines below the table."""
-    trees, windows = [], []
-    for fold in range(len(tree_folds.FOLDS)):
-        test, train = (
-            json.loads((out / 'folds' / f'{name}_{fold}.json').read_text())
-            for name in ('test', 'train'))
-        trees.append(f'{len(test["annotations"])}')
-        windows.append(f'{len(train["images"])}')
-    return [
-        '', f'Data: {sum(map(int, trees))} trees in three photographs '
-        '(tools/prepare_trees.py). Folds by place: thirds of one photograph, '
-        f'then the two others. Trees to test on: {", ".join(trees)}; windows '
-        f'to train with: {", ".join(windows)}. Test tiles and training '
-        'windows of a fold share no pixel, but thirds are neighbours.',
-        f'Training: {settings["steps"]} steps of {BATCH_SIZE} windows at '
-        f'{settings["image_size"]} px, backbone pretrained on ImageNet and '
-        f'frozen, else {RECIPE.name}: equal for all necks, tuned for none. '
-        'The seed gives the order of the data, their augmentation and the '
-        'start of the head, equal for all necks, and the start of the neck. '
-        f'Loss: mean of the last {LAST} steps.',
-        'Interval: t over the folds, of the differences paired by fold and '
-        'seed and averaged over seeds first, as seeds share their data. Folds '
-        'share training data, too, and the intervals are not corrected for '
-        'the number of necks. So few steps are far from convergence: what is '
-        'compared is what a neck learns in them. "No" means that this '
-        'comparison cannot tell, not that the necks are equal.',
-        'Neck and network (backbone, neck and head, without post-processing): '
-        f'one image of {settings["image_size"]} px, CPU time of one '
-        f'thread, median of {REPEATS}, then of the runs. Step: likewise, with '
-        'the loading of data. Multiply-adds of convolutions. Peak: '
-        'resident set of the process up to the end of training.',
-        f'{platform.machine()}, {os.cpu_count()} CPUs, one thread a run; '
-        f'torch {settings["torch"]}, mmdet {settings["mmdet"]}, mmcv '
-        f'{settings["mmcv"]}, Python {platform.python_version()}.',
-        f'Command: `python {" ".join(sys.argv)}`'
-    ]
-
-
-def draw(rows):
-    """Draws AP50 of all runs and differences; returns a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    necks = [n for n in NECKS if any(r['neck'] == n for r in rows)]
-    figure = Figure(figsize=(13, 1 + 0.5 * len(necks)), layout='tight')
-    left, right = figure.subplots(1, 2, sharey=True)
-    for y, neck in enumerate(necks):
-        own = [r for r in rows if r['neck'] == neck]
-        left.scatter([r['AP50'] for r in own],
-                     [y + 0.1 * (r['fold'] - 1.5) for r in own],
-                     c=[f'C{r["fold"]}' for r in own],
-                     alpha=0.7)
-        left.plot(statistics.mean(r['AP50'] for r in own), y, 'k|', ms=22)
-        centre, half = paired_difference(rows, neck)
-        if neck != BASELINE and centre is not None:
-            right.errorbar(centre, y, xerr=half, fmt='ko', capsize=4)
-    left.set(
-        yticks=range(len(necks)),
-        yticklabels=necks,
-        ylim=(len(necks) - 0.5, -0.5),
-        xlabel='AP50: all runs, a colour and a line for each fold, and mean')
-    right.axvline(0, color='gray')
-    right.set(xlabel='AP50 - AP50 of FPN: mean and 95 % interval over folds')
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
-
-
-def write_results(out, settings):
-    """Writes results.csv, table.md and necks.png from all finished runs."""
-    rows = [json.loads(f.read_text()) for f in (out / 'runs').glob('*.json')]
-    if not rows:
-        return
-    rows.sort(
-        key=lambda r: (list(NECKS).index(r['neck']), r['seed'], r['fold']))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0], lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    lines = table(rows)
-    print('\n'.join(lines))
-    write_file(out / 'results.csv', file.getvalue().encode())
-    write_file(out / 'table.md',
-               '\n'.join([*lines, *conditions(out, settings), '']).encode())
-    write_file(out / 'necks.png', draw(rows))
 
 
 def check_settings(out, settings):
@@ -379,34 +299,52 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=ROOT / 'data/trees')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/necks'))
-    parser.add_argument('--necks', nargs='+', default=NECKS, choices=NECKS)
+    parser.add_argument('--study', default='necks', choices=STUDIES)
+    parser.add_argument(
+        '--variants', nargs='+', help='of the study; all by default')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument(
         '--folds', nargs='+', type=int, default=range(4), choices=range(4))
-    parser.add_argument('--steps', type=int, default=120)
+    parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
     args = parser.parse_args(argv)
+    variants = list(STUDIES[args.study])
+    wanted = args.variants or variants
+    if not set(wanted) <= set(variants):
+        parser.error(f'--variants {" ".join(wanted)}: the study '
+                     f'{args.study!r} has {", ".join(variants)}')
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     receipt = json.loads((args.data / 'receipt.json').read_text())
-    cfg = make_config(BASELINE, 0, 0, args.steps, '')
-    recipe = json.dumps(
-        [cfg.to_dict(), NECKS, tree_folds.FOLDS, tree_folds.TILE])
+    configs = [
+        make_config(args.study, variant, 0, 0, args.steps, '').to_dict()
+        for variant in variants
+    ]
+    recipe = json.dumps([configs, tree_folds.FOLDS, tree_folds.TILE])
     settings = dict(
+        study=args.study,
         steps=args.steps,
-        image_size=cfg.image_size,
+        image_size=configs[0]['image_size'],
+        sides={
+            v: c['image_size']
+            for v, c in zip(variants, configs)
+        },
+        batch_size=BATCH_SIZE,
+        recipe_name=RECIPE.name,
+        last=LAST,
+        repeats=REPEATS,
         data=receipt['files_sha256'],
-        recipe=hashlib.sha256(recipe.encode()).hexdigest(),
+        recipe_sha256=hashlib.sha256(recipe.encode()).hexdigest(),
         **{name: version(name)
            for name in ('torch', 'mmdet', 'mmcv')})
     check_settings(out, settings)
     if not (out / 'folds').is_dir():
         tree_folds.write_folds(args.data, out / 'folds')
     # One seed and fold after the other: a part is a comparison, too.
-    tasks = [(neck, seed, fold) for seed in args.seeds for fold in args.folds
-             for neck in args.necks]
-    failed = run_all(tasks, args.steps, out, args.jobs)
-    write_results(out, settings)
+    tasks = [(variant, seed, fold) for seed in args.seeds
+             for fold in args.folds for variant in wanted]
+    failed = run_all(args.study, tasks, args.steps, out, args.jobs)
+    write_results(out, variants, settings)
     if failed:
         raise SystemExit('\n'.join(failed))
 
