@@ -8,7 +8,11 @@ import cv2
 import numpy as np
 import prepare_trees
 import pytest
+import torch
 import tree_folds
+from comparison_report import paired_difference
+from mmdet.registry import MODELS
+from torch.utils.flop_counter import FlopCounterMode
 
 SETS = dict(
     train=(True, (('a', 0, 0, 240, 280), ('b', 0, 0, 120, 60))),
@@ -62,21 +66,26 @@ def command(data, tmp_path):
     return run
 
 
-def row(neck, seed, fold, ap50):
+def row(variant, seed, fold, ap50):
     return dict(
-        neck=neck,
+        variant=variant,
         seed=seed,
         fold=fold,
         AP50=ap50,
         AP=ap50 / 2,
         loss=1.25,
-        step_s=0.25,
-        peak_mb=512.4,
-        neck_parameters=12345,
-        model_parameters=3456789,
+        peak_mb=512.4)
+
+
+def cost(factor):
+    return dict(
+        neck_parameters=12345 * factor,
+        parameters=3456789,
         neck_multiply_adds=34 * 10**6,
-        neck_ms=7.25,
-        network_ms=25.75)
+        multiply_adds=553 * 10**6,
+        neck_ms=7.25 * factor,
+        network_ms=25.75 * factor,
+        step_ms=250 * factor)
 
 
 @pytest.fixture
@@ -88,15 +97,23 @@ def fake_runs(monkeypatch):
         exitcode = 0
 
         def __init__(self, target, args):
-            self.neck, self.seed, self.fold, _, self.out, _ = args
+            self.target, self.args = target, args
 
         def start(self):
-            made.append((self.neck, self.seed, self.fold))
-            result = compare_necks.result_file(self.out, *made[-1])
-            if self.neck == 'nasfpn':
+            if self.target is compare_necks.measure:
+                _, variants, out, _ = self.args
+                made.append(tuple(variants))
+                (out / 'costs.json').write_text(
+                    json.dumps({v: cost(1 + (v != 'fpn'))
+                                for v in variants}))
+                return
+            _, *task, _, out, _ = self.args
+            made.append(tuple(task))
+            if task[0] == 'nasfpn':
                 self.exitcode = -9
             else:
-                result.write_text(json.dumps(row(*made[-1], 0.5)))
+                compare_necks.result_file(out, *task).write_text(
+                    json.dumps(row(*task, 0.5)))
 
         def join(self):
             pass
@@ -179,76 +196,125 @@ def test_paired_difference():
         rows.append(row('bifpn', 0, fold, 0.2 + fold + first))
         rows.append(row('bifpn', 1, fold, 0.2 + fold + second))
     rows.append(row('bifpn', 2, 0, 0.9))  # without its pair
-    centre, half = compare_necks.paired_difference(rows, 'bifpn')
+    centre, half = paired_difference(rows, 'bifpn', 'fpn')
     # 0.1, 0.2 and 0.3: t(0.975, 2) = 4.302653, deviation 0.1.
     assert centre == pytest.approx(0.2)
     assert half == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
     one = [r for r in rows if r['fold'] == 0]
-    assert compare_necks.paired_difference(one,
-                                           'bifpn') == (pytest.approx(0.1),
-                                                        None)
-    assert compare_necks.paired_difference(rows, 'pafpn') == (None, None)
+    assert paired_difference(one, 'bifpn', 'fpn') == (pytest.approx(0.1), None)
+    assert paired_difference(rows, 'pafpn', 'fpn') == (None, None)
 
 
 def test_resume_and_refusal(command, fake_runs, capsys):
-    command('--necks', 'fpn', 'bifpn', '--folds', '0', '1')
-    expected = [('fpn', 0, 0), ('bifpn', 0, 0), ('fpn', 0, 1), ('bifpn', 0, 1)]
+    command('--variants', 'fpn', 'bifpn', '--folds', '0', '1')
+    expected = [('fpn', 0, 0), ('bifpn', 0, 0), ('fpn', 0, 1), ('bifpn', 0, 1),
+                ('fpn', 'bifpn')]
     assert fake_runs == expected
     (command.out / 'runs' / 'bifpn_seed0_fold0.json').unlink()
-    command('--necks', 'fpn', 'bifpn', '--folds', '0', '1')
+    command('--variants', 'bifpn', '--folds', '0', '1')
     assert fake_runs == [*expected, ('bifpn', 0, 0)]
-    assert '3 of 4 runs are there' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='steps 120 there and 7 now'):
-        command('--necks', 'pafpn', '--steps', '7')
+    assert '1 of 2 runs are there' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='steps 200 there and 7 now'):
+        command('--variants', 'pafpn', '--steps', '7')
+    with pytest.raises(SystemExit, match="study 'necks' there and 'scaling'"):
+        command('--study', 'scaling')
     with pytest.raises(SystemExit, match='nasfpn_seed0_fold0 ended with -9'):
-        command('--necks', 'nasfpn', 'pafpn', '--folds', '0')
+        command('--variants', 'nasfpn', 'pafpn', '--folds', '0')
+    assert fake_runs[-1] == ('nasfpn', 'pafpn')  # have no costs yet
     assert len(list((command.out / 'runs').glob('*.json'))) == 5
+    with pytest.raises(SystemExit, match='2'):
+        command('--variants', 'compound')
+    assert "the study 'necks' has fpn, pafpn" in capsys.readouterr().err
 
 
 def test_table_and_picture(command, fake_runs):
     runs = command.out / 'runs'
     runs.mkdir(parents=True)
-    for neck, differences in dict(
+    for variant, differences in dict(
             fpn=(0, 0, 0, 0),
             bifpn=(.10, .11, .09, .10),
             pafpn=(-.10, -.11, -.09, -.10),
             bifpn_sum=(-.1, .1, .2, -.1)).items():
         for fold, difference in enumerate(differences):
-            result = row(neck, 0, fold, 0.4 + fold / 10 + difference)
-            compare_necks.result_file(command.out, neck, 0,
+            result = row(variant, 0, fold, 0.4 + fold / 10 + difference)
+            compare_necks.result_file(command.out, variant, 0,
                                       fold).write_text(json.dumps(result))
-    command('--necks', 'fpn', 'pafpn', 'bifpn', 'bifpn_sum')
-    assert fake_runs == []
+    command('--variants', 'fpn', 'pafpn', 'bifpn', 'bifpn_sum')
+    assert fake_runs == [('fpn', 'pafpn', 'bifpn', 'bifpn_sum')]
     text = (command.out / 'table.md').read_text()
-    rest = ('| 1.250 | 12 | 3,457 | 34 | 7.2 | 25.8 | 0.25 | 512 |\n')
-    assert '| fpn | 4 | 0.550 | - | - | 0.275 ' + rest in text
-    assert ('| bifpn | 4 | 0.650 | +0.100 [+0.087, +0.113] | better | 0.325 ' +
-            rest) in text
+    assert ('| fpn | 4 | 0.550 |  |  | 0.275 | 1.250 | 12 | 3,457 | 34 | 553 '
+            '| 7.2 ms | 25.8 ms | 250.0 ms | 512 |\n') in text
+    assert ('| bifpn | 4 | 0.650 | +0.100 [+0.087, +0.113] | better | 0.325 '
+            '| 1.250 | 25 | 3,457 | 34 | 553 | x 2.00 | x 2.00 | x 2.00 '
+            '| 512 |\n') in text
     assert '[-0.113, -0.087] | worse |' in text
     assert '| bifpn_sum | 4 | 0.575 | +0.025 [-0.214, +0.264] | no: 0 is' \
         in text
-    assert '120 steps of 4 windows at 256 px' in text
+    assert '200 steps of 4 windows at 256 px, backbone' in text
     assert 'Command: `python ' in text
     with (command.out / 'results.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert [(r['neck'], r['fold']) for r in rows] == [
-        (neck, str(fold)) for neck in ('fpn', 'pafpn', 'bifpn', 'bifpn_sum')
-        for fold in range(4)
-    ]
-    assert float(rows[8]['AP50']) == 0.5
-    picture = cv2.imread(str(command.out / 'necks.png'))
-    assert picture.shape == (300, 1300, 3) and picture.std() > 10
+    assert [(r['variant'], r['fold']) for r in rows
+            ] == [(variant, str(fold))
+                  for variant in ('fpn', 'pafpn', 'bifpn', 'bifpn_sum')
+                  for fold in range(4)]
+    assert float(rows[8]['AP50']) == 0.5 and rows[8]['neck_ms'] == '14.5'
+    picture = cv2.imread(str(command.out / 'results.png'))
+    assert picture.shape == (300, 1500, 3) and picture.std() > 10
+
+
+@pytest.mark.parametrize('study', compare_necks.STUDIES)
+def test_variants_differ_in_nothing_else(study):
+    """Data, schedule and head are those of the baseline, but for its size."""
+    first, *others = compare_necks.STUDIES[study]
+    expected = compare_necks.make_config(study, first, 0, 0, 9, 'folds')
+    for variant in others:
+        config = compare_necks.make_config(study, variant, 0, 0, 9, 'folds')
+        side = config.image_size
+        for part in (config, expected):
+            part.model.neck = part.model.bbox_head = part.image_size = None
+            for loader in (part.train_dataloader, part.test_dataloader):
+                for transform in loader.dataset.pipeline:
+                    transform.pop('image_size', None)
+                    scale = transform.pop('scale_factor', None)
+                    assert scale in (None, 1.2 * side / 256, 1.2)
+        assert config.to_dict() == expected.to_dict()
+
+
+def test_scaling_spends_the_same():
+    """All but the baseline have equal multiply-adds, within 1 %."""
+    spent = {}
+    for variant in compare_necks.STUDIES['scaling']:
+        config = compare_necks.make_config('scaling', variant, 0, 0, 9, '')
+        config.model.backbone.init_cfg = None
+        model = MODELS.build(config.model).eval()
+        image = torch.zeros(1, 3, config.image_size, config.image_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(image)
+        spent[variant] = counter.get_total_flops() / 2e6
+    assert 550 < spent.pop('lite0') < 560
+    assert max(spent.values()) < 1.01 * min(spent.values())
+    assert 780 < min(spent.values()) < 790
 
 
 def test_real_run(command):
-    command('--necks', 'bifpn_1_layer', '--folds', '1', '--steps', '2')
-    result = json.loads(
-        (command.out / 'runs' / 'bifpn_1_layer_seed0_fold1.json').read_text())
+    command('--variants', 'fpn', 'bifpn_1_layer', '--folds', '1', '--steps',
+            '2')
+    name = 'bifpn_1_layer_seed0_fold1'
+    result = json.loads((command.out / 'runs' / f'{name}.json').read_text())
     assert set(result) == set(row('bifpn', 0, 0, 0))
     assert 0 <= result['AP'] <= result['AP50'] <= 1
     assert 0 < result['loss'] < 10
-    assert 0 < result['neck_ms'] < result['network_ms']
     assert 100 < result['peak_mb'] < 4000
-    assert result['neck_parameters'] < result['model_parameters'] < 4e6
-    log = (command.out / 'logs' / 'bifpn_1_layer_seed0_fold1.log').read_text()
+    log = (command.out / 'logs' / f'{name}.log').read_text()
     assert 'Iter(test) [3/3]' in log
+    costs = json.loads((command.out / 'costs.json').read_text())
+    assert list(costs) == ['fpn', 'bifpn_1_layer']
+    for own in costs.values():
+        assert set(own) == set(cost(1))
+        assert 0 < own['neck_ms'] < own['network_ms'] < own['step_ms']
+        assert own['neck_parameters'] < own['parameters'] < 4e6
+    # Laterals and outputs of P3 to P5, two levels of stride 2; with norms.
+    widths, kernels = (40, 112, 320), 5 * 9 * 64 * 64
+    kernels += 64 * sum(widths) + 9 * 64 * (320 - 64)
+    assert costs['fpn']['neck_parameters'] == kernels + 8 * 2 * 64

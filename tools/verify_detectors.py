@@ -2,12 +2,13 @@
 
 From each config a small one is derived: the trees of tools/prepare_trees.py,
 one class, random weights, small images, few queries or regions. The network
-is built, trained for a few steps by MMDetection's train.py and tested by its
-test.py; DetInferencer looks at the held-out photograph, and ONNX Runtime
-computes what the neck does. The optimizer is the same for all. A row is passed
-if the losses fall and the neck's outputs agree; the exit status is 1 if one is
-not. What is done is kept: run the same command again to go on. Prints a
-Markdown table.
+is built, trained for a few steps on the same four windows by MMDetection's
+train.py and tested by its test.py; DetInferencer looks at the held-out
+photograph, and ONNX Runtime computes what the neck does. The optimizer is the
+same for all. A row is passed if the losses fall and the neck's outputs agree;
+the exit status is 1 if one is not. The first steps do not count: untrained
+boxes overlap no tree, so losses that are weighted by IoU begin near zero. What
+is done is kept: run the same command again to go on. Prints a Markdown table.
 
 Needs onnx, onnxruntime and, for its ConvNeXt, mmpretrain.
 """
@@ -36,8 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 CONFIGS = ROOT / 'configs' / 'bifpn'
 DATA = ROOT / 'data' / 'trees'
-WINDOW = 200  # pixels of the data that a training image shows
-NUM_AVERAGED = 5  # losses at either end of the training
+WINDOW = 400  # pixels, the side of the data's images
+NUM_IMAGES = 4  # in every batch
+NUM_UNCOUNTED = 10  # steps before those of which the losses are compared
+NUM_AVERAGED = 5  # losses at either end of the counted steps
 BOUND = 1e-4  # of the ONNX outputs' errors, relative to the largest value
 COLUMNS = dict(
     config='config',
@@ -92,7 +95,7 @@ def derive(config: Path, folder: Path, image_size: int, steps: int) -> Config:
         config (Path): A config for COCO.
         folder (Path): Where annotations with masks are written.
         image_size (int): Height and width of training images in pixels.
-        steps (int): Batches of two images.
+        steps (int): Steps that count.
     """
     cfg = Config.fromfile(config)
     model = cfg.model
@@ -117,8 +120,8 @@ def derive(config: Path, folder: Path, image_size: int, steps: int) -> Config:
         dict(type='LoadAnnotations', with_bbox=True, with_mask=has_masks)
     ]
 
-    def loader(name: str, sampler: dict, batch_size: int,
-               pipeline: list) -> dict:
+    def loader(name: str, pipeline: list, sampler: dict, batch_size: int,
+               **options) -> dict:
         ann_file = with_masks(name, folder)
         return dict(
             batch_size=batch_size,
@@ -129,39 +132,47 @@ def derive(config: Path, folder: Path, image_size: int, steps: int) -> Config:
                 ann_file=str(ann_file),
                 data_prefix=dict(img=str(DATA / 'images')),
                 metainfo=dict(classes=('Tree', )),
-                test_mode=batch_size == 1,
-                pipeline=pipeline))
+                pipeline=pipeline,
+                **options))
 
-    cfg.train_dataloader = loader('train.json', dict(type='InfiniteSampler'),
-                                  2, [
-                                      *load, resize,
-                                      dict(type='RandomFlip', prob=0.5),
-                                      dict(type='PackDetInputs')
-                                  ])
+    cfg.train_dataloader = loader(
+        'train.json', [
+            *load, resize,
+            dict(type='RandomFlip', prob=0.5),
+            dict(type='PackDetInputs')
+        ],
+        dict(type='InfiniteSampler'),
+        NUM_IMAGES,
+        filter_cfg=dict(filter_empty_gt=True),
+        indices=NUM_IMAGES)
     cfg.test_dataloader = loader(
-        'test.json', dict(type='DefaultSampler', shuffle=False), 1, [
+        'test.json', [
             load[0], resize, load[1],
             dict(
                 type='PackDetInputs',
                 meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
                            'scale_factor'))
-        ])
+        ],
+        dict(type='DefaultSampler', shuffle=False),
+        1,
+        test_mode=True)
     cfg.test_evaluator = dict(
         type='CocoMetric',
         ann_file=cfg.test_dataloader['dataset']['ann_file'],
         metric=['bbox', 'segm'] if has_masks else 'bbox')
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
-    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=steps)
+    cfg.train_cfg = dict(
+        type='IterBasedTrainLoop', max_iters=NUM_UNCOUNTED + steps)
     cfg.optim_wrapper = dict(
         type='OptimWrapper',
-        optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4),
+        optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-4),
         clip_grad=dict(max_norm=10))
     cfg.param_scheduler = []
     cfg.default_hooks.logger.interval = 1
     cfg.default_hooks.checkpoint = dict(
         type='mmdet_efficientdet.SafeCheckpointHook',
         by_epoch=False,
-        interval=steps)
+        interval=NUM_UNCOUNTED + steps)
     cfg.log_processor = dict(
         type='LogProcessor', window_size=1, by_epoch=False)
     cfg.randomness = dict(seed=0)
@@ -196,13 +207,14 @@ def newest(folder: Path, pattern: str) -> Path:
 
 
 def train(config: Path, steps: int) -> tuple:
-    """Trains; returns the means of the first and of the last losses."""
+    """Trains; returns the means of the first and last counted losses."""
     folder = config.parent / 'train'
     run('train.py', config.parent / 'train.log', config, '--work-dir', folder)
     lines = newest(folder, '*/vis_data/scalars.json').read_text().splitlines()
     losses = [json.loads(line)['loss'] for line in lines]
-    if len(losses) != steps:
-        raise RuntimeError(f'{len(losses)} losses were logged, not {steps}')
+    if len(losses) != NUM_UNCOUNTED + steps:
+        raise RuntimeError(f'{len(losses)} losses were logged')
+    losses = losses[NUM_UNCOUNTED:]
     return np.mean(losses[:NUM_AVERAGED]), np.mean(losses[-NUM_AVERAGED:])
 
 
@@ -298,7 +310,7 @@ def verify(config: Path, folder: Path, image_size: int, steps: int) -> dict:
         say('training')
         row['first'], row['last'] = train(derived, steps)
         say(f'losses {row["first"]:.3f} to {row["last"]:.3f}; testing')
-        checkpoint = folder / 'train' / f'iter_{steps}.pth'
+        checkpoint = folder / 'train' / f'iter_{NUM_UNCOUNTED + steps}.pth'
         row['ap50'] = test(derived, checkpoint)
         say('inference and export')
         inferencer = DetInferencer(
@@ -349,7 +361,7 @@ def main() -> None:
         'configs', nargs='*', help='names, without .py; all by default')
     parser.add_argument(
         '--work-dir', default=ROOT / 'work_dirs' / 'detectors', type=Path)
-    parser.add_argument('--image-size', default=64, type=int)
+    parser.add_argument('--image-size', default=128, type=int)
     parser.add_argument('--steps', default=20, type=int)
     args = parser.parse_args()
     names = args.configs or sorted(path.stem for path in CONFIGS.glob('*.py'))
