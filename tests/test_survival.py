@@ -1,9 +1,8 @@
 """Trainings that are killed go on as if they had not been."""
-import hashlib
 from pathlib import Path
 
-import torch
 from tiny_data import TOOLS, make_dataset, run_tool, write_config
+from verify_resume import state
 
 # train.py, in which the process kills itself with SIGKILL at a call of a
 # function; a file that is being written then is cut off.
@@ -47,34 +46,6 @@ train_dataloader.update(num_workers=2)
 train_cfg = dict(max_epochs=3, val_interval=1)
 default_hooks.update(checkpoint=dict(interval=1, max_keep_ckpts=1))
 '''
-
-
-def state(path):
-    """Hashes of all tensors, and all numbers, by which a training goes on."""
-    saved = torch.load(path, weights_only=True)
-    found = {}
-
-    def walk(node, key):
-        if isinstance(node, torch.Tensor):
-            data = node.numpy().tobytes()
-            node = (node.dtype, node.shape, hashlib.sha256(data).hexdigest())
-        if isinstance(node, dict):
-            for name, value in node.items():
-                walk(value, f'{key}.{name}')
-        elif isinstance(node, list):
-            for i, value in enumerate(node):
-                walk(value, f'{key}.{i}')
-        else:
-            found[key] = node
-
-    for key in ('state_dict', 'ema_state_dict', 'optimizer',
-                'param_schedulers'):
-        before = len(found)
-        walk(saved[key], key)
-        assert len(found) > before
-    for key in ('seed', 'epoch', 'iter'):
-        found[key] = saved['meta'][key]
-    return found
 
 
 def check_survival(tmp_path, extra, starts, final):
