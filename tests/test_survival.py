@@ -1,6 +1,10 @@
 """Trainings that are killed go on as if they had not been."""
+import json
 from pathlib import Path
 
+import pytest
+import torch
+import verify_resume
 from tiny_data import TOOLS, make_dataset, run_tool, write_config
 from verify_resume import state
 
@@ -131,3 +135,43 @@ def test_epochs_survive(tmp_path):
         assert last(folder) == 'epoch_1.pth'
 
     check_survival(tmp_path, BY_EPOCH, [((*STEP, 5), 2, check)], 'epoch_3.pth')
+
+
+@pytest.mark.parametrize('change', ['nothing', 'loss', 'weights'])
+def test_differences_are_told(change, monkeypatch, capsys):
+    """tools/verify_resume.py fails where a loss or a tensor differs."""
+
+    def train(folder, steps, seed, kill=None):
+        logs = folder / '1' / 'vis_data'
+        logs.mkdir(parents=True, exist_ok=True)
+        rows = [
+            json.dumps(dict(loss=1 / (i + 1), step=i + 1))
+            for i in range(steps)
+        ]
+        if change == 'loss' and folder.name == 'second':
+            rows[1] = json.dumps(dict(loss=0.6, step=2))
+        (logs / 'scalars.json').write_text('\n'.join(rows))
+        weights = torch.zeros(3)
+        if change == 'weights' and folder.name == 'killed':
+            weights[1] = 1e-7
+        parts = {
+            key: dict(a=weights.clone())
+            for key in ('state_dict', 'ema_state_dict', 'optimizer',
+                        'param_schedulers')
+        }
+        torch.save(
+            dict(parts, meta=dict(seed=seed, epoch=0, iter=steps)),
+            folder / f'iter_{steps}.pth')
+        (folder / 'last_checkpoint').write_text('iter_2.pth')
+        return 1, steps
+
+    monkeypatch.setattr(verify_resume, 'train', train)
+    with pytest.raises(SystemExit) as end:
+        verify_resume.main(['--steps', '3', '--kills', '2'])
+    assert end.value.code == (change != 'nothing')
+    lines = capsys.readouterr().out.splitlines()
+    assert f'the same loss: {3 - (change == "loss")} of 3 steps' in lines
+    assert 'goes on from iter_2.pth' in lines[-2]
+    assert lines[-1] == (
+        'of 7 tensors and numbers differ: 0 in the second training, '
+        f'{4 * (change == "weights")} in the killed one')
