@@ -475,6 +475,18 @@ def test_inputs_that_do_not_fit(shapes, words):
         neck([torch.ones(1, *shape) for shape in shapes])
 
 
+@pytest.mark.parametrize('add_extra_convs', [False, True, 'on_output'])
+def test_empty_input_below_further_levels(add_extra_convs):
+    """The input is named before further levels are made from it."""
+    neck = BiFPN([2, 3, 4], 2, 4, start_level=1,
+                 add_extra_convs=add_extra_convs)  # yapf: disable
+    with pytest.raises(ValueError, match='input 2 of the neck is empty: 0x2'):
+        neck([
+            torch.ones(1, c, *size)
+            for c, size in ((2, (2, 8)), (3, (1, 4)), (4, (0, 2)))
+        ])
+
+
 EXPORTED = [
     dict(num_outs=5),
     dict(num_outs=5, fusion='softmax', add_extra_convs='on_output'),

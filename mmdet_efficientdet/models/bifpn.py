@@ -333,9 +333,9 @@ class BiFPN(BaseModule):
             tuple[Tensor]: ``num_outs`` maps ``(N, out_channels, H_i, W_i)``.
 
         Raises:
-            ValueError: If number or widths of the inputs are wrong, or if
-                from one level to another one axis grows and the other
-                shrinks.
+            ValueError: If number or widths of the inputs are wrong, if from
+                one level to another one axis grows and the other shrinks, or
+                if an input is empty.
         """
         widths = [x.shape[1] for x in inputs]
         if widths != self.in_channels:
@@ -344,10 +344,10 @@ class BiFPN(BaseModule):
                 f'but in_channels={self.in_channels}. Write in_channels as '
                 "the backbone's out_indices give them")
         feats = list(inputs[self.start_level:self.last_level + 1])
+        _check_sizes([size_of(x) for x in feats], self.start_level)
         on_output = self.add_extra_convs == 'on_output'
         if not on_output:
             self._add_levels(feats)
-        _check_sizes([size_of(x) for x in feats], self.start_level)
         with_cp = self.with_cp and self.training
         for layer in self.layers:
             feats = checkpoint(layer, feats) if with_cp else layer(feats)
