@@ -487,6 +487,23 @@ def test_empty_input_below_further_levels(add_extra_convs):
         ])
 
 
+@pytest.mark.parametrize('add_extra_convs', [False, True, 'on_output'])
+def test_single_value_under_batch_norm(add_extra_convs):
+    """Batch norm cannot train on one pixel of one image."""
+    settings = dict(start_level=1, add_extra_convs=add_extra_convs)
+    feats = [torch.randn(1, c, n, n) for c, n in ((2, 8), (3, 4), (4, 2))]
+    neck = BiFPN([2, 3, 4], 2, 4, **settings)
+    words = r'level 3 has 1x1 .* \[\(4, 4\), \(2, 2\), \(1, 1\), \(1, 1\)\]'
+    with pytest.raises(ValueError, match=words):
+        neck(feats)
+    assert len(neck([x.repeat(2, 1, 1, 1) for x in feats])) == 4
+    assert len(neck.eval()(feats)) == 4
+    for other in (dict(norm_eval=True),
+                  dict(norm_cfg=dict(type='GN', num_groups=1))):
+        neck = BiFPN([2, 3, 4], 2, 4, **settings, **other).train()
+        assert len(neck(feats)) == 4
+
+
 EXPORTED = [
     dict(num_outs=5),
     dict(num_outs=5, fusion='softmax', add_extra_convs='on_output'),
