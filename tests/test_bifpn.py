@@ -112,7 +112,7 @@ def test_fusion(fusion, weights, values, expected):
 
 
 @pytest.mark.parametrize('fusion, expected', [
-    ('channel_softmax', [(1 * 4 + 3 * 8) / 4, (3 * 40 + 1 * 80) / 4]),
+    ('channel_softmax', [(1 * 4 + 3 * 8) / 4, (3 * 40 + 5 * 80) / 8]),
     ('channel_fast_normalized', [(1 * 4 + 3 * 8) / 4.0001, 40 * 3 / 3.0001]),
 ])
 def test_fusion_of_channels(fusion, expected):
@@ -122,7 +122,7 @@ def test_fusion_of_channels(fusion, expected):
     """
     node = make_identity(FusionNode([2, 2], 2, fusion, None, RELU).double())
     assert node.fusion_weights.tolist() == [[1, 1], [1, 1]]
-    weights = torch.tensor([[1, 3], [3, 1]]).double()
+    weights = torch.tensor([[1, 3], [3, 5]]).double()
     if fusion == 'channel_softmax':
         weights = weights.log()
     else:
