@@ -502,6 +502,9 @@ def test_single_value_under_batch_norm(add_extra_convs):
                   dict(norm_cfg=dict(type='GN', num_groups=1))):
         neck = BiFPN([2, 3, 4], 2, 4, **settings, **other).train()
         assert len(neck(feats)) == 4
+    neck = BiFPN([2, 3, 4], 2, 4, **settings, norm_cfg=dict(type='SyncBN'))
+    with pytest.raises(ValueError, match='more than 1 value'):  # by itself
+        neck(feats)
 
 
 EXPORTED = [
