@@ -112,7 +112,7 @@ def test_fusion(fusion, weights, values, expected):
 
 
 @pytest.mark.parametrize('fusion, expected', [
-    ('channel_softmax', [(1 * 4 + 3 * 8) / 4, (3 * 40 + 1 * 80) / 4]),
+    ('channel_softmax', [(1 * 4 + 3 * 8) / 4, (3 * 40 + 5 * 80) / 8]),
     ('channel_fast_normalized', [(1 * 4 + 3 * 8) / 4.0001, 40 * 3 / 3.0001]),
 ])
 def test_fusion_of_channels(fusion, expected):
@@ -122,7 +122,7 @@ def test_fusion_of_channels(fusion, expected):
     """
     node = make_identity(FusionNode([2, 2], 2, fusion, None, RELU).double())
     assert node.fusion_weights.tolist() == [[1, 1], [1, 1]]
-    weights = torch.tensor([[1, 3], [3, 1]]).double()
+    weights = torch.tensor([[1, 3], [3, 5]]).double()
     if fusion == 'channel_softmax':
         weights = weights.log()
     else:
@@ -473,6 +473,38 @@ def test_inputs_that_do_not_fit(shapes, words):
     neck = BiFPN([3, 4], 2, 2)
     with pytest.raises(ValueError, match=words):
         neck([torch.ones(1, *shape) for shape in shapes])
+
+
+@pytest.mark.parametrize('add_extra_convs', [False, True, 'on_output'])
+def test_empty_input_below_further_levels(add_extra_convs):
+    """The input is named before further levels are made from it."""
+    neck = BiFPN([2, 3, 4], 2, 4, start_level=1,
+                 add_extra_convs=add_extra_convs)  # yapf: disable
+    with pytest.raises(ValueError, match='input 2 of the neck is empty: 0x2'):
+        neck([
+            torch.ones(1, c, *size)
+            for c, size in ((2, (2, 8)), (3, (1, 4)), (4, (0, 2)))
+        ])
+
+
+@pytest.mark.parametrize('add_extra_convs', [False, True, 'on_output'])
+def test_single_value_under_batch_norm(add_extra_convs):
+    """Batch norm cannot train on one pixel of one image."""
+    settings = dict(start_level=1, add_extra_convs=add_extra_convs)
+    feats = [torch.randn(1, c, n, n) for c, n in ((2, 8), (3, 4), (4, 2))]
+    neck = BiFPN([2, 3, 4], 2, 4, **settings)
+    words = r'level 3 has 1x1 .* \[\(4, 4\), \(2, 2\), \(1, 1\), \(1, 1\)\]'
+    with pytest.raises(ValueError, match=words):
+        neck(feats)
+    assert len(neck([x.repeat(2, 1, 1, 1) for x in feats])) == 4
+    assert len(neck.eval()(feats)) == 4
+    for other in (dict(norm_eval=True),
+                  dict(norm_cfg=dict(type='GN', num_groups=1))):
+        neck = BiFPN([2, 3, 4], 2, 4, **settings, **other).train()
+        assert len(neck(feats)) == 4
+    neck = BiFPN([2, 3, 4], 2, 4, **settings, norm_cfg=dict(type='SyncBN'))
+    with pytest.raises(ValueError, match='more than 1 value'):  # by itself
+        neck(feats)
 
 
 EXPORTED = [

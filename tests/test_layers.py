@@ -128,6 +128,7 @@ def test_mixed_resize_raises(size, target):
         resize_to(torch.zeros(1, 1, *size), target)
     assert str(size) in str(error.value)
     assert str(target) in str(error.value)
+    assert 'both axes must go the same way' in str(error.value)
 
 
 def test_separable_conv_is_a_factored_conv():

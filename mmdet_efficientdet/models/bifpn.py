@@ -22,6 +22,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 import torch
 from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from ..registry import MODELS
@@ -333,9 +334,9 @@ class BiFPN(BaseModule):
             tuple[Tensor]: ``num_outs`` maps ``(N, out_channels, H_i, W_i)``.
 
         Raises:
-            ValueError: If number or widths of the inputs are wrong, or if
-                from one level to another one axis grows and the other
-                shrinks.
+            ValueError: If number or widths of the inputs are wrong, if from
+                one level to another one axis grows and the other shrinks, or
+                if levels are too small.
         """
         widths = [x.shape[1] for x in inputs]
         if widths != self.in_channels:
@@ -344,10 +345,13 @@ class BiFPN(BaseModule):
                 f'but in_channels={self.in_channels}. Write in_channels as '
                 "the backbone's out_indices give them")
         feats = list(inputs[self.start_level:self.last_level + 1])
+        sizes = [size_of(x) for x in feats]
+        _check_sizes(sizes, self.start_level)
+        if self.training and feats[0].shape[0] == 1:
+            self._check_batch_norm(sizes)
         on_output = self.add_extra_convs == 'on_output'
         if not on_output:
             self._add_levels(feats)
-        _check_sizes([size_of(x) for x in feats], self.start_level)
         with_cp = self.with_cp and self.training
         for layer in self.layers:
             feats = checkpoint(layer, feats) if with_cp else layer(feats)
@@ -355,6 +359,21 @@ class BiFPN(BaseModule):
         if on_output:
             self._add_levels(feats)
         return tuple(feats)
+
+    def _check_batch_norm(self, sizes: List[tuple]) -> None:
+        """Raises a ValueError where one image has one pixel to train on."""
+        sizes = list(sizes)
+        for _ in self.extra_levels:
+            sizes.append(tuple(-(-n // 2) for n in sizes[-1]))
+        # Synchronised batch norm may see other images.
+        if (1, 1) in sizes and any(norm.training for norm in self.modules()
+                                   if isinstance(norm, _BatchNorm)
+                                   and not isinstance(norm, nn.SyncBatchNorm)):
+            level = self.start_level + sizes.index((1, 1))
+            raise ValueError(
+                f'level {level} has 1x1 pixels and the batch one image, too '
+                f'few to train batch norm. All levels: {sizes}. Enlarge the '
+                'images or the batch, or take group norm or norm_eval=True')
 
     def _add_levels(self, feats: List[Tensor]) -> None:
         for i, extra_level in enumerate(self.extra_levels):

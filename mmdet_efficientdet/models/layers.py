@@ -94,8 +94,8 @@ def resize_to(x: Tensor, size: tuple) -> Tensor:
     if any(grows) and any(n > s for n, s in zip(now, size)):
         raise ValueError(
             f'cannot resize features of size {now} to a level of size {size}: '
-            'one axis would have to grow and the other to shrink. Pyramid '
-            'levels must not grow on any axis from one level to the next')
+            'one axis would have to grow and the other to shrink. From one '
+            'level to the next both axes must go the same way')
     if not any(grows):
         stride = []
         for n, s in zip(now, size):
