@@ -553,6 +553,7 @@ def test_onnx(settings, tmp_path):
 @pytest.mark.parametrize('settings', EXPORTED, ids=str)
 def test_compiled_in_one_piece(settings):
     """torch.compile takes the whole neck: a graph break would raise."""
+    torch._dynamo.reset()  # its limit of recompilations counts all tests
     neck, feats = trained(settings)
     compiled = torch.compile(neck, backend='eager', fullgraph=True)
     with torch.no_grad():
