@@ -557,6 +557,16 @@ def test_options(sound, tmp_path, capsys):
                   'model.backbone.norm_eval=True')[1] == []
 
 
+@pytest.mark.parametrize('batch, warns', [(4, True), (5, False), (15, False),
+                                          (16, True)])
+def test_rate_of_another_batch(batch, warns, sound, tmp_path, capsys):
+    """The recipes for 8 images are also for 4 and 16, with another rate."""
+    config = write_broken(sound, tmp_path, lines(''))
+    found = report(capsys, config, '--no-images', '--cfg-options',
+                   f'train_dataloader.batch_size={batch}')[1]
+    assert (('WARNING', 'learning_rate') in found) == warns
+
+
 def test_no_annotation_file(sound, tmp_path, capsys):
     """A path that leads nowhere is one finding, too."""
     config = write_broken(sound, tmp_path, lines(''))
