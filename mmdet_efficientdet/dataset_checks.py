@@ -76,8 +76,12 @@ def check_file(data: Annotations) -> List[Finding]:
     add(True, 'fields', data.incomplete, 'entries lack a field',
         'write the field; area is width x height')
     if data.names is not None:  # files of VOC have no ids, but names
+        # An image that is listed twice is read once.
+        ids = [
+            id_ for id_, _ in dict.fromkeys(zip(data.image_ids, data.paths))
+        ]
         add(
-            True, 'image_id', _repeated(data.image_ids), 'images have the id '
+            True, 'image_id', _repeated(ids), 'images have the id '
             'of another one, so that their boxes are mixed up',
             'number the images anew')
         add(
@@ -250,12 +254,17 @@ def check_overlap(train: Sequence[Annotations],
 
 
 def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
-    """Reads all images; this is the slow part."""
+    """Reads all images that are not left out; this is the slow part."""
     lists = dict(missing=[], unreadable=[], image_size=[])
+    needed = np.ones(len(data.paths), bool)
+    if data.filter_empty and not data.test_mode:
+        needed = np.bincount(
+            data.image[data.wanted], minlength=len(data.paths)) > 0
     bar = None
-    if progress and data.paths:
-        bar = ProgressBar(len(data.paths), file=sys.stderr)
-    for path, size in zip(data.paths, data.sizes):
+    if progress and needed.any():
+        bar = ProgressBar(int(needed.sum()), file=sys.stderr)
+    for i in np.flatnonzero(needed):
+        path, size = data.paths[i], data.sizes[i]
         try:
             image = mmcv.imfrombytes(get(path, data.backend_args))
         except FileNotFoundError:
@@ -274,18 +283,20 @@ def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
             bar.update()
     if bar:
         print(file=sys.stderr)
+    # Of COCO's files, indices may leave these very images out.
+    fatal = data.names is None or not data.partial
     words = dict(
-        missing=(True, 'are missing', 'correct data_root or data_prefix.img'),
-        unreadable=(True, 'cannot be read', 'replace or leave them out'),
-        image_size=(len(lists['image_size'])
-                    > max(len(data.paths) / 2, MIN_FAULTS),
+        missing=(fatal, 'are missing', 'correct data_root or data_prefix.img'),
+        unreadable=(fatal, 'cannot be read', 'replace or leave them out'),
+        image_size=(len(lists['image_size']) > max(needed.sum() / 2,
+                                                   MIN_FAULTS),
                     'are of another size than the file says',
                     'correct width and height, and boxes; a camera may have '
                     'turned the image by its EXIF tag'))
     return [
         Finding(
             words[name][0], name, len(paths),
-            f'{data.file}: {len(paths)} of {len(data.paths)} images '
+            f'{data.file}: {len(paths)} of {needed.sum()} images '
             f'{words[name][1]}', words[name][2], tuple(paths[:3]))
         for name, paths in lists.items() if paths
     ]

@@ -34,7 +34,7 @@ def check_recipe(cfg: Config, model: nn.Module,
     base, real = scaling.get('base_batch_size'), num_gpus * batch * steps
     lr = optim.get('optimizer', {}).get('lr')
     if (lr and base and not scaling.get('enable')
-            and not 0.5 <= base / real <= 2):
+            and not 0.5 < base / real < 2):
         found.append(
             Finding(
                 False, 'learning_rate', 1,

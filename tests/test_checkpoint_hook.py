@@ -131,6 +131,20 @@ def test_best_checkpoint_is_the_average(tmp_path):
     assert (saved['layer.weight'] - watch.weights[5]).abs() > 1e-4
 
 
+def test_resumed_history(tmp_path):
+    """What was logged before goes on to be averaged, from plain data."""
+    runner = toy_runner(tmp_path / 'first', [0.1])
+    runner.train()
+    again = toy_runner(tmp_path / 'again', [0.1, 0.1])
+    again._load_from, again._resume = runner.message_hub.get_info(
+        'last_ckpt'), True
+    again.train()
+    before, after = (
+        r.message_hub.get_scalar('train/loss').data[0].tolist()
+        for r in (runner, again))
+    assert (len(before), len(after)) == (3, 6) and after[:3] == before
+
+
 def test_early_stopping(tmp_path):
     """By one line of default_hooks, when two validations were no better."""
     runner = toy_runner(

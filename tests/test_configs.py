@@ -167,6 +167,7 @@ def test_official_recipe():
     assert config.optim_wrapper.clip_grad.max_norm == 10
     assert config.auto_scale_lr.base_batch_size == 128
     assert config.train_dataloader.batch_size == 16
+    assert config.sync_bn == 'torch'  # statistics of all 128 images
     assert config.train_dataloader.dataset.filter_cfg.filter_empty_gt is False
     # from 0.008 in the first epoch
     assert config.param_scheduler[0].start_factor == 0.05

@@ -220,7 +220,8 @@ def check(result, expected):
     for a, b, c in zip(updates, others, expected):
         assert torch.equal(a, b)
         assert (a - c).abs().max() < 1e-5 * largest
-        assert (a - c).norm() <= 1e-4 * c.norm()
+        # Of fusion weights they are differences of nearly equal numbers.
+        assert (a - c).norm() <= 1e-4 * c.norm() + 1e-9 * largest
     assert sum(bool(c.any()) for c in expected) > 0.9 * len(expected)
 
 

@@ -317,6 +317,35 @@ model = dict(bbox_head=dict(num_classes=2))
     assert report(capsys, config, '--no-images')[:2] == (0, [])
 
 
+@pytest.mark.parametrize('text, number, level', [
+    ('', 6, 'ERROR'),
+    ("dataset['indices'] = 3", 6, 'WARNING'),
+    ("val_dataloader['dataset'].update(dataset, indices=3)", 6, 'ERROR'),
+    ("dataset['filter_cfg'] = dict(filter_empty_gt=True)", 6, 'ERROR'),
+    ("dataset['filter_cfg'] = dict(filter_empty_gt=True)", 3, None),
+])
+def test_missing_images_that_are_not_read(text, number, level, sound, tmp_path,
+                                          capsys):
+    """The third image has no boxes; of the sixth it depends on indices."""
+
+    def fault(train, val, root):
+        (root / 'train' / f'0_{number:06}.jpg').unlink()
+        return text
+
+    config = write_broken(sound, tmp_path, fault)
+    status, found, _ = report(capsys, config)
+    assert status == (level == 'ERROR')
+    assert ('missing' in [name for _, name in found]) == bool(level)
+
+
+def test_image_that_is_listed_twice(sound, tmp_path, capsys):
+    """The host reads it once, so that nothing is mixed up."""
+    config = write_broken(
+        sound, tmp_path,
+        lambda train, *_: train['images'].append(dict(train['images'][0])))
+    assert report(capsys, config, '--no-images')[:2] == (0, [])
+
+
 def test_area_that_is_no_number(sound, tmp_path, capsys):
     """The host drops boxes of area 0, and keeps these."""
     config = write_broken(sound, tmp_path, entry('area', float('nan'), 54))
@@ -555,6 +584,16 @@ def test_options(sound, tmp_path, capsys):
     frozen = [f'model.{part}.norm_cfg=None' for part in ('neck', 'bbox_head')]
     assert report(capsys, config, '--auto-scale-lr', *options, *frozen,
                   'model.backbone.norm_eval=True')[1] == []
+
+
+@pytest.mark.parametrize('batch, warns', [(4, True), (5, False), (15, False),
+                                          (16, True)])
+def test_rate_of_another_batch(batch, warns, sound, tmp_path, capsys):
+    """The recipes for 8 images are also for 4 and 16, with another rate."""
+    config = write_broken(sound, tmp_path, lines(''))
+    found = report(capsys, config, '--no-images', '--cfg-options',
+                   f'train_dataloader.batch_size={batch}')[1]
+    assert (('WARNING', 'learning_rate') in found) == warns
 
 
 def test_no_annotation_file(sound, tmp_path, capsys):

@@ -116,7 +116,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
                   'known here, and not checked')
     findings = check_training(cfg, model, train, val, args.gpus)
     if not args.no_images:
-        for part in {part.file: part for part in (*train, *val)}.values():
+        parts = {(part.file, part.partial): part for part in (*train, *val)}
+        for part in parts.values():
             print(f'reading the images of {part.file}')
             findings += check_images(part, progress=True)
     for finding in findings:

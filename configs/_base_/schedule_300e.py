@@ -40,9 +40,10 @@ default_hooks = dict(
     # loop counts iterations.
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
+    # An interruption costs less than an epoch, which may take hours.
     checkpoint=dict(
         type='mmdet_efficientdet.SafeCheckpointHook',
-        interval=10,
+        interval=1,
         max_keep_ckpts=3,
         save_best='auto'),
     sampler_seed=dict(type='mmdet_efficientdet.SeedHook'),
