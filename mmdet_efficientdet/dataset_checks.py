@@ -88,6 +88,11 @@ def check_file(data: Annotations) -> List[Finding]:
             True, 'annotation_id', _repeated(data.ids), 'annotations have the '
             'id of another one, which MMDetection refuses',
             'number the annotations anew, from 1')
+        if data.test_mode:
+            add(
+                False, 'zero_id', [0] * data.ids.count(0), 'annotation has '
+                "the id 0, with which COCO's evaluation counts its box as "
+                'not found', 'number the annotations from 1', 'id {}'.format)
     add(False, 'no_image', np.flatnonzero(data.image < 0),
         'boxes are of an image that the file does not list',
         'list the images, or remove the boxes', data.example)

@@ -198,6 +198,7 @@ FAULTS = dict(
     category_id=(entry('category_id', 0, 5), 'ERROR', '5 boxes'),
     image_id=(same_image_id, 'ERROR', 'id 1\n'),
     annotation_id=(entry('id', 2), 'ERROR', '    id 2\n'),
+    zero_id=(entry('id', 0, split=1), 'WARNING', 'not found'),
     fields=(entry('area', None), 'ERROR', 'annotation 1: area'),
     iscrowd=(entry('iscrowd', None, split=1), 'ERROR', 'val.json: 1 '),
     no_image=(entry('image_id', 777), 'WARNING', '1 boxes'),
