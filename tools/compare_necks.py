@@ -250,13 +250,14 @@ def run_all(study, tasks, steps, out, jobs):
         for done, future in enumerate(as_completed(futures), 1):
             log, code, seconds = future.result()
             left = (time.time() - start) / done * (len(todo) - done) / 60
-            if code:
+            # Not by the exit code, which threads may take from one another
+            file = out / 'runs' / f'{log.stem}.json'
+            if file.is_file():
+                row = json.loads(file.read_text())
+                result = f'{log.stem} AP50 {row["AP50"]:.3f}'
+            else:
                 failed.append(f'{log.stem} ended with {code}, see {log}')
                 result = failed[-1]
-            else:
-                row = json.loads(
-                    (out / 'runs' / f'{log.stem}.json').read_text())
-                result = f'{log.stem} AP50 {row["AP50"]:.3f}'
             print(
                 f'[{done}/{len(todo)}] {result}, {seconds:.0f} s, '
                 f'about {left:.0f} min left',
