@@ -242,11 +242,12 @@ def test_table_and_picture(command, fake_runs):
     command('--variants', 'fpn', 'pafpn', 'bifpn', 'bifpn_sum')
     assert fake_runs == [('fpn', 'pafpn', 'bifpn', 'bifpn_sum')]
     text = (command.out / 'table.md').read_text()
-    assert ('| fpn | 4 | 0.550 |  |  | 0.275 | 1.250 | 12 | 3,457 | 34 | 553 '
-            '| 7.2 ms | 25.8 ms | 250.0 ms | 512 |\n') in text
+    assert (
+        '| fpn | 4 | 0.550 |  |  | 0.275 | 1.250 |  | 12 | 3,457 | 34 | 553 '
+        '| 7.2 ms | 25.8 ms | 250.0 ms | 512 |\n') in text
     assert ('| bifpn | 4 | 0.650 | +0.100 [+0.087, +0.113] | better | 0.325 '
-            '| 1.250 | 25 | 3,457 | 34 | 553 | x 2.00 | x 2.00 | x 2.00 '
-            '| 512 |\n') in text
+            '| 1.250 | +0.000 [+0.000, +0.000] | 25 | 3,457 | 34 | 553 '
+            '| x 2.00 | x 2.00 | x 2.00 | 512 |\n') in text
     assert '[-0.113, -0.087] | worse |' in text
     assert '| bifpn_sum | 4 | 0.575 | +0.025 [-0.214, +0.264] | no: 0 is' \
         in text

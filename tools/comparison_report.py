@@ -48,19 +48,18 @@ def table(rows, costs, variants):
     baseline = variants[0]
     lines = [
         f'| | runs | AP50 | AP50 - {baseline} (95 %) | shown | AP | loss '
-        '| neck par. (k) | all par. (k) | neck mult.-adds (M) '
-        '| all mult.-adds (M) | neck time | network time | step time '
-        '| peak (MB) |', '| --- ' + '| ---: ' * 14 + '|'
+        f'| loss - {baseline} (95 %) | neck par. (k) | all par. (k) '
+        '| neck mult.-adds (M) | all mult.-adds (M) | neck time '
+        '| network time | step time | peak (MB) |',
+        '| --- ' + '| ---: ' * 15 + '|'
     ]
     for variant in variants:
         own = [r for r in rows if r['variant'] == variant]
         if not own:
             continue
         centre, half = paired_difference(rows, variant, baseline)
-        difference, shown = '', ''
+        shown = ''
         if variant != baseline and half is not None:
-            difference = (f'{centre:+.3f} [{centre - half:+.3f}, '
-                          f'{centre + half:+.3f}]')
             shown = 'no: 0 is inside'
             if abs(centre) > half:
                 shown = 'better' if centre > 0 else 'worse'
@@ -70,12 +69,22 @@ def table(rows, costs, variants):
         ]
         cells = [
             variant,
-            len(own), means[0], difference, shown, *means[1:],
-            *_costs(costs, variant, baseline),
+            len(own), means[0],
+            _difference(rows, variant, baseline, 'AP50'), shown, *means[1:],
+            _difference(rows, variant, baseline,
+                        'loss'), *_costs(costs, variant, baseline),
             f'{statistics.median(r["peak_mb"] for r in own):,.0f}'
         ]
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     return lines
+
+
+def _difference(rows, variant, baseline, key):
+    """A cell: the paired difference and its interval."""
+    centre, half = paired_difference(rows, variant, baseline, key)
+    if variant == baseline or half is None:
+        return ''
+    return f'{centre:+.3f} [{centre - half:+.3f}, {centre + half:+.3f}]'
 
 
 def _costs(costs, variant, baseline):
