@@ -446,7 +446,7 @@ def test_last_batch_of_several_files(sides, alone, sound, tmp_path):
 
 @pytest.mark.parametrize('side, fails', [(128, True), (192, False)])
 def test_one_pixel_of_one_image(side, fails, sound, tmp_path):
-    """torch raises just where the pre-flight says so."""
+    """The neck raises just where the pre-flight says so."""
     config = Config.fromfile(write_broken(sound, tmp_path, lines('')))
     config.train_dataloader.batch_size = 1
     config.train_dataloader.dataset.pipeline[-2].image_size = side
@@ -455,7 +455,7 @@ def test_one_pixel_of_one_image(side, fails, sound, tmp_path):
     model = MODELS.build(config.model)
     assert bool(check_last_batch(config, model, 1, None)) == fails
     image = torch.zeros(1, 3, side, side)
-    with pytest.raises(ValueError, match='more than 1 value') if fails \
+    with pytest.raises(ValueError, match='1x1 pixels') if fails \
             else nullcontext():
         model.bbox_head(model.extract_feat(image))
 
