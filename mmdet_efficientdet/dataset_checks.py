@@ -13,6 +13,8 @@ from .raw_annotations import NOT_IN_FILE, Annotations
 
 MIN_BOXES = 10  # of a class, below which it cannot be learned
 MIN_FAULTS = 10  # below which a fault does not spoil a whole training
+# Checks that matter only where the evaluation reads the file by itself
+OF_EVALUATION = ('iscrowd', 'zero_id')
 
 
 class Finding(NamedTuple):
@@ -88,11 +90,6 @@ def check_file(data: Annotations) -> List[Finding]:
             True, 'annotation_id', _repeated(data.ids), 'annotations have the '
             'id of another one, which MMDetection refuses',
             'number the annotations anew, from 1')
-        if data.test_mode:
-            add(
-                False, 'zero_id', [0] * data.ids.count(0), 'annotation has '
-                "the id 0, with which COCO's evaluation counts its box as "
-                'not found', 'number the annotations from 1', 'id {}'.format)
     add(False, 'no_image', np.flatnonzero(data.image < 0),
         'boxes are of an image that the file does not list',
         'list the images, or remove the boxes', data.example)
@@ -100,6 +97,11 @@ def check_file(data: Annotations) -> List[Finding]:
         add(True, 'iscrowd', data.no_crowd_flag,
             'annotations have no iscrowd, without which evaluation stops',
             'write "iscrowd": 0')
+        add(
+            False, 'zero_id', [0] * data.ids.count(0),
+            "annotation has the id 0, with which COCO's evaluation counts "
+            'its box as not found', 'number the annotations from 1',
+            'id {}'.format)
     return found
 
 

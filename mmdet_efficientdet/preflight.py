@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .anchor_advisor import InputBoxes, Recall, best_iou, to_input
-from .dataset_checks import (Finding, check_boxes, check_file, check_overlap,
-                             check_training_set, check_validation_set, verdict)
+from .dataset_checks import (OF_EVALUATION, Finding, check_boxes, check_file,
+                             check_overlap, check_training_set,
+                             check_validation_set, verdict)
 from .hooks import check_class_count, innermost
 from .models import EfficientDetHead
 from .raw_annotations import Annotations, read_annotations
@@ -201,7 +202,7 @@ def check_training(cfg: Config,
             continue
         found += [
             finding for finding in check_file(part)
-            if finding.name != 'iscrowd' or _reads_file(cfg)
+            if finding.name not in OF_EVALUATION or _reads_file(cfg)
         ] + check_boxes(part, max_per_img)
     if not any(finding.error for finding in found):
         found += check_training_set(train) + check_validation_set(val)

@@ -503,9 +503,11 @@ def test_norms_over_all_gpus(norm, gpus, warns, sound, tmp_path):
     assert bool(check_recipe(config, model, gpus)) == warns
 
 
-def test_truth_from_the_data_needs_no_crowd_flag(sound, tmp_path, capsys):
-    """Only a metric that reads the file itself stops without iscrowd."""
-    config = write_broken(sound, tmp_path, entry('iscrowd', None, split=1))
+@pytest.mark.parametrize('key, value', [('iscrowd', None), ('id', 0)])
+def test_truth_from_the_data_needs_no_crowd_flag(key, value, sound, tmp_path,
+                                                 capsys):
+    """A metric that does not read the file makes flags and ids itself."""
+    config = write_broken(sound, tmp_path, entry(key, value, split=1))
     assert report(capsys, config, '--no-images', '--cfg-options',
                   'val_evaluator.ann_file=')[:2] == (0, [])
 
