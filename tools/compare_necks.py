@@ -156,6 +156,11 @@ def result_file(out, variant, seed, fold):
     return out / 'runs' / f'{variant}_seed{seed}_fold{fold}.json'
 
 
+def log_file(out, *task):
+    """Where the output of a run is."""
+    return out / 'logs' / f'{result_file(out, *task).stem}.log'
+
+
 def measure(study, variants, out, log):
     """Writes the sizes and times of all variants, measured in turn.
 
@@ -170,12 +175,12 @@ def measure(study, variants, out, log):
     from mmengine.registry import DefaultScope
     from torch.utils.flop_counter import FlopCounterMode
     DefaultScope.get_instance('measure', scope_name='mmdet')
-    costs, calls = {}, {}
+    costs, models, calls = {}, {}, {}
     for variant in variants:
         cfg = make_config(study, variant, 0, 0, 1, out / 'folds')
         cfg.model.backbone.init_cfg = None
         torch.manual_seed(0)
-        model = MODELS.build(cfg.model)
+        model = models[variant] = MODELS.build(cfg.model)
         model.init_weights()
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
         batch = pseudo_collate([dataset[i] for i in range(BATCH_SIZE)])
@@ -200,6 +205,8 @@ def measure(study, variants, out, log):
             step_ms=partial(model.train_step, batch, optim_wrapper))
     for name in ('neck_ms', 'network_ms', 'step_ms'):
         times = {variant: [] for variant in variants}
+        for model in models.values():
+            model.train(name == 'step_ms')
         for _ in range(REPEATS + 1):  # the first does not count
             for variant, functions in calls.items():
                 start = time.process_time()
@@ -238,25 +245,26 @@ def run_all(study, tasks, steps, out, jobs):
         return process.exitcode
 
     def make(task):
-        log = out / 'logs' / f'{result_file(out, *task).stem}.log'
+        log = log_file(out, *task)
         start = time.time()
         code = start_and_wait(run, study, *task, steps, out, log)
-        return log, code, time.time() - start
+        return task, code, time.time() - start
 
     failed, start = [], time.time()
     pool = ThreadPoolExecutor(jobs)
     try:
         futures = [pool.submit(make, task) for task in todo]
         for done, future in enumerate(as_completed(futures), 1):
-            log, code, seconds = future.result()
+            task, code, seconds = future.result()
             left = (time.time() - start) / done * (len(todo) - done) / 60
             # Not by the exit code, which threads may take from one another
-            file = out / 'runs' / f'{log.stem}.json'
+            file = result_file(out, *task)
             if file.is_file():
                 row = json.loads(file.read_text())
-                result = f'{log.stem} AP50 {row["AP50"]:.3f}'
+                result = f'{file.stem} AP50 {row["AP50"]:.3f}'
             else:
-                failed.append(f'{log.stem} ended with {code}, see {log}')
+                failed.append(f'{file.stem} ended with {code}, see '
+                              f'{log_file(out, *task)}')
                 result = failed[-1]
             print(
                 f'[{done}/{len(todo)}] {result}, {seconds:.0f} s, '
