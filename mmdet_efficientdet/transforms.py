@@ -10,17 +10,17 @@ from .registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class ResizeCrop(BaseTransform):
-    """Resizes by a random factor, keeping the ratio, and crops at random.
+    """Resizes to fit, or by a random factor, and crops at random.
 
-    The image is enlarged or reduced to fit ``ratio * image_size``, sizes
-    computed in float32 and cut off, interpolated bilinearly in float32
-    without antialiasing, and cropped to at most ``image_size`` at an offset
-    that is drawn for each axis. The preprocessor pads. Boxes are clipped to
-    ``[0, side - 1]``, and those without an area are removed.
+    The image keeps its shape and is enlarged or reduced to fit ``ratio *
+    image_size``, sizes computed in float32 and cut off, interpolated
+    bilinearly in float32 without antialiasing, and cropped to at most
+    ``image_size`` at an offset that is drawn for each axis. The preprocessor
+    pads. Boxes are clipped to ``[0, side - 1]``, and those without an area are
+    removed.
 
-    For testing, ``ratio_range=(1, 1)`` makes the image fit, and the
-    ``scale_factor`` is one scalar for both axes, by which predicted boxes are
-    divided.
+    The ``scale_factor`` is one scalar for both axes, by which predicted boxes
+    are divided.
 
     Random numbers come from ``numpy.random``, which ``SeedTransforms`` seeds.
 
@@ -31,8 +31,9 @@ class ResizeCrop(BaseTransform):
     Args:
         image_size (int | tuple[int]): Side of the square crop, or (height,
             width), in pixels.
-        ratio_range (tuple[float]): Range of the factor. Defaults to (0.1,
-            2.0), the official scale jitter.
+        ratio_range (tuple[float]): Range of the factor. Defaults to (1, 1):
+            the whole image, as in testing. The official scale jitter of
+            training is (0.1, 2.0).
         half_pixel_centers (bool): Pixel ``i`` of the result shows the
             original at ``(i + 0.5) * in / out - 0.5``, as in today's official
             code, OpenCV and PyTorch. With False it shows ``i * in / out``, as
@@ -48,7 +49,7 @@ class ResizeCrop(BaseTransform):
     def __init__(
         self,
         image_size: Union[int, Tuple[int, int]],
-        ratio_range: Tuple[float, float] = (0.1, 2.0),
+        ratio_range: Tuple[float, float] = (1.0, 1.0),
         half_pixel_centers: bool = True,
     ) -> None:
         pair = isinstance(image_size, (list, tuple))

@@ -274,7 +274,7 @@ def test_ratio_range():
     ratios = []
     for _ in range(2000):
         results = dict(img=np.zeros((50, 100, 3), np.uint8))
-        ratios.append(ResizeCrop(100)(results)['scale_factor'][0])
+        ratios.append(ResizeCrop(100, (0.1, 2.0))(results)['scale_factor'][0])
     ratios = np.array(ratios)
     # The target is cut off to whole pixels.
     assert 0.09 <= ratios.min() < 0.12 and 1.97 < ratios.max() <= 2.0
@@ -288,13 +288,21 @@ def test_ratio_range():
     assert 5.0 <= min(half) and max(half) <= 6.0
 
 
+def test_fits_by_default():
+    """A pipeline that asks for no jitter, such as of a test, gets none."""
+    for _ in range(5):
+        results = ResizeCrop(64)(sample(96, 48, [(0, 0, 48, 96)]))
+        assert results['img'].shape == (64, 32, 3)
+
+
 def test_numpy_decides():
     """Equal states of numpy.random give equal crops, different ones not."""
 
     def run(state):
         np.random.seed(state)
         return [
-            ResizeCrop(64)(dict(img=positions(128)))['scale_factor']
+            ResizeCrop(64, (0.1, 2.0))(
+                dict(img=positions(128)))['scale_factor']
             for _ in range(2)
         ]
 
