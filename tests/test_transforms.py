@@ -301,8 +301,8 @@ def test_numpy_decides():
     def run(state):
         np.random.seed(state)
         return [
-            ResizeCrop(64, (0.1, 2.0))(
-                dict(img=positions(128)))['scale_factor']
+            ResizeCrop(64,
+                       (0.1, 2.0))(dict(img=positions(128)))['scale_factor']
             for _ in range(2)
         ]
 
