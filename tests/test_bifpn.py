@@ -270,21 +270,40 @@ def test_second_layer_reads_the_first():
 def test_extra_levels_are_pooled():
     """P6 is projected, then pooled; P7 is pooled from P6.
 
-    The pooling ignores what lies beyond the border: maps of -1 stay -1.
+    Here each window of 3x3 pixels is cut out by hand, and there is no ReLU.
     """
-    neck = BiFPN([4], 2, 3).eval()
-    nn.init.zeros_(neck.extra_levels[0].conv.weight)
-    nn.init.constant_(neck.extra_levels[0].conv.bias, -1)
-    neck.extra_levels[0].norm.eps = 0
+    neck = BiFPN([4], 2, 3, relu_before_extra_convs=True).eval()
     levels = []
 
     def look(module, args):
         levels.extend(args[0])
 
     neck.layers[0].register_forward_pre_hook(look)
-    neck([torch.randn(1, 4, 7, 10)])
+    x = torch.randn(1, 4, 7, 10)
+    neck([x])
     assert [x.shape[2:] for x in levels] == [(7, 10), (4, 5), (2, 3)]
-    for level in levels[1:]:
+    projected = neck.extra_levels[0](x)
+    assert projected.min() < -1  # no ReLU has been here
+    for pooled, below in zip(levels[1:], (projected, levels[1])):
+        (height, width), (rows, columns) = below.shape[2:], pooled.shape[2:]
+        for row, column in np.ndindex(rows, columns):
+            # SAME: what the size lacks is padded at both ends, more at the
+            # lower right.
+            top = 2 * row - (2 * (rows - 1) + 3 - height) // 2
+            left = 2 * column - (2 * (columns - 1) + 3 - width) // 2
+            window = below[..., max(top, 0):top + 3, max(left, 0):left + 3]
+            assert torch.equal(pooled[..., row, column], window.amax((2, 3)))
+
+
+def test_extra_levels_of_negative_values():
+    """The pooling ignores what lies beyond the border: -1 stays -1."""
+    neck = BiFPN([4], 2, 3).eval()
+    nn.init.zeros_(neck.extra_levels[0].conv.weight)
+    nn.init.constant_(neck.extra_levels[0].conv.bias, -1)
+    neck.extra_levels[0].norm.eps = 0
+    feats = [torch.randn(1, 4, 7, 10)]
+    neck._add_levels(feats)
+    for level in feats[1:]:
         assert (level == -1).all()
 
 
@@ -445,7 +464,12 @@ def test_without_norm():
 @pytest.mark.parametrize('settings, words', [
     (dict(fusion='attention'), "'attention'.*'fast_normalized'"),
     (dict(num_outs=2), 'num_outs=2.*at least 3'),
-    (dict(num_outs=1, start_level=2), 'num_outs=1.*at least 2'),
+    (dict(num_outs=1, start_level=2), 'num_outs=1.*at least 2$'),
+    (dict(num_outs='5'), "num_outs='5' must be a whole number"),
+    (dict(out_channels=0), 'out_channels=0 must be a whole number of at'),
+    (dict(in_channels=[0, 4]), 'in_channels=0 must be a whole number'),
+    (dict(stack_times=1.5), 'stack_times=1.5 must be a whole number'),
+    (dict(num_outs=1, end_level=0), r'only input, 0 of \[3, 4, 5\], has'),
     (dict(num_outs=4, end_level=1), 'num_outs=4.*exactly 2'),
     (dict(start_level=2, end_level=1), 'start_level=2 and end_level=1'),
     (dict(end_level=3), 'end_level=3'),
@@ -585,3 +609,16 @@ def test_initialisers(width):
             assert not value.any(), key
         elif 'norm' in key or 'fusion_weights' in key:
             assert (value == 1).all(), key
+
+
+def test_init_cfg():
+    """What a config asks for takes the place of the official initialisers."""
+    neck = BiFPN([40, 112], 8, 3, stack_times=1,
+                 init_cfg=dict(type='Constant', layer='Conv2d',
+                               val=3, bias=2))  # yapf: disable
+    neck.init_weights()
+    convs = [m for m in neck.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) > 8
+    for conv in convs:
+        assert (conv.weight == 3).all()
+        assert conv.bias is None or (conv.bias == 2).all()

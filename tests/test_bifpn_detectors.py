@@ -8,8 +8,10 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
 from test_configs import batch
 from tiny_data import CONFIGS
+from torch import nn
 
 from mmdet_efficientdet.models import BiFPN
 
@@ -122,8 +124,27 @@ def test_few_lines_over_the_host(name):
         }
         assert changed <= {
             'model', 'backbone', 'neck', 'bbox_head', 'custom_imports',
-            'checkpoint'
+            'checkpoint', 'optim_wrapper'
         }
+
+
+@pytest.mark.parametrize('name', LEVELS)
+def test_fusion_weights_decay_like_norms(name):
+    """A base that spares the norms from decay spares them, too."""
+    config = Config.fromfile(FOLDER / f'{name}.py')
+    config.optim_wrapper.type = 'OptimWrapper'
+    neck = nn.ModuleDict(dict(neck=MODELS.build(config.model.neck)))
+    groups = build_optim_wrapper(neck, config.optim_wrapper).param_groups
+    decay = {
+        key: group['weight_decay']
+        for key, weight in neck.named_parameters()
+        for group in groups if any(weight is p for p in group['params'])
+    }
+    assert len(decay) == len(list(neck.parameters()))
+    fusion, norms = ({v
+                      for k, v in decay.items() if k.endswith(end)}
+                     for end in ('fusion_weights', 'norm.weight'))
+    assert fusion == norms if '_bifpn' in name else not fusion
 
 
 def levels_of_the_head(model):

@@ -8,3 +8,6 @@ model = dict(
         out_channels=256,
         num_outs=5,
         start_level=1))
+# Without decay, as the base has it for norms.
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys=dict(fusion_weights=dict(decay_mult=0))))

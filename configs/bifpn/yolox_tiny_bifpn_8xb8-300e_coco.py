@@ -7,3 +7,6 @@ model = dict(
         in_channels=[96, 192, 384],
         out_channels=96,
         num_outs=3))
+# Without decay, as the base has it for norms.
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys=dict(fusion_weights=dict(decay_mult=0))))

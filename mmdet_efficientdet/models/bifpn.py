@@ -249,6 +249,13 @@ class BiFPN(BaseModule):
         if not isinstance(in_channels, (list, tuple)):
             raise ValueError(f'in_channels={in_channels!r} must be a list of '
                              "the widths of the backbone's outputs")
+        for name, value in (*(('in_channels', n) for n in in_channels),
+                            ('out_channels', out_channels),
+                            ('num_outs', num_outs), ('stack_times',
+                                                     stack_times)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'{name}={value!r} must be a whole number '
+                                 'of at least 1')
         num_ins = len(in_channels)
         last = num_ins - 1 if end_level == -1 else end_level
         if fusion not in FUSIONS:
@@ -261,22 +268,21 @@ class BiFPN(BaseModule):
                 f'start_level={start_level} and end_level={end_level} must '
                 f'name a range of the {num_ins} inputs {list(in_channels)}')
         used = list(in_channels)[start_level:last + 1]
+        on_output = add_extra_convs == 'on_output'
+        if len(used) < 2 and (on_output or last != num_ins - 1):
+            raise ValueError(
+                f'the only input, {start_level} of {list(in_channels)}, has '
+                'nothing to be fused with. Use more inputs, or the last one '
+                'with further levels from add_extra_convs=False or '
+                "'on_input'")
         extra = num_outs - len(used)
         if num_outs < 2 or extra < 0 or (extra and last != num_ins - 1):
             allowed = f'exactly {len(used)}' if last != num_ins - 1 \
-                else f'at least {len(used)}'
+                else f'at least {max(len(used), 2)}'
             raise ValueError(
                 f'num_outs={num_outs} does not fit: inputs {start_level} to '
                 f'{last} of {list(in_channels)} are used, so num_outs must '
-                f'be {allowed} (and at least 2)')
-        on_output = add_extra_convs == 'on_output'
-        if on_output and len(used) < 2:
-            raise ValueError(
-                f'the only input, {start_level} of {list(in_channels)}, has '
-                "nothing to be fused with: add_extra_convs='on_output' makes "
-                'further levels behind the fusion. Use more inputs, or False')
-        if stack_times < 1:
-            raise ValueError(f'stack_times={stack_times} must be at least 1')
+                f'be {allowed}')
         self.in_channels = list(in_channels)
         self.out_channels = out_channels
         self.num_outs = num_outs
