@@ -188,13 +188,14 @@ def test_folds_cover_the_trees_of_the_shipped_sets():
 
 
 def test_paired_difference():
+    # The seeds of the baseline are not alike: pairs are of a seed, too.
     rows = [
-        row('fpn', seed, fold, 0.2 + fold) for seed in (0, 1)
+        row('fpn', seed, fold, 0.2 + fold + 5 * seed) for seed in (0, 1, 3)
         for fold in (0, 1, 2)
     ]
     for fold, (first, second) in enumerate(((0, .2), (.1, .3), (.4, .2))):
         rows.append(row('bifpn', 0, fold, 0.2 + fold + first))
-        rows.append(row('bifpn', 1, fold, 0.2 + fold + second))
+        rows.append(row('bifpn', 1, fold, 5.2 + fold + second))
     rows.append(row('bifpn', 2, 0, 0.9))  # without its pair
     centre, half = paired_difference(rows, 'bifpn', 'fpn')
     # 0.1, 0.2 and 0.3: t(0.975, 2) = 4.302653, deviation 0.1.
@@ -264,6 +265,59 @@ def test_table_and_picture(command, fake_runs):
     assert picture.shape == (300, 1500, 3) and picture.std() > 10
 
 
+def test_a_run_has_the_data_of_its_fold_and_its_seed():
+    cfg = compare_necks.make_config('necks', 'fpn', 2, 3, 9, 'folds')
+    train, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
+    assert train.data_root == test.data_root == 'folds/'
+    assert train.ann_file == 'train_3.json' and test.ann_file == 'test_3.json'
+    assert cfg.test_evaluator.ann_file == 'folds/test_3.json'
+    assert cfg.randomness.seed == 2
+    assert cfg.train_cfg.max_iters == 9
+    assert cfg.model.backbone.frozen_stages == 5
+
+
+@pytest.mark.parametrize('variant, kind, fusion, layers', [
+    ('fpn', 'FPN', None, None),
+    ('pafpn', 'PAFPN', None, None),
+    ('nasfpn', 'NASFPN', None, 3),
+    ('bifpn', 'BiFPN', 'fast_normalized', 3),
+    ('bifpn_softmax', 'BiFPN', 'softmax', 3),
+    ('bifpn_sum', 'BiFPN', 'sum', 3),
+    ('bifpn_unbounded', 'BiFPN', 'unbounded', 3),
+    ('bifpn_1_layer', 'BiFPN', 'fast_normalized', 1),
+    ('bifpn_2_layers', 'BiFPN', 'fast_normalized', 2),
+])
+def test_necks(variant, kind, fusion, layers):
+    cfg = compare_necks.make_config('necks', variant, 0, 0, 9, 'folds')
+    neck = MODELS.build(cfg.model.neck)
+    assert type(neck).__name__ == kind
+    if kind == 'BiFPN':
+        assert {node.fusion
+                for layer in neck.layers
+                for node in layer.nodes} == {fusion}
+        assert len(neck.layers) == layers
+    if kind == 'NASFPN':
+        assert neck.stack_times == layers
+
+
+def test_heads_start_equal(data, tmp_path):
+    tree_folds.write_folds(data.root, tmp_path / 'folds')
+
+    def head(variant, seed):
+        cfg = compare_necks.make_config('necks', variant, seed, 0, 9,
+                                        tmp_path / 'folds')
+        cfg.work_dir = str(tmp_path / variant)
+        cfg.model.backbone.init_cfg = None
+        model = compare_necks.build_runner(cfg).model
+        model.init_weights()  # as the training begins
+        kernels = model.bbox_head.state_dict().values()
+        return torch.cat([x.flatten() for x in kernels])
+
+    first = head('fpn', 1)
+    assert torch.equal(first, head('bifpn', 1))
+    assert not torch.equal(first, head('fpn', 2))
+
+
 @pytest.mark.parametrize('study', compare_necks.STUDIES)
 def test_variants_differ_in_nothing_else(study):
     """Data, schedule and head are those of the baseline, but for its size."""
@@ -315,6 +369,8 @@ def test_real_run(command):
         assert set(own) == set(cost(1))
         assert 0 < own['neck_ms'] < own['network_ms'] < own['step_ms']
         assert own['neck_parameters'] < own['parameters'] < 4e6
+    assert costs['fpn']['neck_multiply_adds'] == 58408960
+    assert costs['bifpn_1_layer']['neck_multiply_adds'] == 18166016
     # Laterals and outputs of P3 to P5, two levels of stride 2; with norms.
     widths, kernels = (40, 112, 320), 5 * 9 * 64 * 64
     kernels += 64 * sum(widths) + 9 * 64 * (320 - 64)

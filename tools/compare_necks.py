@@ -125,17 +125,22 @@ def start_process(log):
     torch.set_num_threads(1)
 
 
+def build_runner(cfg):
+    """The host's, whose head starts equal whatever the neck has drawn."""
+    import torch
+    from mmengine.runner import Runner
+    runner = Runner.from_cfg(cfg)
+    torch.manual_seed(cfg.randomness.seed)
+    runner.model.bbox_head.init_weights()
+    return runner
+
+
 def run(study, variant, seed, fold, steps, out, log):
     """Trains and tests once, in this process; the result is a file."""
     start_process(log)
-    import torch
-    from mmengine.runner import Runner
     cfg = make_config(study, variant, seed, fold, steps, out / 'folds')
     with tempfile.TemporaryDirectory() as cfg.work_dir:
-        runner = Runner.from_cfg(cfg)
-        # The head starts equal whatever the neck has drawn.
-        torch.manual_seed(seed)
-        runner.model.bbox_head.init_weights()
+        runner = build_runner(cfg)
         runner.train()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         history = runner.message_hub

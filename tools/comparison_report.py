@@ -128,7 +128,8 @@ def conditions(out, settings):
         f'windows at {settings["image_size"]} px'
         f'{f" ({sides} px)" if sides else ""}, backbone pretrained on '
         f'ImageNet and frozen, else {settings["recipe_name"]}: equal for all, '
-        'and chosen for BiFPN with sum fusion, the neck of that config. The '
+        'and chosen for BiFPN with sum fusion, the neck of that config, by a '
+        'strip of the second fold (`STRIP` in tools/prepare_trees.py). The '
         'seed gives the order of the data, their augmentation and the start '
         'of the head, equal for all necks, and the start of the neck. Loss: '
         f'mean of the last {settings["last"]} steps.',
