@@ -85,6 +85,14 @@ class SafeCheckpointHook(CheckpointHook):
                 'A loop by epochs goes on at the begin of an epoch, so that '
                 'checkpoints by iterations are not exact. Remove '
                 'default_hooks.checkpoint.by_epoch=False')
+        if (isinstance(runner.train_loop, IterBasedTrainLoop) and self.by_epoch
+                and self.interval > 0):
+            raise ValueError(
+                'A loop that counts iterations is one epoch, so that nothing '
+                'would be saved before its end. Write '
+                'default_hooks=dict(checkpoint=dict(by_epoch=False, '
+                'interval=...)) with the interval in iterations, and '
+                'log_processor=dict(by_epoch=False)')
         self._validate_again(runner, by_epoch)
 
     @staticmethod
@@ -189,9 +197,10 @@ class SafeCheckpointHook(CheckpointHook):
         if count:
             raise RuntimeError(
                 f'weights are not finite ({", ".join(spoilt[:3])}, ...), so '
-                'this checkpoint is not saved. Lower the learning rate, then '
-                'go on from the last good checkpoint with --resume; '
-                f'{self._last} names it')
+                'this checkpoint is not saved. Start anew with a lower '
+                'learning rate, if you like with load_from=a checkpoint of '
+                f'before the losses grew ({self._last} names the last one); '
+                '--resume keeps the rate of its checkpoint')
 
     def _clean(self) -> None:
         if isinstance(self.file_backend, AtomicBackend):

@@ -194,10 +194,22 @@ class ClassTransferHook(Hook):
     priority = 'VERY_HIGH'  # EMAHook copies what this one changes
 
     def before_train(self, runner) -> None:
-        """Raises if there is nothing to transfer from.
+        """Raises if there is nothing to start or to transfer from.
 
-        So it is, too, where --resume finds nothing: it hides load_from.
+        With --resume, MMDetection's script forgets load_from, also where
+        there is nothing to resume yet.
         """
+        file = runner.cfg.filename
+        if (runner._resume and not runner._has_loaded and file
+                and Path(file).is_file()):
+            load_from = Config.fromfile(
+                file, import_custom_modules=False).get('load_from')
+            if load_from:
+                raise ValueError(
+                    f'--resume found no checkpoint in {runner.work_dir}, and '
+                    f'with it load_from={load_from!r} of the config is not '
+                    'loaded, so that the training would start from nothing: '
+                    'leave out --resume until there is something to resume')
         if self._wanted(runner) and not runner._has_loaded:
             raise ValueError(
                 'transfer_classes=True needs a checkpoint, and none was '

@@ -1,11 +1,11 @@
 """Checks of annotation files and images; each returns findings."""
 import os.path as osp
 import sys
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Iterable, List, NamedTuple, Sequence, Tuple
 
 import mmcv
 import numpy as np
-from mmengine.fileio import get
+from mmengine.fileio import get, load
 from mmengine.utils import ProgressBar
 
 from .hooks import check_class_names, shorten
@@ -71,25 +71,30 @@ def check_file(data: Annotations) -> List[Finding]:
                     True, 'class_names', 1, str(error),
                     f'scale_config(..., classes=...) of {shorten(data.names)}')
             )
-    add(True, 'category_id', np.flatnonzero(data.labels == NOT_IN_FILE),
-        'boxes have a category_id that the file does not list',
-        'write the ids of "categories", which may begin at 0 or at 1',
-        data.example)
+    unlisted = np.flatnonzero(data.labels == NOT_IN_FILE)
+    # A few may be meant to be ignored.
+    add(
+        len(unlisted) > len(data.labels) / 2, 'category_id', unlisted,
+        'boxes have a category_id that the file does not list, and are '
+        'dropped', 'write the ids of "categories", which may begin at 0 or at '
+        '1', data.example)
     add(True, 'fields', data.incomplete, 'entries lack a field',
         'write the field; area is width x height')
     if data.names is not None:  # files of VOC have no ids, but names
         # An image that is listed twice is read once.
-        ids = [
-            id_ for id_, _ in dict.fromkeys(zip(data.image_ids, data.paths))
-        ]
+        images = dict.fromkeys(zip(data.image_ids, data.paths))
         add(
-            True, 'image_id', _repeated(ids), 'images have the id '
-            'of another one, so that their boxes are mixed up',
-            'number the images anew')
+            True, 'image_id', _repeated(f'id {id_}' for id_, _ in images),
+            'images have the id of another one, so that their boxes are mixed '
+            'up', 'number the images anew')
         add(
-            True, 'annotation_id', _repeated(data.ids), 'annotations have the '
-            'id of another one, which MMDetection refuses',
-            'number the annotations anew, from 1')
+            False, 'same_image', _repeated(path for _, path in images),
+            'images are listed again with another id, without the boxes of '
+            'the first', 'give each image one id, and its boxes that id')
+        add(
+            True, 'annotation_id', _repeated(f'id {id_}' for id_ in data.ids),
+            'annotations have the id of another one, which MMDetection '
+            'refuses', 'number the annotations anew, from 1')
     add(False, 'no_image', np.flatnonzero(data.image < 0),
         'boxes are of an image that the file does not list',
         'list the images, or remove the boxes', data.example)
@@ -105,9 +110,9 @@ def check_file(data: Annotations) -> List[Finding]:
     return found
 
 
-def _repeated(ids: list) -> List[str]:
+def _repeated(names: Iterable[str]) -> List[str]:
     seen = set()
-    return [f'id {i}' for i in ids if i in seen or seen.add(i)]
+    return [name for name in names if name in seen or seen.add(name)]
 
 
 def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
@@ -155,8 +160,8 @@ def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
     huge = sound & (inside >= 0.95 * limits).all(1)
     add(
         'outside', sound & ~huge & (over > 1), 'reach out of their image',
-        'clip them; if they are many, compare the sizes and the order of '
-        'coordinates')
+        'clip them; if they are many, compare sizes, order of coordinates, '
+        'and whether the first two are a corner, not the centre')
     # Close-ups are common in photographs of things.
     add('huge', huge, 'cover all of their image',
         'correct them, if these are no close-ups', 0.02)
@@ -232,6 +237,56 @@ def check_validation_set(parts: Sequence[Annotations]) -> List[Finding]:
             f'{", ".join(part.file for part in parts)}: no box is left to be '
             'found, so that AP will be -1',
             'compare classes, ids, sizes and boxes of the file')
+    ]
+
+
+def check_class_order(train: Sequence[Annotations],
+                      val: Sequence[Annotations]) -> List[Finding]:
+    """Checks that a label means the same in training and validation."""
+    if not train or not val:
+        return []
+    first, second = list(train[0].classes), list(val[0].classes)
+    if first == second or sorted(first) != sorted(second):
+        return []
+    return [
+        Finding(
+            True, 'class_order', 1,
+            f'{shorten(first)} in training are {shorten(second)} in '
+            'validation', 'give both data sets the same metainfo.classes, as '
+            'scale_config(..., classes=...) does')
+    ]
+
+
+def check_evaluated(file: str, val: Sequence[Annotations]) -> List[Finding]:
+    """Checks that an evaluation reads the file of the validation set."""
+    val = [part for part in val if part.names is not None]
+    if not val or any(
+            osp.abspath(part.file) == osp.abspath(file) for part in val):
+        return []
+    fix = f'val_evaluator.ann_file={val[0].file!r}'
+    try:
+        images = load(file, backend_args=val[0].backend_args)['images']
+        names = {i['id']: osp.basename(i['file_name']) for i in images}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [
+            Finding(
+                True, 'evaluator', 1, f'{file}, which val_evaluator reads: '
+                f'{type(error).__name__}: {error}', fix)
+        ]
+    pairs = [(id_, osp.basename(path)) for part in val
+             for id_, path in zip(part.image_ids, part.paths)]
+    other = [
+        f'id {id_}: {name}' for id_, name in pairs if names.get(id_) != name
+    ]
+    if not other:
+        return []
+    missing = any(id_ not in names for id_, _ in pairs)
+    return [
+        Finding(
+            missing or len(other) == len(pairs), 'evaluator', len(other),
+            f'{len(other)} of {len(pairs)} images of the validation are not '
+            f'those of {file}, which val_evaluator reads', fix,
+            tuple(other[:3]))
     ]
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .anchor_advisor import InputBoxes, Recall, best_iou, to_input
-from .dataset_checks import (OF_EVALUATION, Finding, check_boxes, check_file,
+from .dataset_checks import (OF_EVALUATION, Finding, check_boxes,
+                             check_class_order, check_evaluated, check_file,
                              check_overlap, check_training_set,
                              check_validation_set, verdict)
 from .hooks import check_class_count, innermost
@@ -52,7 +53,7 @@ def check_recipe(cfg: Config, model: nn.Module,
                 f'{len(norms)} batch norms take their statistics from '
                 f'{group} images', f'batches of {MIN_GROUP} or more, or '
                 "norm_cfg=dict(type='GN', num_groups=8), or norm_eval=True of "
-                'the backbone', tuple(norms[:3])))
+                'the model', tuple(norms[:3])))
     return found
 
 
@@ -202,7 +203,7 @@ def check_training(cfg: Config,
             continue
         found += [
             finding for finding in check_file(part)
-            if finding.name not in OF_EVALUATION or _reads_file(cfg)
+            if finding.name not in OF_EVALUATION or _evaluated_files(cfg)
         ] + check_boxes(part, max_per_img)
     if not any(finding.error for finding in found):
         found += check_training_set(train) + check_validation_set(val)
@@ -212,18 +213,23 @@ def check_training(cfg: Config,
             if dataset is not None:
                 found += check_last_batch(cfg, model, num_gpus, dataset)
             found += check_anchors(head, input_boxes(cfg, train))
-    found += check_overlap(train, val)
+    found += check_class_order(train, val) + check_overlap(train, val)
+    for file in _evaluated_files(cfg):
+        found += check_evaluated(file, val)
     return list(dict.fromkeys(found))  # a file may stand in both
 
 
-def _reads_file(cfg: Config) -> bool:
-    """Whether validation reads an annotation file of COCO by itself."""
+def _evaluated_files(cfg: Config) -> List[str]:
+    """The files of COCO that the evaluation reads by itself."""
     evaluators = cfg.get('val_evaluator') or []
     if isinstance(evaluators, dict):
         evaluators = [evaluators]
-    return any(
-        evaluator.get('ann_file') and evaluator['type'].endswith('CocoMetric')
-        for evaluator in evaluators)
+    return [
+        evaluator['ann_file'] for evaluator in evaluators
+        if evaluator.get('ann_file')
+        and str(getattr(evaluator['type'], '__name__',
+                        evaluator['type'])).endswith('CocoMetric')
+    ]
 
 
 def read_all(dataset) -> List[Annotations]:

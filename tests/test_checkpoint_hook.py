@@ -302,6 +302,21 @@ def test_iterations_of_an_epoch_are_not_exact(tmp_path):
     assert any('checkpoints by iterations' in m for m in messages)
 
 
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_iterations_are_saved_by_iteration(by_epoch, tmp_path):
+    """Counted in epochs, nothing would be saved before the end."""
+    runner = toy_runner(tmp_path, [0.5])
+    runner._train_loop = dict(type='IterBasedTrainLoop', max_iters=3)
+    hook, = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    hook.by_epoch = by_epoch
+    if by_epoch:
+        with pytest.raises(ValueError, match='by_epoch=False, interval='):
+            runner.train()
+        hook.interval = -1  # no more than the last one, then
+    runner.train()
+    assert by_epoch or [p.name for p in tmp_path.glob('*_3.pth')]
+
+
 def test_half_written_files_are_removed(tmp_path):
     """By the next start; files of others stay."""
     for name in ('epoch_9.pth.tmp', 'last_checkpoint.tmp', 'mine.tmp'):

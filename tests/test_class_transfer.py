@@ -384,8 +384,9 @@ STOPS = dict(
            ["transfer_classes=['cat', 'dog'] must be True or False"]),
     from_nothing=(['load_from=None'],
                   ['needs a checkpoint, and none was loaded: set load_from']),
-    resume_nothing=(['transfer_classes=True',
-                     '--resume'], ['none was loaded', 'leave out --resume']),
+    resume_nothing=(['transfer_classes=False', '--resume'], [
+        '--resume found no checkpoint in ', "load_from='", 'leave out --resume'
+    ]),
     order=(['load_from=reversed.pth', 'transfer_classes=False'], [
         "20 classes ('tvmonitor', 'train'", "has 20 ('aeroplane', 'bicycle'",
         'transfer_classes=True beside load_from'

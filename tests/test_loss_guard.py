@@ -52,7 +52,9 @@ def test_guard(fault, words, model, tmp_path, monkeypatch):
     with pytest.raises(NonFiniteLossError, match='step 42: .*loss') as info:
         model.loss(inputs, samples)
     path = tmp_path / 'nonfinite_step_42_rank_0.pth'
-    for part in (words, '0.jpg, 1.jpg', str(path), 'learning rate', '--amp'):
+    # A lower rate would not be taken by --resume.
+    for part in (words, '0.jpg, 1.jpg', str(path), '--amp',
+                 'lower learning rate', 'load_from', '--resume keeps the'):
         assert part in str(info.value)
     assert ('loss_cls=' in str(info.value)) == (fault in ('image', 'weight'))
     saved = torch.load(path, weights_only=True)

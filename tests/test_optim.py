@@ -209,6 +209,19 @@ def test_decayed_kernels(name, build_detector):
     assert wrapper.clip_grad_kwargs == dict(max_norm=10, norm_type=2)
 
 
+def test_fusion_weights_do_not_decay(model_cfg):
+    """Not even those that have a row for each channel."""
+    cfg = model_cfg('d0')
+    cfg.neck.fusion = 'channel_softmax'
+    with torch.device('meta'):
+        model = MODELS.build(cfg)
+    wrapper = build_optim_wrapper(model,
+                                  Config.fromfile(SIZES['d0']).optim_wrapper)
+    decayed, spared = wrapper.optimizer.param_groups
+    assert len(decayed['params']) == DECAYED['d0'][0]
+    assert {p.ndim for p in spared['params']} == {1, 2}
+
+
 def test_groups_keep_their_options():
     """The trees' backbone learns more slowly; frozen blocks not at all."""
     config = Config.fromfile(CONFIGS / 'efficientdet_lite0_1xb8_trees.py')

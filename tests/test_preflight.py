@@ -92,6 +92,13 @@ def write_broken(sound, folder, fault):
         extra=EXTRA.format(root=f'{root}/') + extra)
 
 
+# The images of the training, or those of indices, are validated on.
+ON_TRAIN = '''
+val_dataloader['dataset'].update(dataset{})
+val_evaluator = dict(ann_file=dataset['data_root'] + 'train.json')
+'''
+
+
 def bbox(*numbers, box=0):
     """A fault of one box of the training data."""
 
@@ -188,6 +195,27 @@ def no_picture(train, val, root):
     (root / 'val' / '000003.jpg').write_text('no picture')
 
 
+def listed_again(train, val, root):
+    train['images'].append(dict(train['images'][0], id=9999))
+
+
+def other_order(train, val, root):
+    val['categories'].reverse()
+    return """
+val_dataloader['dataset']['metainfo'] = dict(classes=('blue', 'green', 'red'))
+"""
+
+
+def other_evaluator(train, val, root):
+    """Its ids are those of the validation, but its images are not."""
+    images = [
+        dict(image, file_name=f'9_{image["file_name"]}')
+        for image in val['images']
+    ]
+    (root / 'other.json').write_text(json.dumps(dict(val, images=images)))
+    return f'val_evaluator = dict(ann_file={str(root / "other.json")!r})'
+
+
 # Fault, and the level and the name of what is found of it, with words of it.
 FAULTS = dict(
     class_names=(lines("train_dataloader['dataset']['metainfo'] = dict("
@@ -195,7 +223,10 @@ FAULTS = dict(
                  'ERROR', "'Red'"),
     num_classes=(lines('model = dict(bbox_head=dict(num_classes=5))'), 'ERROR',
                  'num_classes=5'),
-    category_id=(entry('category_id', 0, 5), 'ERROR', '5 boxes'),
+    category_id=(entry('category_id', 0, 5), 'WARNING', '5 boxes'),
+    class_order=(other_order, 'ERROR', "('blue', 'green', 'red') in val"),
+    evaluator=(other_evaluator, 'ERROR', '6 of 6 images'),
+    same_image=(listed_again, 'WARNING', '0_000001.jpg'),
     image_id=(same_image_id, 'ERROR', 'id 1\n'),
     annotation_id=(entry('id', 2), 'ERROR', '    id 2\n'),
     zero_id=(entry('id', 0, split=1), 'WARNING', 'not found'),
@@ -222,7 +253,7 @@ FAULTS = dict(
     unreadable=(no_picture, 'ERROR', '000003.jpg'),
     image_size=(entry('width', 640, kind='images'), 'WARNING',
                 '128x128, the file says 640x128'),
-    overlap=(lines("val_dataloader['dataset'].update(dataset)"), 'WARNING',
+    overlap=(lines(ON_TRAIN.format('')), 'WARNING',
              '36 of 36 images'),
     learning_rate=(lines('auto_scale_lr = dict(base_batch_size=128)'),
                    'WARNING', 'lr=0.000625'),
@@ -293,6 +324,37 @@ train_dataloader['dataset'] = dict(
 """
 
 
+@pytest.mark.parametrize('change, level', [
+    (lambda images: images[:-1], 'ERROR'),
+    (lambda images: [dict(images[0], file_name='a.jpg'), *images[1:]],
+     'WARNING'),
+    (lambda images:
+     [dict(i, file_name=f'other/{i["file_name"]}')
+      for i in images] + [dict(images[0], id=99)], None),
+])
+def test_file_of_the_evaluation(change, level, sound, tmp_path, capsys):
+    """It has to have the images of the validation; folders do not count."""
+
+    def fault(train, val, root):
+        content = dict(val, images=change(val['images']))
+        (root / 'other.json').write_text(json.dumps(content))
+        return f'val_evaluator = dict(ann_file={str(root / "other.json")!r})'
+
+    config = write_broken(sound, tmp_path, fault)
+    _, found, text = report(capsys, config, '--no-images')
+    assert found == ([(level, 'evaluator')] if level else []), text
+    if level:
+        assert '1 of 6 images' in text and 'val.json' in text
+
+
+def test_no_file_for_the_evaluation(sound, tmp_path, capsys):
+    config = write_broken(sound, tmp_path,
+                          lines("val_evaluator = dict(ann_file='no.json')"))
+    status, found, text = report(capsys, config, '--no-images')
+    assert (status, found) == (1, [('ERROR', 'evaluator')]), text
+    assert 'no.json' in text and 'FileNotFoundError' in text
+
+
 def test_one_image_does_not_stop_a_training(sound, tmp_path, capsys):
     """What would spoil all of a data set spoils no more than its part."""
     config = write_broken(sound, tmp_path, one_of_many)
@@ -321,7 +383,7 @@ model = dict(bbox_head=dict(num_classes=2))
 @pytest.mark.parametrize('text, number, level', [
     ('', 6, 'ERROR'),
     ("dataset['indices'] = 3", 6, 'WARNING'),
-    ("val_dataloader['dataset'].update(dataset, indices=3)", 6, 'ERROR'),
+    (ON_TRAIN.format(', indices=3'), 6, 'ERROR'),
     ("dataset['filter_cfg'] = dict(filter_empty_gt=True)", 6, 'ERROR'),
     ("dataset['filter_cfg'] = dict(filter_empty_gt=True)", 3, None),
 ])
@@ -359,20 +421,20 @@ def test_part_of_what_is_trained_on(whole, sound, tmp_path, capsys):
     part = dict(train='val', val='train')[whole]
     config = write_broken(
         sound, tmp_path,
-        lines("val_dataloader['dataset'].update(dataset)\n"
-              f"{part}_dataloader['dataset'] = dict("
-              f"{part}_dataloader['dataset'], indices=30)"))
+        lines(
+            ON_TRAIN.format('') + f"{part}_dataloader['dataset'] = dict("
+            f"{part}_dataloader['dataset'], indices=30)"))
     found = report(capsys, config, '--no-images')[1]
     assert ('WARNING', 'overlap') in found
 
 
 def test_parts_of_one_file(sound, tmp_path, capsys):
     """Images that indices choose for two data sets are not the same ones."""
-    option = "val_dataloader['dataset'].update(dataset, indices=[{}])\n"
     config = write_broken(
         sound, tmp_path,
         lines(
-            option.format(0) + "train_dataloader['dataset'] = dict("
+            ON_TRAIN.format(', indices=[0]') +
+            "train_dataloader['dataset'] = dict("
             'dataset, indices=list(range(1, 36)))'))
     assert report(capsys, config, '--no-images')[:2] == (0, [])
 
@@ -647,7 +709,7 @@ def test_tool_as_a_process(sound, tmp_path):
 
 def test_hook_stops_training(sound, tmp_path):
     """An error stops train.py before the first step; off, it trains."""
-    config = write_broken(sound, tmp_path, FAULTS['category_id'][0])
+    config = write_broken(sound, tmp_path, entry('category_id', 0, 40))
     done = run_tool('train.py', config, cwd=tmp_path)
     assert done.code == 1, done.output
     message = done.output[done.output.index('ValueError: '):]

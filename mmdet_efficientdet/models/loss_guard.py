@@ -63,10 +63,12 @@ def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
     raise NonFiniteLossError(
         f'step {step}: {", ".join(bad)}; the optimizer has not stepped. '
         f'{_suspect(model, batch_inputs, batch_data_samples)}\n  images: '
-        f'{", ".join(map(str, images))}\n  {saved}\n  What helps: a lower '
-        'learning rate or a longer warm-up (--auto-scale-lr fits it to the '
-        'batch); a look at these images and boxes; a training without --amp. '
-        'Then go on from the last checkpoint with --resume')
+        f'{", ".join(map(str, images))}\n  {saved}\n  What helps: a look at '
+        'these images and boxes, or a training without --amp: then go on with '
+        '--resume. Or a lower learning rate or a longer warm-up '
+        '(--auto-scale-lr fits it to the batch): then start anew, with '
+        'load_from=an earlier checkpoint if you like, as --resume keeps the '
+        'rate of its checkpoint')
 
 
 def _suspect(model: nn.Module, inputs: Tensor, samples: list) -> str:
