@@ -172,9 +172,14 @@ def test_official_recipe():
     # from 0.008 in the first epoch
     assert config.param_scheduler[0].start_factor == 0.05
     # decay min(0.9998, (1 + n) / (10 + n)), running statistics included
-    ema = config.default_hooks.ema
-    assert (ema.type, ema.ema_type) == ('EMAHook', 'MomentumAnnealingEMA')
-    assert (ema.momentum, ema.gamma, ema.update_buffers) == (2e-4, 9, True)
+    assert config.default_hooks.ema.to_dict() == dict(
+        type='EMAHook',
+        ema_type='MomentumAnnealingEMA',
+        momentum=2e-4,
+        gamma=9,
+        update_buffers=True,
+        strict_load=True,
+        priority=49)
     assert config.train_pipeline[4].ratio_range == (0.1, 2.0)
     assert config.train_pipeline[3].prob == 0.5
     assert config.test_pipeline[1].ratio_range == (1.0, 1.0)

@@ -257,9 +257,9 @@ FAULTS = dict(
              '36 of 36 images'),
     learning_rate=(lines('auto_scale_lr = dict(base_batch_size=128)'),
                    'WARNING', 'lr=0.000625'),
-    batch_norm=(lines("train_dataloader['batch_size'] = 4\n"
-                      'auto_scale_lr = dict(base_batch_size=4)'), 'WARNING',
-                'from 4 images'))  # yapf: disable
+    batch_norm=(lines("train_dataloader.update(batch_size=7, drop_last=True)\n"
+                      'auto_scale_lr = dict(base_batch_size=7)'), 'WARNING',
+                'from 7 images'))  # yapf: disable
 
 
 def report(capsys, *arguments):
