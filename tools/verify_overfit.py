@@ -41,6 +41,7 @@ def make_config(data, windows, steps, interval, goal):
     cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
     cfg.train_cfg.update(max_iters=steps, val_interval=interval)
     cfg.default_hooks.checkpoint = None
+    cfg.randomness = dict(seed=0)
     cfg.default_hooks.early_stopping = dict(
         type='EarlyStoppingHook',
         monitor=SCORE,
