@@ -56,7 +56,11 @@ class SafeCheckpointHook(CheckpointHook):
     _best_first = False  # while the best checkpoint is being saved
 
     def before_train(self, runner) -> None:
-        """Removes what an interrupted run has left half written."""
+        """Removes what an interrupted run has left half written.
+
+        Raises:
+            ValueError: If a loop of iterations would save by epochs.
+        """
         backend = get_file_backend(self.out_dir or runner.work_dir)
         self._last = osp.join(runner.work_dir, 'last_checkpoint')
         if (self.backend_args is None and self.file_client_args is None

@@ -192,6 +192,7 @@ def check_training(cfg: Config,
     found = check_recipe(cfg, model, num_gpus)
     head = getattr(model, 'bbox_head', None)
     max_per_img = (cfg.model.get('test_cfg') or {}).get('max_per_img', 100)
+    evaluated = _evaluated_files(cfg)
     for part in (*train, *val):
         try:
             check_class_count(
@@ -203,7 +204,7 @@ def check_training(cfg: Config,
             continue
         found += [
             finding for finding in check_file(part)
-            if finding.name not in OF_EVALUATION or _evaluated_files(cfg)
+            if finding.name not in OF_EVALUATION or evaluated
         ] + check_boxes(part, max_per_img)
     if not any(finding.error for finding in found):
         found += check_training_set(train) + check_validation_set(val)
@@ -214,7 +215,7 @@ def check_training(cfg: Config,
                 found += check_last_batch(cfg, model, num_gpus, dataset)
             found += check_anchors(head, input_boxes(cfg, train))
     found += check_class_order(train, val) + check_overlap(train, val)
-    for file in _evaluated_files(cfg):
+    for file in evaluated:
         found += check_evaluated(file, val)
     return list(dict.fromkeys(found))  # a file may stand in both
 

@@ -206,14 +206,22 @@ val_dataloader['dataset']['metainfo'] = dict(classes=('blue', 'green', 'red'))
 """
 
 
-def other_evaluator(train, val, root):
-    """Its ids are those of the validation, but its images are not."""
-    images = [
-        dict(image, file_name=f'9_{image["file_name"]}')
-        for image in val['images']
+def evaluated_on(change):
+    """A fault: the evaluation has a file with ``change(images)``."""
+
+    def fault(train, val, root):
+        content = dict(val, images=change(val['images']))
+        (root / 'other.json').write_text(json.dumps(content))
+        return f'val_evaluator = dict(ann_file={str(root / "other.json")!r})'
+
+    return fault
+
+
+def renamed(images, prefix):
+    """Images of the same ids with other file names."""
+    return [
+        dict(image, file_name=prefix + image['file_name']) for image in images
     ]
-    (root / 'other.json').write_text(json.dumps(dict(val, images=images)))
-    return f'val_evaluator = dict(ann_file={str(root / "other.json")!r})'
 
 
 # Fault, and the level and the name of what is found of it, with words of it.
@@ -225,7 +233,8 @@ FAULTS = dict(
                  'num_classes=5'),
     category_id=(entry('category_id', 0, 5), 'WARNING', '5 boxes'),
     class_order=(other_order, 'ERROR', "('blue', 'green', 'red') in val"),
-    evaluator=(other_evaluator, 'ERROR', '6 of 6 images'),
+    evaluator=(evaluated_on(lambda images: renamed(images, '9_')), 'ERROR',
+               '6 of 6 images'),
     same_image=(listed_again, 'WARNING', '0_000001.jpg'),
     image_id=(same_image_id, 'ERROR', 'id 1\n'),
     annotation_id=(entry('id', 2), 'ERROR', '    id 2\n'),
@@ -328,19 +337,13 @@ train_dataloader['dataset'] = dict(
     (lambda images: images[:-1], 'ERROR'),
     (lambda images: [dict(images[0], file_name='a.jpg'), *images[1:]],
      'WARNING'),
-    (lambda images:
-     [dict(i, file_name=f'other/{i["file_name"]}')
-      for i in images] + [dict(images[0], id=99)], None),
+    (lambda images: [*renamed(images, 'other/'),
+                     dict(images[0], id=99)], None),
 ])
 def test_file_of_the_evaluation(change, level, sound, tmp_path, capsys):
     """It has to have the images of the validation; folders do not count."""
 
-    def fault(train, val, root):
-        content = dict(val, images=change(val['images']))
-        (root / 'other.json').write_text(json.dumps(content))
-        return f'val_evaluator = dict(ann_file={str(root / "other.json")!r})'
-
-    config = write_broken(sound, tmp_path, fault)
+    config = write_broken(sound, tmp_path, evaluated_on(change))
     _, found, text = report(capsys, config, '--no-images')
     assert found == ([(level, 'evaluator')] if level else []), text
     if level:

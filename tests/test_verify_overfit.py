@@ -1,8 +1,6 @@
 """tools/verify_overfit.py: trains and tests the same, and says no."""
-import json
-
-import cv2
 import numpy as np
+import prepare_trees
 import pytest
 import verify_overfit
 from mmdet.registry import DATASETS
@@ -11,32 +9,19 @@ BOXES = [(20, 20, 60, 50), (90, 70, 50, 60)]  # xywh in pixels
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path, monkeypatch):
     """A training set of four windows with two trees each."""
+    monkeypatch.setattr(prepare_trees, 'SETS',
+                        dict(train=(True, (('a', 0, 0, 320, 320), ))))
+    pixels = np.random.default_rng(0).integers(90, 160, (320, 320, 3),
+                                               np.uint8)
+    boxes = [(x + left, y + top, x + left + w, y + top + h) for top in (0, 160)
+             for left in (0, 160) for x, y, w, h in BOXES]
+    for x0, y0, x1, y1 in boxes:
+        pixels[y0:y1, x0:x1] = 20, 120, 20
     (tmp_path / 'images').mkdir()
-    generator = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(4):
-        pixels = generator.integers(90, 160, (160, 160, 3), np.uint8)
-        for x, y, w, h in BOXES:
-            pixels[y:y + h, x:x + w] = 20, 120, 20
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=i + 1,
-                    category_id=1,
-                    bbox=[x, y, w, h],
-                    area=w * h,
-                    iscrowd=0))
-        cv2.imwrite(str(tmp_path / 'images' / f'{i}.png'), pixels)
-        images.append(
-            dict(id=i + 1, file_name=f'{i}.png', height=160, width=160))
-    (tmp_path / 'train.json').write_text(
-        json.dumps(
-            dict(
-                images=images,
-                annotations=annotations,
-                categories=[dict(id=1, name='Tree')])))
+    prepare_trees.write_set(tmp_path, 'train',
+                            dict(a=(pixels, np.array(boxes, float))), 160, 160)
     return tmp_path
 
 
@@ -46,7 +31,9 @@ def test_trains_whole_windows_as_they_are_tested(data):
         DATASETS.build(loader.dataset)
         for loader in (cfg.train_dataloader, cfg.val_dataloader))
     assert len(train) == len(val) == 2
-    for i, name in enumerate(('0.png', '2.png')):  # spread over the file
+    for i, name in enumerate(
+        ('a_x0_y0_160x160.png',
+         'a_x0_y160_160x160.png')):  # spread over the file
         first, again, tested = train[i], train[i], val[i]
         assert first['data_samples'].img_path.endswith(name)
         assert tested['data_samples'].img_path.endswith(name)

@@ -249,10 +249,10 @@ class BiFPN(BaseModule):
         if not isinstance(in_channels, (list, tuple)):
             raise ValueError(f'in_channels={in_channels!r} must be a list of '
                              "the widths of the backbone's outputs")
-        for name, value in (*(('in_channels', n) for n in in_channels),
-                            ('out_channels', out_channels),
-                            ('num_outs', num_outs), ('stack_times',
-                                                     stack_times)):
+        counts = [('in_channels', n) for n in in_channels]
+        counts += [('out_channels', out_channels), ('num_outs', num_outs),
+                   ('stack_times', stack_times)]
+        for name, value in counts:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name}={value!r} must be a whole number '
                                  'of at least 1')
