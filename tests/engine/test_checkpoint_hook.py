@@ -1,0 +1,339 @@
+"""Checkpoints are whole or not there, and a run is never without one."""
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_data import LITE0, files_up_to
+from helpers.two_ranks import errors_of_ranks
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+
+import mmdet_efficientdet.engine.safe_checkpoint
+from mmdet_efficientdet import SafeCheckpointHook
+from mmdet_efficientdet.engine.safe_checkpoint import AtomicBackend
+from mmdet_efficientdet.utils import write_file
+
+
+class Toy(BaseModel):
+    """A model of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, inputs, mode):
+        if mode == 'predict':
+            return [inputs]
+        return dict(loss=(self.layer(inputs) - 3).square().mean())
+
+
+class Scores(BaseMetric):
+    """Scores that are known beforehand, one for each validation."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = list(scores)
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return dict(mAP=self.scores.pop(0))
+
+
+class Watch(Hook):
+    """Keeps the weights of every step."""
+    priority = 'HIGHEST'
+
+    def __init__(self):
+        self.weights = []
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        self.weights.append(runner.model.layer.weight.detach().clone())
+
+
+def toy_runner(folder, scores, **hooks):
+    """A training of one epoch for each score, with the shipped hooks."""
+    shipped = Config.fromfile(LITE0).default_hooks
+    shipped.checkpoint.interval = 1
+    loader = dict(
+        dataset=[dict(inputs=torch.ones(1) * i) for i in range(3)],
+        sampler=dict(type='mmdet_efficientdet.SeededSampler'),
+        batch_size=1,
+        num_workers=0)
+    return Runner(
+        Toy(),
+        work_dir=str(folder),
+        experiment_name=folder.name,
+        train_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
+        val_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
+        train_cfg=dict(by_epoch=True, max_epochs=len(scores)),
+        val_cfg=dict(),
+        val_evaluator=[Scores(scores)],
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+        default_hooks=dict(
+            checkpoint=dict(shipped.checkpoint, max_keep_ckpts=1),
+            ema=shipped.ema,
+            **hooks),
+        default_scope='mmdet',
+        log_level='ERROR')
+
+
+def test_never_without_a_checkpoint(tmp_path, monkeypatch):
+    """Before and after each change in the folder, all that counts loads."""
+    best_seen, checks = [], []
+
+    def check():
+        named = tmp_path / 'last_checkpoint'
+        if named.exists():
+            torch.load(named.read_text(), weights_only=True)
+        best = list(tmp_path.glob('best_*.pth'))
+        best_seen.extend(best)
+        assert bool(best) == bool(best_seen)
+        for path in best:
+            torch.load(path, weights_only=True)
+        checks.append(0)
+
+    for name in ('replace', 'remove'):
+        real = getattr(os, name)
+
+        def watched(*args, real=real):
+            check()
+            real(*args)
+            check()
+
+        monkeypatch.setattr(os, name, watched)
+    toy_runner(tmp_path, [0.5, 0.7, 0.6, 0.8]).train()
+    assert len(checks) >= 30
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == [
+        'best_mAP_epoch_4.pth', 'epoch_4.pth'
+    ]
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_best_checkpoint_is_the_average(tmp_path):
+    """Of the epoch with the best score, by the official rule of averages."""
+    watch = Watch()
+    runner = toy_runner(tmp_path, [0.5, 0.7, 0.6])
+    runner.register_hook(watch)
+    runner.train()
+    saved = torch.load(
+        tmp_path / 'best_mAP_epoch_2.pth', weights_only=True)['state_dict']
+    average = watch.weights[0]
+    for step, weight in enumerate(watch.weights[1:6]):
+        momentum = max(2e-4, 9 / (10 + step))  # of mmengine, a step late
+        average = average + momentum * (weight - average)
+    torch.testing.assert_close(saved['layer.weight'], average)
+    assert (saved['layer.weight'] - watch.weights[5]).abs() > 1e-4
+
+
+def test_resumed_history(tmp_path):
+    """What was logged before goes on to be averaged, from plain data."""
+    runner = toy_runner(tmp_path / 'first', [0.1])
+    runner.train()
+    again = toy_runner(tmp_path / 'again', [0.1, 0.1])
+    again._load_from, again._resume = runner.message_hub.get_info(
+        'last_ckpt'), True
+    again.train()
+    before, after = (
+        r.message_hub.get_scalar('train/loss').data[0].tolist()
+        for r in (runner, again))
+    assert (len(before), len(after)) == (3, 6) and after[:3] == before
+
+
+def test_early_stopping(tmp_path):
+    """By one line of default_hooks, when two validations were no better."""
+    runner = toy_runner(
+        tmp_path, [0.5, 0.6, 0.59, 0.601, 0.8, 0.9],
+        early_stopping=dict(
+            type='EarlyStoppingHook',
+            monitor='mAP',
+            min_delta=0.005,
+            patience=2))
+    runner.train()
+    assert runner.epoch == 4
+    assert (tmp_path / 'best_mAP_epoch_4.pth').is_file()
+
+
+@pytest.mark.parametrize('kind', ['epoch', 'best'])
+def test_full_disk(kind, tmp_path, monkeypatch):
+    """The error says what to do, and the last good checkpoint stays."""
+
+    def limited(path, data):
+        with files_up_to(1000 if Path(path).name == name else -1):
+            write_file(path, data)
+
+    name = dict(epoch='epoch_2.pth', best='best_mAP_epoch_2.pth')[kind]
+    monkeypatch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file',
+                        limited)
+    runner = toy_runner(tmp_path, [0.5, 0.6])
+    with pytest.raises(OSError, match=name) as info:
+        runner.train()
+    assert info.value.errno == errno.EFBIG
+    good = 'epoch_1.pth' if kind == 'epoch' else 'epoch_2.pth'
+    for part in ('MB) could not be written', 'MB are free', '--resume',
+                 f'The last good checkpoint is {tmp_path / good}. ',
+                 'max_keep_ckpts'):
+        assert part in str(info.value)
+    assert not list(tmp_path.glob(f'{name}*'))
+    for path in (tmp_path / good, tmp_path / 'best_mAP_epoch_1.pth'):
+        torch.load(path, weights_only=True)
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / good)
+
+
+def test_write_file(tmp_path):
+    """New contents come at once; an error leaves the old ones alone."""
+    path = tmp_path / 'new' / 'file'
+    write_file(path, b'one')
+    with files_up_to(1), pytest.raises(OSError):
+        write_file(path, b'two')
+    assert path.read_bytes() == b'one'
+    assert [p.name for p in path.parent.iterdir()] == ['file']
+    with pytest.raises(PermissionError, match='denied'):  # not a full disk
+        raise_from_put(tmp_path)
+
+
+def raise_from_put(tmp_path):
+    backend = AtomicBackend(str(tmp_path / 'last_checkpoint'))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def denied(*args):
+            raise PermissionError(errno.EACCES, 'denied')
+
+        patch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file',
+                      denied)
+        backend.put(b'data', str(tmp_path / 'file'))
+
+
+class Spoil(Hook):
+    """Spoils the weights in an epoch, the second by default."""
+
+    def __init__(self, epoch=1):
+        self.epoch = epoch
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.epoch == self.epoch:
+            runner.model.layer.bias.data.fill_(float('nan'))
+
+
+def test_spoilt_weights_are_not_saved(tmp_path):
+    """They would take the place of a good checkpoint."""
+    runner = toy_runner(tmp_path, [0.5, 0.6])
+    runner.register_hook(Spoil())
+    with pytest.raises(RuntimeError, match='not finite .*layer.bias') as info:
+        runner.train()
+    assert str(tmp_path / 'last_checkpoint') in str(info.value)
+    assert (tmp_path / 'last_checkpoint').read_text().endswith('epoch_1.pth')
+    assert (tmp_path / 'epoch_1.pth').is_file()
+
+
+@pytest.mark.parametrize('interval', [1, 5])
+def test_spoilt_weights_are_not_the_best(interval, tmp_path):
+    """Nor where a validation comes before the first checkpoint."""
+    runner = toy_runner(tmp_path, [0.5, 0.6])
+    hook, = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    hook.interval, hook.save_last = interval, False
+    runner.register_hook(Spoil(epoch=0))
+    with pytest.raises(RuntimeError, match='not finite'):
+        runner.train()
+    assert not list(tmp_path.glob('*.pth'))
+
+
+def train_with_a_fault(folder, fault):
+    """Trains where one file cannot be written, or weights are spoilt."""
+    runner = toy_runner(folder, [0.5, 0.6])
+    write = mmdet_efficientdet.engine.safe_checkpoint.write_file
+
+    def full(path, data):
+        if Path(path).name == fault:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    mmdet_efficientdet.engine.safe_checkpoint.write_file = full
+    # The weights of rank 0 are saved.
+    if fault == 'weights' and torch.distributed.get_rank() == 1:
+        runner.register_hook(Spoil())
+    runner.train()
+
+
+@pytest.mark.parametrize('fault, message', [
+    ('epoch_1.pth', 'epoch_1.pth (0.0 MB) could not be written'),
+    ('last_checkpoint', 'last_checkpoint (0.0 MB) could not be written'),
+    ('best_mAP_epoch_1.pth', 'best_mAP_epoch_1.pth (0.0 MB) could not'),
+    ('weights', 'weights are not finite'),
+])
+def test_all_ranks_stop(fault, message, tmp_path):
+    """None waits for a rank that has raised."""
+    for error in errors_of_ranks(train_with_a_fault, tmp_path, tmp_path,
+                                 fault):
+        assert message in error
+
+
+def test_interrupted_validation_is_made_again(tmp_path):
+    """So that the best checkpoint is not lost."""
+
+    class Kill(Hook):
+
+        def before_val_epoch(self, runner):
+            if runner.epoch == 2:
+                raise KeyboardInterrupt
+
+    runner = toy_runner(tmp_path, [0.5, 0.9])
+    runner.register_hook(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    runner = toy_runner(tmp_path, [0.9, 0.0])
+    runner._resume = True
+    runner.train()
+    assert runner.epoch == 2
+    assert [p.name for p in tmp_path.glob('best*')] == ['best_mAP_epoch_2.pth']
+
+
+def test_iterations_of_an_epoch_are_not_exact(tmp_path):
+    """A loop by epochs cannot go on within one."""
+    runner = toy_runner(tmp_path, [0.5])
+    hook, = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    hook.by_epoch = False
+    messages = []
+    runner.logger.warning = messages.append
+    runner.train()
+    assert any('checkpoints by iterations' in m for m in messages)
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_iterations_are_saved_by_iteration(by_epoch, tmp_path):
+    """Counted in epochs, nothing would be saved before the end."""
+    runner = toy_runner(tmp_path, [0.5])
+    runner._train_loop = dict(type='IterBasedTrainLoop', max_iters=3)
+    hook, = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    hook.by_epoch = by_epoch
+    if by_epoch:
+        with pytest.raises(ValueError, match='by_epoch=False, interval='):
+            runner.train()
+        hook.interval = -1  # no more than the last one, then
+    runner.train()
+    assert by_epoch or [p.name for p in tmp_path.glob('*_3.pth')]
+
+
+def test_half_written_files_are_removed(tmp_path):
+    """By the next start; files of others stay."""
+    for name in ('epoch_9.pth.tmp', 'last_checkpoint.tmp', 'mine.tmp'):
+        (tmp_path / name).write_text('half')
+    toy_runner(tmp_path, [0.5]).train()
+    assert [p.name for p in tmp_path.glob('*.tmp')] == ['mine.tmp']
+
+
+@pytest.mark.parametrize('counts, warns', [(2, True), (3, False)])
+def test_accumulation_between_checkpoints(counts, warns, tmp_path):
+    """Three steps an epoch: an update every two does not fit."""
+    runner = toy_runner(tmp_path, [0.5])
+    runner.optim_wrapper['accumulative_counts'] = counts
+    messages = []
+    runner.logger.warning = messages.append
+    runner.train()
+    assert any('Take a multiple of 2' in m for m in messages) == warns

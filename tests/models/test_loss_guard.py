@@ -1,0 +1,136 @@
+"""A loss that is not finite stops the training before the step."""
+import os
+import socket
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import batch, new_model
+from helpers.tiny_data import LITE0, files_up_to, run_tool
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+
+from mmdet_efficientdet.models.loss_guard import NonFiniteLossError
+
+
+@pytest.fixture(scope='module')
+def model():
+    return new_model(Config.fromfile(LITE0))
+
+
+@pytest.mark.parametrize('fault, words', [('image', 'The images themselves'),
+                                          ('box', 'The boxes themselves'),
+                                          ('weight', 'neck.'),
+                                          ('scale', 'are finite')])
+def test_guard(fault, words, model, tmp_path, monkeypatch):
+    """Nothing is learned from a NaN; the message tells where it came from."""
+    data = model.data_preprocessor(
+        batch((128, 128), (96, 128), num_classes=2), training=True)
+    inputs, samples = data['inputs'], data['data_samples']
+    for i, sample in enumerate(samples):
+        sample.set_metainfo(
+            dict(img_path=f'{i}.jpg', matrix=np.eye(2), number=np.int64(i)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    if fault == 'image':
+        inputs[1, 0, 5, 5] = np.inf
+    elif fault == 'box':
+        samples[1].gt_instances.bboxes[0, 2] = np.nan
+    elif fault == 'weight':
+        name, weight = next(
+            (k, v) for k, v in model.named_parameters() if words in k)
+        words = f'{name} is not finite either: an earlier step'
+        weight.data.view(-1)[0] = np.nan
+    else:
+        monkeypatch.setattr(model.bbox_head.loss_bbox, 'loss_weight', np.inf)
+    hub = MessageHub.get_instance(f'guard {fault}')
+    hub.update_info('iter', 41)
+    hub.update_info('work_dir', str(tmp_path))
+    with pytest.raises(NonFiniteLossError, match='step 42: .*loss') as info:
+        model.loss(inputs, samples)
+    path = tmp_path / 'nonfinite_step_42_rank_0.pth'
+    # A lower rate would not be taken by --resume.
+    for part in (words, '0.jpg, 1.jpg', str(path), '--amp',
+                 'lower learning rate', 'load_from', '--resume keeps the'):
+        assert part in str(info.value)
+    assert ('loss_cls=' in str(info.value)) == (fault in ('image', 'weight'))
+    saved = torch.load(path, weights_only=True)
+    assert saved['step'] == 42
+    assert saved['inputs'].equal(inputs) or fault == 'image'
+    assert saved['inputs'].shape == (2, 3, 128, 128)
+    assert [s['meta']['img_path']
+            for s in saved['samples']] == ['0.jpg', '1.jpg']
+    for found, sample in zip(saved['samples'], samples):
+        torch.testing.assert_close(
+            found['bboxes'], sample.gt_instances.bboxes, equal_nan=True)
+        assert found['labels'].equal(sample.gt_instances.labels)
+    model.load_state_dict(before)
+
+
+def test_guard_comes_before_the_step(model, tmp_path):
+    """The optimizer is not reached; without a work directory, the file is
+    in the current one, and a full disk does not hide the loss."""
+
+    class Optimizer:
+
+        @contextmanager
+        def optim_context(self, model):
+            yield
+
+        def update_params(self, loss):
+            raise AssertionError
+
+    MessageHub.get_instance('no folder')
+    data = batch((128, 128), (128, 128), num_classes=2)
+    data['inputs'][0] = data['inputs'][0].float() * np.nan
+    previous = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        with pytest.raises(NonFiniteLossError, match='step 1: '):
+            model.train_step(data, Optimizer())
+        assert Path('nonfinite_step_1_rank_0.pth').is_file()
+        with files_up_to(10), pytest.raises(
+                NonFiniteLossError, match='could not be saved: .*too large'):
+            model.train_step(data, Optimizer())
+    finally:
+        os.chdir(previous)
+
+
+RANK = '''
+import os
+os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT={port!r},
+                  RANK={rank!r}, WORLD_SIZE='2')
+import torch
+torch.distributed.init_process_group('gloo')
+from mmdet_efficientdet.models.loss_guard import check_finite
+losses = dict(loss_cls=torch.tensor(1.), loss_bbox=[torch.tensor(2.)] * 2)
+check_finite(losses, torch.nn.Linear(1, 1), torch.ones(1), [])
+print('finite')
+losses['loss_bbox'] = [torch.tensor([2., float('nan')][int({rank!r})])]
+check_finite(losses, torch.nn.Linear(1, 1), torch.ones(1), [])
+'''
+
+
+def test_guard_on_two_ranks(tmp_path):
+    """One NaN stops both, so that none waits for the other."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    folders = [tmp_path / rank for rank in '01']
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPool(2) as pool:
+        first, second = pool.map(
+            lambda folder: run_tool(
+                'rank',
+                cwd=folder,
+                source=RANK.format(port=port, rank=folder.name),
+                timeout=120), folders)
+    for done in (first, second):
+        assert done.code == 1 and 'finite\n' in done.output, done.output
+    assert 'the loss is not finite on rank [1] of 2' in first.output
+    assert 'step 1: loss_bbox=nan; the optimizer' in second.output
+    assert not list(folders[0].glob('*.pth'))
+    assert list(folders[1].glob('nonfinite_step_1_rank_1.pth'))
