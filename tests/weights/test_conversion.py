@@ -12,8 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers.tensorflow_files import (levels_of, tf_shapes, values, varint,
-                                      write_bundle)
+from helpers.tensorflow_files import levels_of, tf_shapes, values, write_bundle
 from helpers.tiny_data import run_convert
 from mmdet.apis import DetInferencer
 from mmdet.models.task_modules import AnchorGenerator

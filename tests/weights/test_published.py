@@ -144,7 +144,7 @@ def publish(monkeypatch, server, weights):
 def log(monkeypatch):
     """Lines that the loader logs."""
     lines = []
-    for module in (checkpoints, published):
+    for module in (schemes, published):
         monkeypatch.setattr(module, 'print_log',
                             lambda text, *args: lines.append(text))
     return lines
