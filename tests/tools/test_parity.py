@@ -10,14 +10,14 @@ import pytest
 import torch
 import verify_detections
 import verify_parity
-from verify_parity import (BOUND, PARTS, SIDES, compare, effdet_network,
-                           our_network, random_weights, verify)
+from effdet_bridge import effdet_network, our_network, random_weights
+from verify_parity import BOUND, PARTS, SIDES, compare, verify
 
 from mmdet_efficientdet.models.bifpn import FusionNode
 from mmdet_efficientdet.weights.layouts import LAYOUTS
 from mmdet_efficientdet.weights.matching import convert
 
-TOOL = Path(verify_parity.__file__)
+BRIDGE = Path(verify_parity.__file__).with_name('effdet_bridge.py')
 
 
 def build_both(size, sides, **settings):
@@ -147,7 +147,7 @@ def test_bad_use(monkeypatch, capsys):
     assert 'none.jpg does not exist' in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, 'effdet', None)
     with pytest.raises(SystemExit, match=r'pip install effdet==0\.4\.1'):
-        runpy.run_path(str(TOOL))
+        runpy.run_path(str(BRIDGE))
 
 
 @pytest.fixture

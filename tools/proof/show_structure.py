@@ -1,10 +1,12 @@
-"""Prints the package's files with their code lines, and who imports whom.
+"""Print the code lines of the package's files, and which wing imports which.
 
+Example:
     python tools/proof/show_structure.py
 
 A code line is a line with a token that is neither a comment nor a docstring.
 The imports are those of the source text, also inside functions.
 """
+import argparse
 import ast
 import io
 import tokenize
@@ -75,6 +77,9 @@ def wing(module: str) -> str:
 
 def main() -> None:
     """Prints both."""
+    argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sizes = {name: code_lines(path) for name, path in modules().items()}
     for name, size in sizes.items():
         print(f'{size:5}  {name.replace(".", "/")}.py')

@@ -1,12 +1,17 @@
-"""Show on this machine that the network is effdet's, to the number.
+"""Verify that our networks compute the same numbers as effdet's.
 
-For each size effdet 0.4.1 builds its network, which gets random weights:
-kernels, biases, fusion weights, scales and statistics of norms. The converter
-of published weights brings them into ours, and both see the same images, even
-and odd, square and oblong. What is printed, as a Markdown table, is the
-largest difference of each part in units of the part's largest value; beyond
-1e-5 the size fails, and the exit status is 1. A second table shows the same
-weights written in the layout of each source and converted back.
+For each size, effdet 0.4.1 builds its network, and all of its tensors get
+random values. The converter of published weights copies them to our network,
+and both networks process the same images: even and odd, square and oblong.
+
+Example:
+    python tools/proof/verify_parity.py --size d0 lite0
+
+Prints two Markdown tables. The first shows the largest difference between the
+outputs of each part, relative to the part's largest value. The second shows
+what changes when our weights are written in the layout of each source and
+converted back. The exit status is 1 if a difference of the first table
+reaches 1e-5, or if one of the second is not zero.
 
 Needs effdet: pip install effdet==0.4.1
 """
@@ -15,24 +20,38 @@ import math
 import sys
 from importlib.metadata import version
 
+from mmdet_efficientdet.scaling import SCALING
+
+
+def parse_args(argv=None):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--size',
+        nargs='+',
+        default=['all'],
+        choices=['all', *SCALING],
+        metavar='SIZE',
+        help=f'all, or some of {", ".join(SCALING)} (default: all)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 import mmdet
 import torch
-from mmdet.registry import MODELS
+from effdet_bridge import (effdet_network, in_layout, our_network,
+                           random_weights, swap_xy)
 from mmdet.utils import register_all_modules
 from mmengine import ProgressBar
-from mmengine.config import Config
+from terminaltables import GithubFlavoredMarkdownTable
 
-from mmdet_efficientdet.scaling import SCALING, scale_config
-from mmdet_efficientdet.utils import config_file
-from mmdet_efficientdet.weights.convert import build_on_meta, outline
+from mmdet_efficientdet.weights.convert import outline
 from mmdet_efficientdet.weights.layouts import LAYOUTS
 from mmdet_efficientdet.weights.matching import convert
-
-try:
-    import effdet
-except ImportError as error:
-    raise SystemExit(f'verify_parity.py compares with effdet ({error}). '
-                     'Install it: pip install effdet==0.4.1') from error
 
 BOUND = 1e-5
 VERDICTS = ('DIFFERENT', 'equal')
@@ -40,84 +59,6 @@ PARTS = ('backbone', 'neck', 'classes', 'boxes')
 # (height, width). On no level below the highest is an axis of one pixel:
 # there effdet pools nothing and its sizes are not the official ones.
 SIDES = ((256, 256), (320, 192), (225, 225), (193, 322))
-
-
-def effdet_network(size, sides, **settings):
-    """effdet's network for inputs of (height, width), without weights.
-
-    Args:
-        size (str): A key of ``SCALING``.
-        sides (tuple[int]): Height and width, of which effdet builds its neck.
-        settings: Other values of effdet's config.
-    """
-    config = effdet.get_efficientdet_config(f'tf_efficientdet_{size}')
-    config.update(dict(image_size=tuple(sides), **settings))
-    with torch.device('meta'):
-        return effdet.EfficientDet(config, pretrained_backbone=False).eval()
-
-
-def random_weights(size, seed=0, **settings):
-    """Weights for effdet's network of a size, none of them trivial.
-
-    Statistics of norms are those of noise: so values keep their magnitude
-    through the deepest network, and every tensor shows in the outputs.
-
-    Args:
-        size (str): A key of ``SCALING``.
-        seed (int): Of all that is random.
-        settings: Other values of effdet's config.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    network = effdet_network(size, (320, 320), **settings)
-    weights = {}
-    for key, value in network.state_dict().items():
-        new = torch.zeros(value.shape, dtype=value.dtype)
-        if value.ndim == 4:
-            new.normal_(0, value[0].numel()**-0.5, generator=generator)
-        elif key.endswith('edge_weights'):
-            new.uniform_(0.5, 1.5, generator=generator)
-            new[-1] -= 0.6  # some are negative, and count as nothing
-        elif key.endswith('bias'):
-            new.normal_(0, 0.2, generator=generator)
-        elif key.endswith('weight'):
-            new.uniform_(0.5, 1.5, generator=generator)
-        weights[key] = new
-    network.load_state_dict(weights, assign=True)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)  # of stochastic depth, too
-        network.train()(torch.randn(2, 3, 320, 320))
-    return network.state_dict()
-
-
-def our_network(weights, size, num_classes=90, side=None):
-    """Our detector with converted weights.
-
-    Args:
-        weights (dict): State dict of effdet's network.
-        size (str): A key of ``SCALING``.
-        num_classes (int): Classes of those weights.
-        side (int): Of the input. Defaults to the size's own.
-    """
-    cfg = Config.fromfile(config_file(size))
-    scale_config(cfg, size, image_size=side)
-    cfg.model.backbone.init_cfg = None
-    cfg.model.bbox_head.num_classes = num_classes
-    model = build_on_meta(cfg).eval()
-    state_dict, _ = convert(weights, *outline(model))
-    model.load_state_dict(state_dict, assign=True)
-    # Mean and deviation are in no checkpoint.
-    model.data_preprocessor = MODELS.build(cfg.model.data_preprocessor)
-    model.cfg = cfg
-    return model
-
-
-def swap_xy(boxes, dim=1):
-    """(y, x, h, w) of each anchor as (x, y, w, h), or back."""
-    return boxes.unflatten(dim, (-1, 4)).index_select(
-        dim + 1, torch.tensor([1, 0, 3, 2])).flatten(dim, dim + 1)
 
 
 def compare(theirs, ours, image):
@@ -154,32 +95,6 @@ def difference(maps, expected):
     return worst if math.isfinite(worst) else math.inf
 
 
-def in_layout(state_dict, layout, arch, num_levels):
-    """Our tensors as another project stores them.
-
-    Args:
-        state_dict (dict): Ours.
-        layout (Layout): One of ``LAYOUTS``.
-        arch (str): Architecture of the backbone.
-        num_levels (int): Number of pyramid levels.
-    """
-    stored = {}
-    for key, value in state_dict.items():
-        if layout.y_first and key.startswith('bbox_head.conv_reg.pointwise'):
-            value = swap_xy(value, 0)
-        values = [value]
-        if layout.tensorflow:
-            value = value.numpy()
-            if value.ndim == 4:
-                depthwise = 'depthwise' in key
-                value = value.transpose((2, 3, 0, 1) if depthwise else (2, 3,
-                                                                        1, 0))
-            values = list(value) if key.endswith('fusion_weights') else [value]
-        names = layout.names(key, arch, num_levels)
-        stored.update(zip(names, values, strict=True))
-    return stored
-
-
 def source_difference(model, layout):
     """What changes when the weights go through a layout and back."""
     shapes, *numbers = outline(model)
@@ -190,16 +105,6 @@ def source_difference(model, layout):
     }
     again, _ = convert(in_layout(own, layout, *numbers), shapes, *numbers)
     return max((again[k] - v).abs().max().item() for k, v in own.items())
-
-
-def table(titles, rows):
-    """Lines of a Markdown table."""
-    rows = [list(map(str, row)) for row in [titles, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ['-' * width for width in widths])
-    return [
-        '| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in rows
-    ]
 
 
 def verify(sizes, tick=lambda: None):
@@ -233,14 +138,14 @@ def verify(sizes, tick=lambda: None):
 
 def report(outputs, sources):
     """What :func:`verify` found, as two tables and whether all is equal."""
-    rows = []
+    rows = [('size', 'sides', *PARTS, 'verdict')]
     for size, (height, width), parts in outputs:
         good = all(value < BOUND for value in parts.values())
         values = [f'{value:.1e}' for value in parts.values()]
         rows.append((size, f'{height}x{width}', *values, VERDICTS[good]))
-    lines = table(['size', 'sides', *PARTS, 'verdict'], rows) + ['']
-    good = all(row[-1] == VERDICTS[True] for row in rows)
-    rows = []
+    good = all(row[-1] == VERDICTS[True] for row in rows[1:])
+    text = GithubFlavoredMarkdownTable(rows).table
+    rows = [('source', 'sizes', 'difference', 'verdict')]
     for layout in LAYOUTS:
         found = {size: x for size, other, x in sources if other is layout}
         wrong = [size for size, value in found.items() if value]
@@ -248,32 +153,21 @@ def report(outputs, sources):
         rows.append(
             (layout.title, len(found), f'{max(found.values()):.1e}', verdict))
         good = good and not wrong
-    return lines + table(['source', 'sizes', 'difference', 'verdict'],
-                         rows), good
+    return f'{text}\n\n{GithubFlavoredMarkdownTable(rows).table}', good
 
 
 def main():
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        '--size',
-        nargs='+',
-        default=['all'],
-        choices=['all', *SCALING],
-        metavar='SIZE',
-        help=f'all (the default), or some of {", ".join(SCALING)}')
-    args = parser.parse_args()
+    """Compares the networks of all chosen sizes and prints the tables."""
+    args = parse_args()
     register_all_modules()
     sizes = list(SCALING) if 'all' in args.size else args.size
     print(f'effdet {version("effdet")}, torch {torch.__version__}, mmdet '
           f'{mmdet.__version__}: differences relative to the largest value, '
           f'below {BOUND:g} equal\n')
     progress = ProgressBar(len(sizes) * (len(SIDES) + 1), file=sys.stderr)
-    lines, good = report(*verify(sizes, progress.update))
+    text, good = report(*verify(sizes, progress.update))
     print(file=sys.stderr)
-    print('\n'.join(lines))
+    print(text)
     if not good:
         raise SystemExit('verify_parity.py: not everything is equal')
 
