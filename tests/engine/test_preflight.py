@@ -597,7 +597,8 @@ def test_no_false_alarm_and_the_picture(sound, tmp_path, capsys):
     assert 'reading the images' in text
     assert '48       1.000' in text  # all, of the recall
     image = cv2.imread(str(sheet))
-    assert image.shape == (4 * 320, 4 * 320, 3)  # 16 samples
+    assert image.shape == (4 * check_dataset.CELL, 4 * check_dataset.CELL, 3
+                           )  # 16 samples
     assert [path.name for path in tmp_path.glob('sheet*')] == ['sheet.png']
 
 

@@ -88,9 +88,11 @@ if __name__ == '__main__':
 
 import tree_folds
 from comparison_report import write_results
-from study_runs import LAST, REPEATS, log_file, measure, result_file, run
+from study_runs import LAST, log_file, measure, result_file, run
 
 from mmdet_efficientdet.utils import write_file
+
+REPEATS = 15  # measurements, whose median is a time
 
 
 def run_all(study, tasks, steps, out, jobs):
@@ -153,7 +155,7 @@ def run_all(study, tasks, steps, out, jobs):
     if not there.keys() >= set(variants):
         print('measuring costs: leave the machine alone', flush=True)
         log = out / 'logs' / 'costs.log'
-        code = start_and_wait(measure, study, variants, out, log)
+        code = start_and_wait(measure, study, variants, REPEATS, out, log)
         if code:
             failed.append(f'measuring costs ended with {code}, see {log}')
     return failed

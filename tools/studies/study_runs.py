@@ -12,7 +12,6 @@ from study_configs import BATCH_SIZE, make_config
 from mmdet_efficientdet.utils import write_file
 
 LAST = 20  # steps over which the loss is averaged
-REPEATS = 15  # of which the median is a time
 
 
 def start_process(log):
@@ -68,7 +67,7 @@ def log_file(out, *task):
     return out / 'logs' / f'{result_file(out, *task).stem}.log'
 
 
-def measure(study, variants, out, log):
+def measure(study, variants, repeats, out, log):
     """Writes the sizes and times of all variants, measured in turn.
 
     Times are CPU times, for one thread: of neck and network for one image,
@@ -114,7 +113,7 @@ def measure(study, variants, out, log):
         times = {variant: [] for variant in variants}
         for model in models.values():
             model.train(name == 'step_ms')
-        for _ in range(REPEATS + 1):  # the first does not count
+        for _ in range(repeats + 1):  # the first does not count
             for variant, functions in calls.items():
                 start = time.process_time()
                 with torch.set_grad_enabled(name == 'step_ms'):
