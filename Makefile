@@ -46,7 +46,7 @@ test: $(STAMP)  ## run all tests and list the slowest
 	@$(PY) -m pytest -q --durations=15 tests
 
 docs: $(STAMP)  ## render docs/ into build/site
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir build/site
 
 lint: $(STAMP)  ## flake8, isort and yapf; changes nothing
 	@status=0
