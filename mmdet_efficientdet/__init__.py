@@ -17,7 +17,9 @@ try:  # lets mmengine resolve 'mmdet_efficientdet::...' configs and models
 except ImportError:  # scaling and its table need no mmengine
     pass
 else:
-    MODULE2PACKAGE.setdefault(__name__, __name__)
+    # The name of a module, whose folder mmengine takes. It cannot find the
+    # folder of a distribution that is installed with pip install -e.
+    MODULE2PACKAGE.setdefault(__name__, f'{__name__}.utils')
 
 __version__ = '0.1.0'
 
