@@ -25,8 +25,10 @@ try:
 except ImportError:  # scaling and its table need neither
     pass
 else:
-    # Lets mmengine resolve 'mmdet_efficientdet::...' configs and models.
-    MODULE2PACKAGE.setdefault(__name__, __name__)
+    # Lets mmengine resolve 'mmdet_efficientdet::...' configs and models. The
+    # value names a module, whose folder mmengine takes. It cannot find the
+    # folder of a distribution that was installed with pip install -e.
+    MODULE2PACKAGE.setdefault(__name__, f'{__name__}.utils')
 
     @wrapt.when_imported('mmengine.runner.checkpoint')
     def _register_schemes(module) -> None:
