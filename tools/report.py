@@ -22,13 +22,14 @@ from pathlib import Path
 import cv2
 import mmcv
 import numpy as np
-from detection_errors import class_rows, count_boxes, draw_image, evaluate
 from matplotlib.figure import Figure
 from mmdet.datasets.api_wrappers import COCOeval
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.utils import track_iter_progress
+from report_parts.detection_errors import (class_rows, count_boxes, draw_image,
+                                           evaluate)
 
 from mmdet_efficientdet.utils import write_file
 

@@ -139,7 +139,7 @@ def test_epochs_survive(tmp_path):
 
 @pytest.mark.parametrize('change', ['nothing', 'loss', 'weights'])
 def test_differences_are_told(change, monkeypatch, capsys):
-    """tools/verify_resume.py fails where a loss or a tensor differs."""
+    """tools/proof/verify_resume.py fails where a loss or a tensor differs."""
 
     def train(folder, steps, seed, kill=None):
         logs = folder / '1' / 'vis_data'

@@ -1,4 +1,4 @@
-"""tools/compare_necks.py: folds, statistics, resuming, and one real run."""
+"""tools/studies/compare_necks.py: folds, statistics, resuming, and one run."""
 import csv
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""tools/verify_detectors.py: what it passes, what it fails, what it keeps."""
+"""tools/proof/verify_detectors.py: what passes, fails and is kept."""
 import json
 from types import SimpleNamespace
 

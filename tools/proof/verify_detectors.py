@@ -33,7 +33,7 @@ from mmengine.config import Config
 
 from mmdet_efficientdet.utils import write_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 CONFIGS = ROOT / 'configs' / 'bifpn'
 DATA = ROOT / 'data' / 'trees'

@@ -14,7 +14,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
 IMAGE_SIZE = 512  # enlarges the windows of 400 px, whose trees are small
 SCORE = 'coco/bbox_mAP_50'

@@ -21,7 +21,7 @@ from pathlib import Path
 import mmdet
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
 CONFIG = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
 INTERVAL = 10  # steps from one checkpoint to the next

@@ -21,11 +21,14 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from verify_detections import as_effdet
-from verify_parity import effdet_network, our_network, random_weights, table
 
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'proof'))
+from verify_detections import as_effdet  # noqa: E402
+from verify_parity import (effdet_network, our_network,  # noqa: E402
+                           random_weights, table)
 
 BOUND = 1e-5  # of the outputs' errors, relative to the largest value
 OTHER_FUSIONS = ('softmax', 'sum', 'unbounded', 'channel_fast_normalized')

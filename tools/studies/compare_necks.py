@@ -1,7 +1,7 @@
 """Compare necks, or ways to scale, under one detector on aerial trees.
 
-    python tools/compare_necks.py
-    python tools/compare_necks.py --study scaling --out work_dirs/scaling
+    python tools/studies/compare_necks.py
+    python tools/studies/compare_necks.py --study scaling --out work_dirs/x
 
 trains EfficientDet-Lite0 with each variant, seed and fold in a process of its
 own, with the shipped recipe for trees, cut short. The folds are places: no
@@ -30,7 +30,7 @@ from comparison_report import write_results
 
 from mmdet_efficientdet.utils import write_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
 BATCH_SIZE = 4
 ENLARGEMENT = 1.2  # less than the recipe's: more trees in each step
