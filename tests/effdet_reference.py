@@ -5,7 +5,7 @@ import effdet
 from effdet.config import get_efficientdet_config
 from verify_parity import effdet_network, random_weights
 
-from mmdet_efficientdet.checkpoints import convert_imagenet_backbone
+from mmdet_efficientdet.weights.schemes import convert_imagenet_backbone
 
 _RULES = [
     (r'^fpn\.resample\.3\.conv\.', 'neck.extra_levels.0.'),

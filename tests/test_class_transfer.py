@@ -16,7 +16,8 @@ from tiny_data import (CLASSES, D0, LITE0, make_dataset, run_convert, run_tool,
                        trained_run, write_config)
 
 from mmdet_efficientdet import ClassTransferHook
-from mmdet_efficientdet.class_transfer import transfer_classes, transfer_file
+from mmdet_efficientdet.weights.class_transfer import (transfer_classes,
+                                                       transfer_file)
 
 COCO = CocoDataset.METAINFO['classes']
 VOC = VOCDataset.METAINFO['classes']

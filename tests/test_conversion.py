@@ -21,14 +21,14 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 from tiny_data import run_convert
 
-from mmdet_efficientdet.conversion.convert import (convert_file, save,
-                                                   select_coco_classes)
-from mmdet_efficientdet.conversion.layouts import LAYOUTS
-from mmdet_efficientdet.conversion.sources import open_source
-from mmdet_efficientdet.conversion.tensorflow import masked_crc32c, read_bundle
-from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
+from mmdet_efficientdet.weights.convert import (convert_file, save,
+                                                select_coco_classes)
+from mmdet_efficientdet.weights.layouts import LAYOUTS
+from mmdet_efficientdet.weights.matching import convert
+from mmdet_efficientdet.weights.sources import open_source
+from mmdet_efficientdet.weights.tensorflow import masked_crc32c, read_bundle
 
 ROOT = Path(__file__).parents[1]
 BIAS = 'class_net.predict.conv_pw.bias'  # of effdet

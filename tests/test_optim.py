@@ -13,7 +13,7 @@ from test_configs import SIZES, batch
 from test_training import new_model
 from tiny_data import CONFIGS, D0, LITE0, make_dataset, run_tool, write_config
 
-from mmdet_efficientdet.optim import WarmupCosineLR
+from mmdet_efficientdet.engine.schedule import WarmupCosineLR
 
 GN, FINETUNE, ADVPROP = (
     CONFIGS / f'efficientdet_d0_{name}_coco.py'
@@ -114,7 +114,7 @@ def test_resumed_beyond_the_end(warmup, end):
 def test_short_schedules(warmup, end, message, monkeypatch):
     """Nobody trains with a rate that has no time to fall, without a word."""
     logged = []
-    monkeypatch.setattr('mmdet_efficientdet.optim.print_log',
+    monkeypatch.setattr('mmdet_efficientdet.engine.schedule.print_log',
                         lambda text, *_: logged.append(text))
     scheduler = WarmupCosineLR(sgd(), warmup=warmup, end=end, by_epoch=False)
     assert len(logged) == bool(message)
@@ -153,7 +153,7 @@ def test_resumed_with_other_steps(monkeypatch):
         WarmupCosineLR(
             sgd(), warmup=2, end=50, by_epoch=False).load_state_dict(saved)
     logged = []
-    monkeypatch.setattr('mmdet_efficientdet.optim.print_log',
+    monkeypatch.setattr('mmdet_efficientdet.engine.schedule.print_log',
                         lambda text, *_: logged.append(text))
     for warmup in (2, 3):
         WarmupCosineLR(sgd(), warmup=warmup, end=50).load_state_dict(saved)

@@ -13,9 +13,9 @@ import verify_parity
 from verify_parity import (BOUND, PARTS, SIDES, compare, effdet_network,
                            our_network, random_weights, verify)
 
-from mmdet_efficientdet.conversion.layouts import LAYOUTS
-from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.models.bifpn import FusionNode
+from mmdet_efficientdet.weights.layouts import LAYOUTS
+from mmdet_efficientdet.weights.matching import convert
 
 TOOL = Path(verify_parity.__file__)
 

@@ -19,12 +19,12 @@ from tiny_data import (CONFIGS, IMAGES, make_dataset, run_tool, trained_run,
 from two_ranks import errors_of_ranks
 
 from mmdet_efficientdet import AnchorGenerator
-from mmdet_efficientdet.anchor_advisor import (InputBoxes, Recall, advise,
-                                               best_iou, recall_table, snippet,
-                                               to_input)
-from mmdet_efficientdet.preflight import (PreflightHook, check_anchors,
-                                          check_last_batch, check_recipe,
-                                          read_all)
+from mmdet_efficientdet.datasets.anchor_fit import (InputBoxes, Recall, advise,
+                                                    best_iou, recall_table,
+                                                    snippet, to_input)
+from mmdet_efficientdet.engine.preflight import (PreflightHook, check_anchors,
+                                                 check_last_batch,
+                                                 check_recipe, read_all)
 from mmdet_efficientdet.utils import register_all_modules
 
 COPIES = 6  # of the tiny images, for ten boxes of each class

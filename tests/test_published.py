@@ -30,9 +30,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from test_conversion import tf_shapes, values, write_bundle
 from tiny_data import TOOLS, make_dataset, write_config
 
-from mmdet_efficientdet import checkpoints, published
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
+from mmdet_efficientdet.weights import published, schemes
 
 LITE0 = 'effdet://tf_efficientdet_lite0'
 ADVPROP = 'automl://advprop/efficientdet-d0'
@@ -320,7 +320,7 @@ def test_cache_that_cannot_be_written(publish, cache):
 PROCESS = '''
 import sys
 from dataclasses import replace
-from mmdet_efficientdet import published
+from mmdet_efficientdet.weights import published
 published.TIMEOUT = 600
 entry = replace(published.manifest()[{path!r}], file={file!r},
                 addresses=({address!r}, ))

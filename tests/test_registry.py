@@ -185,7 +185,7 @@ theirs = {name: type(name, (nn.Module, ), {}) for name in names}
 for early in names[:3]:
     MODELS.register_module(module=theirs[early])
 import mmdet_efficientdet.models as ours
-import mmdet_efficientdet.transforms
+import mmdet_efficientdet.datasets.transforms
 for late in names[3:]:
     MODELS.register_module(module=theirs[late])
 for name in names:

@@ -17,10 +17,10 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from tiny_data import CONFIGS
 from torch.utils.data import Subset
 
-from mmdet_efficientdet.reproducible import (SampleIndex,
-                                             SeededIterBasedTrainLoop,
-                                             SeededSampler, SeedHook,
-                                             SeedTransforms)
+from mmdet_efficientdet.engine.reproducible import (SampleIndex,
+                                                    SeededIterBasedTrainLoop,
+                                                    SeededSampler, SeedHook,
+                                                    SeedTransforms)
 
 
 def of_rank(rank, world_size, size=10, **kwargs):
@@ -254,7 +254,7 @@ def test_steps_are_seeded(monkeypatch):
         for scramble in (random.seed, np.random.seed, torch.seed):
             scramble()
         hook.seed = seed
-        monkeypatch.setattr('mmdet_efficientdet.reproducible.get_rank',
+        monkeypatch.setattr('mmdet_efficientdet.engine.reproducible.get_rank',
                             lambda: rank)
         hook.before_train_iter(SimpleNamespace(iter=iteration), 0)
         return random.random(), np.random.rand(), torch.rand(1).item()

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from tiny_data import (CLASSES, COLOURS, CONFIGS, IMAGES, TOOLS, make_dataset,
                        run_tool, trained_run, write_config)
 
-from mmdet_efficientdet.hooks import ClassCheckHook
+from mmdet_efficientdet import ClassCheckHook
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 
-from mmdet_efficientdet.transforms import ResizeCrop, scaled_size
+from mmdet_efficientdet.datasets.transforms import ResizeCrop, scaled_size
 
 FIT = (1.0, 1.0)
 # An image and what TensorFlow 2.15 makes of it, half-pixel and legacy:

@@ -18,13 +18,15 @@ from mmdet.structures.bbox import get_box_tensor
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config, DictAction
 
-from mmdet_efficientdet.anchor_advisor import (advise, best_iou, recall_table,
-                                               snippet)
-from mmdet_efficientdet.dataset_checks import Finding, check_images, verdict
-from mmdet_efficientdet.files import write_file
+from mmdet_efficientdet.datasets.anchor_fit import (advise, best_iou,
+                                                    recall_table, snippet)
+from mmdet_efficientdet.datasets.annotation_checks import (Finding,
+                                                           check_images,
+                                                           verdict)
+from mmdet_efficientdet.engine.preflight import (check_training, input_boxes,
+                                                 read_all)
 from mmdet_efficientdet.models import EfficientDetHead
-from mmdet_efficientdet.preflight import check_training, input_boxes, read_all
-from mmdet_efficientdet.utils import register_all_modules
+from mmdet_efficientdet.utils import register_all_modules, write_file
 
 CELL = 320  # pixels of a sample in the picture
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import tree_folds
 from comparison_report import write_results
 
-from mmdet_efficientdet.files import write_file
+from mmdet_efficientdet.utils import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'

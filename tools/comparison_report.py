@@ -10,7 +10,7 @@ import sys
 import tree_folds
 from scipy import stats
 
-from mmdet_efficientdet.files import write_file
+from mmdet_efficientdet.utils import write_file
 
 
 def paired_difference(rows, variant, baseline, key='AP50'):

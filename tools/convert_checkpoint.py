@@ -11,11 +11,11 @@ import os
 
 from mmengine.config import Config
 
-from mmdet_efficientdet.checkpoints import config_of, log_differences
-from mmdet_efficientdet.class_transfer import transfer_file
-from mmdet_efficientdet.conversion.convert import convert_file, save
-from mmdet_efficientdet.conversion.sources import PART
-from mmdet_efficientdet.published import fetch, find, find_by_file
+from mmdet_efficientdet.weights.class_transfer import transfer_file
+from mmdet_efficientdet.weights.convert import convert_file, save
+from mmdet_efficientdet.weights.published import fetch, find, find_by_file
+from mmdet_efficientdet.weights.schemes import config_of, log_differences
+from mmdet_efficientdet.weights.sources import PART
 
 
 def read_config(path):

@@ -30,7 +30,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.utils import track_iter_progress
 
-from mmdet_efficientdet.files import write_file
+from mmdet_efficientdet.utils import write_file
 
 CURVES = {
     'Loss': lambda key: 'loss' in key,

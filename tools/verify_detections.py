@@ -24,8 +24,8 @@ from torchvision.ops import box_iou
 from verify_parity import (effdet, effdet_network, in_layout, our_network,
                            random_weights, table)
 
-from mmdet_efficientdet.conversion.layouts import LAYOUTS
 from mmdet_efficientdet.scaling import SCALING
+from mmdet_efficientdet.weights.layouts import LAYOUTS
 
 STEPS = ('nothing: same input, hard NMS in both',
          'effdet clips boxes, before NMS',

@@ -31,7 +31,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from mmdet_efficientdet.files import write_file
+from mmdet_efficientdet.utils import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'

@@ -22,11 +22,11 @@ from mmdet.utils import register_all_modules
 from mmengine import ProgressBar
 from mmengine.config import Config
 
-from mmdet_efficientdet.conversion.convert import build_on_meta, outline
-from mmdet_efficientdet.conversion.layouts import LAYOUTS
-from mmdet_efficientdet.conversion.tensors import convert
 from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
+from mmdet_efficientdet.weights.convert import build_on_meta, outline
+from mmdet_efficientdet.weights.layouts import LAYOUTS
+from mmdet_efficientdet.weights.matching import convert
 
 try:
     import effdet

@@ -1,4 +1,4 @@
-"""Importing this package registers the models."""
+"""The network: backbone, neck, head and detector."""
 from .anchors import AnchorBoxCoder, AnchorGenerator
 from .bifpn import BiFPN
 from .efficientdet import EfficientDet

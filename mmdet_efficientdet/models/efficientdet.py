@@ -4,10 +4,10 @@ from typing import Tuple
 from mmdet.models.detectors import SingleStageDetector
 from torch import Tensor
 
-from ..checkpoints import StrictLoading
 from ..registry import MODELS
 from .layers import freeze_statistics
 from .loss_guard import check_finite
+from .strict_loading import StrictLoading
 
 # All that depends on the classes; what stands before it serves them together.
 CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'

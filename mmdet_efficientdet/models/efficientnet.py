@@ -13,9 +13,9 @@ from mmdet.models.layers import InvertedResidual
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..checkpoints import StrictLoading
 from ..registry import MODELS
 from .layers import BN_CFG, checkpoint, freeze_statistics
+from .strict_loading import StrictLoading
 
 # Rows of the stages of B0: repeats, kernel, stride, expansion, channels.
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40),

@@ -1,6 +1,6 @@
 """Stops a training at the first loss that is not a finite number."""
-import io
 import os.path as osp
+from functools import partial
 from typing import List
 
 import torch
@@ -9,7 +9,7 @@ from mmengine.dist import all_reduce, get_dist_info
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from ..files import plain_data, write_file
+from ..utils import plain_data, write_file
 
 
 class NonFiniteLossError(RuntimeError):
@@ -99,10 +99,8 @@ def _save_batch(path: str, step: int, losses: dict, inputs: Tensor,
                 bboxes=get_box_tensor(sample.gt_instances.bboxes).cpu(),
                 labels=sample.gt_instances.labels.cpu()) for sample in samples
         ])
-    buffer = io.BytesIO()
-    torch.save(batch, buffer)
     try:
-        write_file(path, buffer.getvalue())
+        write_file(path, partial(torch.save, batch))
     except OSError as error:  # the loss matters more
         return f'The batch could not be saved: {error}'
     return (f'The batch (inputs, boxes, labels) is in {path}: '

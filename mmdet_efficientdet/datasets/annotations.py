@@ -10,7 +10,7 @@ import numpy as np
 from mmdet.datasets import CocoDataset, XMLDataset
 from mmengine.fileio import load
 
-from .hooks import reads_like
+from .class_names import reads_like
 
 NOT_WANTED, NOT_IN_FILE = -1, -2  # labels of boxes of other categories
 IMAGE_FIELDS = ('id', 'file_name', 'height', 'width')

@@ -5,7 +5,7 @@ import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 
-from .registry import TRANSFORMS
+from ..registry import TRANSFORMS
 
 
 @TRANSFORMS.register_module()

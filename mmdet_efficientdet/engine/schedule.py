@@ -1,4 +1,4 @@
-"""The official learning rate, weight decay and clipping, for mmengine.
+"""The official learning rate, and its scaling to another batch.
 
 Source: google/automl ``efficientdet/det_model_fn.py``.
 """
@@ -6,17 +6,13 @@ import logging
 import math
 from typing import List
 
-import torch
-from mmengine.dist import all_reduce_params, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
-from torch import nn
 
-from .registry import (HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS,
-                       PARAM_SCHEDULERS)
+from ..registry import HOOKS, PARAM_SCHEDULERS
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -140,102 +136,6 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
                                         self.start_factor) * step / self.warmup
         angle = math.pi * step / max(self.end - self.warmup, 1)
         return (1 + math.cos(angle)) / 2
-
-
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Joins parameters of equal options into one group.
-
-    The host makes a group of every parameter, hundreds of them, and torch's
-    optimizers fuse their work within a group only. The official recipe needs
-    two: kernels, which decay, and all else.
-
-    ``flat_decay_mult`` of ``paramwise_cfg``, for parameters of less than two
-    dimensions, also holds for those that a key of ``custom_keys`` names,
-    unless the key has a ``decay_mult`` itself. With the host alone another
-    rate for the backbone turns on the decay of its norms and biases.
-
-    Raises:
-        ValueError: If modules share a parameter, which the host's groups do
-            not allow either.
-    """
-
-    def add_params(self,
-                   params: List[dict],
-                   module: nn.Module,
-                   prefix: str = '',
-                   **kwargs) -> None:
-        """Adds the parameters of ``module``; see the host's method."""
-        super().add_params(params, module, prefix=prefix, **kwargs)
-        if prefix:
-            return  # a call for a submodule
-        flat = self.paramwise_cfg.get('flat_decay_mult')
-        names = {id(p): name for name, p in module.named_parameters()}
-        groups, seen = {}, set()
-        for single in params:
-            parameter, = single['params']
-            name = names[id(parameter)]
-            if name in seen:
-                raise ValueError(
-                    f'{name} is shared by several modules; write optim_wrapper'
-                    '.paramwise_cfg.bypass_duplicate=True')
-            seen.add(name)
-            options = dict(lr=self.base_lr, weight_decay=self.base_wd)
-            if (flat is not None and self.base_wd is not None
-                    and parameter.ndim < 2 and 'decay_mult' not in single
-                    and any(
-                        key in name
-                        for key in self.paramwise_cfg.get('custom_keys', ()))):
-                single['weight_decay'] = self.base_wd * flat
-            # The multipliers have been applied to the two.
-            options.update({
-                key: value
-                for key, value in single.items()
-                if key not in ('params', 'lr_mult', 'decay_mult')
-            })
-            group = groups.setdefault(repr(options), dict(options, params=[]))
-            group['params'] += single['params']
-        params[:] = [{
-            key: value
-            for key, value in group.items() if value is not None
-        } for group in groups.values()]
-
-
-@OPTIM_WRAPPERS.register_module()
-class LocalClipOptimWrapper(OptimWrapper):
-    """Clips the gradient of each rank before they are summed.
-
-    With R ranks the official code on TPUs steps along the sum over ranks of
-    ``clip(g_r / R)`` (google/automl ``det_model_fn.py``), while the host, as
-    all of DistributedDataParallel's users, clips the mean of ``g_r``. The
-    norm of a rank's share is R times smaller, so that clipping acts rarely
-    here, and only on the rank whose batch is at fault. With one rank both are
-    the same.
-
-    The logged ``grad_norm`` is that of the first rank's share. Every rank
-    must have gradients for the same parameters. Half precision needs the
-    host's AmpOptimWrapper, which clips the mean.
-    """
-
-    def should_sync(self) -> bool:
-        """Never: every rank keeps its own gradient until it is clipped."""
-        return False
-
-    def step(self, **kwargs) -> None:
-        """Clips this rank's share, sums over ranks and updates.
-
-        Args:
-            kwargs: See ``torch.optim.Optimizer.step``.
-        """
-        grads = [
-            parameter.grad for group in self.optimizer.param_groups
-            for parameter in group['params'] if parameter.grad is not None
-        ]
-        torch._foreach_div_(grads, get_world_size())
-        if self.clip_grad_kwargs:
-            self._clip_grad()
-        all_reduce_params(grads)
-        self.optimizer.step(**kwargs)
 
 
 @HOOKS.register_module()

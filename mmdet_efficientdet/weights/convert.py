@@ -1,24 +1,24 @@
 """Turns files of published weights into checkpoints of ours."""
 import copy
 import os
-from contextlib import suppress
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Dict, List, Tuple
 
 import torch
 from mmdet.datasets import CocoDataset
-from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from ..conventions import adopt_conventions, conventions
 from ..models.efficientdet import CLASS_PREDICTOR
+from ..registry import MODELS
 from ..scaling import SCALING, scale_config
-from ..utils import register_all_modules
+from ..utils import write_file
+from .conventions import adopt_conventions, conventions
+from .matching import fill, match
 from .sources import Source, class_names, open_source
-from .tensors import fill, match
 
 _BIAS = f'{CLASS_PREDICTOR}.bias'
 # Category ids of COCO that no object has; an output of 90 has a slot for
@@ -77,7 +77,6 @@ def convert_source(source: Source,
             f'the config {config.filename} is of no EfficientDet; take '
             'configs/efficientdet/efficientdet_<size>_8xb16-300e_coco.py, or '
             'one of yours that is based on it')
-    register_all_modules(init_default_scope=False)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     meta = source.meta
@@ -252,17 +251,12 @@ def save(checkpoint: dict, path: str) -> None:
         ValueError: If it cannot be written; no part of it is left.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}')
     try:
         if target.exists() and not target.is_file():
             raise OSError('it exists and is no file')
         if target.is_file() and not target.stat().st_mode & 0o222:
             raise PermissionError('the file is read-only')
-        with temporary.open('wb') as file:  # a path would get into the file
-            torch.save(checkpoint, file)
-        os.replace(temporary, target)
+        # torch writes the name of a path into the file, but not of a stream.
+        write_file(target, partial(torch.save, checkpoint))
     except (OSError, RuntimeError) as error:  # torch's, on a full disk
         raise ValueError(f'cannot write {path}: {error}') from error
-    finally:
-        with suppress(OSError):  # nothing was made where nothing can be
-            temporary.unlink()

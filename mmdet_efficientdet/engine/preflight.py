@@ -1,139 +1,34 @@
 """What makes a training fail, found in config and data before it starts."""
-from typing import List, Optional, Sequence, Tuple
+import json
+from typing import List, Optional, Sequence
 
 import numpy as np
+from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank
+from mmengine.fileio import get_text
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .anchor_advisor import InputBoxes, Recall, best_iou, to_input
-from .dataset_checks import (OF_EVALUATION, Finding, check_boxes,
-                             check_class_order, check_evaluated, check_file,
-                             check_overlap, check_training_set,
-                             check_validation_set, verdict)
-from .hooks import check_class_count, innermost
-from .models import EfficientDetHead
-from .raw_annotations import Annotations, read_annotations
-from .registry import HOOKS
+from ..datasets.anchor_fit import InputBoxes, Recall, best_iou, to_input
+from ..datasets.annotation_checks import (OF_EVALUATION, Finding, check_boxes,
+                                          check_file, verdict)
+from ..datasets.annotations import Annotations, read_annotations
+from ..datasets.class_names import (check_class_count, check_class_names,
+                                    innermost, reads_like)
+from ..datasets.split_checks import (check_class_order, check_evaluated,
+                                     check_overlap, check_training_set,
+                                     check_validation_set)
+from ..models import EfficientDetHead
+from ..registry import HOOKS
+from ..utils import shorten
+from ..weights.conventions import differing_options
+from .recipe_checks import check_last_batch, check_recipe
 
-MIN_GROUP = 8  # images whose statistics a batch norm takes
 MIN_RECALL = 0.3
 MAX_SAMPLE = 1000  # images whose boxes are compared with the anchors
-
-
-def check_recipe(cfg: Config, model: nn.Module,
-                 num_gpus: int) -> List[Finding]:
-    """Checks learning rate and batch norms for the real batch."""
-    found = []
-    batch = cfg.train_dataloader.get('batch_size', 1)
-    optim = cfg.get('optim_wrapper', {})
-    steps = optim.get('accumulative_counts', 1)
-    scaling = cfg.get('auto_scale_lr') or {}
-    base, real = scaling.get('base_batch_size'), num_gpus * batch * steps
-    lr = optim.get('optimizer', {}).get('lr')
-    if (lr and base and not scaling.get('enable')
-            and not 0.5 < base / real < 2):
-        found.append(
-            Finding(
-                False, 'learning_rate', 1,
-                f'lr={lr:g} is for batches of {base}, but they are {real} '
-                f'({num_gpus} GPUs x {batch} images x {steps} steps)',
-                f'--auto-scale-lr, or lr={lr * real / base:.3g}; if it was '
-                f'chosen for {real}, auto_scale_lr.base_batch_size={real}'))
-    norms, sharing = _training_norms(cfg, model, num_gpus)
-    group = batch * sharing
-    if norms and group < MIN_GROUP:
-        found.append(
-            Finding(
-                False, 'batch_norm', len(norms),
-                f'{len(norms)} batch norms take their statistics from '
-                f'{group} images', f'batches of {MIN_GROUP} or more, or '
-                "norm_cfg=dict(type='GN', num_groups=8), or norm_eval=True of "
-                'the model', tuple(norms[:3])))
-    return found
-
-
-def _training_norms(cfg: Config, model: nn.Module,
-                    num_gpus: int) -> Tuple[List[str], int]:
-    """Batch norms that take statistics, and over how many GPUs."""
-    norms = {
-        name: module
-        for name, module in model.train().named_modules()
-        if isinstance(module, _BatchNorm) and module.training
-    }
-    sync = cfg.get('sync_bn') or any(
-        isinstance(norm, nn.SyncBatchNorm) for norm in norms.values())
-    return list(norms), num_gpus if sync else 1
-
-
-def check_last_batch(cfg: Config, model: nn.Module, num_gpus: int,
-                     dataset) -> List[Finding]:
-    """Checks that no batch norm gets one pixel of one image.
-
-    torch raises there, at the end of the first epoch. The coarsest level has
-    one pixel if the input is no larger than its stride.
-
-    Args:
-        cfg, model, num_gpus: See :func:`check_training`.
-        dataset (Dataset | dict): Of the training. Built only if it matters.
-    """
-    loader = cfg.train_dataloader
-    side = _input_side(cfg)
-    norms, sharing = _training_norms(cfg, model, num_gpus)
-    norms = [name for name in norms if not name.startswith('backbone.')]
-    if not norms or not side or side > 2**(model.bbox_head.num_levels + 2):
-        return []
-    sampler = loader.get('sampler') or {}
-    batches = loader.get('batch_sampler') or {}
-    batch = last = batches.get('batch_size', loader.get('batch_size', 1))
-    whole = (
-        loader.get('drop_last') or batches.get('drop_last')
-        or loader.get('num_batch_per_epoch') or sampler.get('infinite')
-        or 'Infinite' in str(sampler.get('type')))
-    if not whole and batch > 1:
-        if isinstance(dataset, dict):
-            dataset = DATASETS.build(dataset)
-        images = -(-len(dataset) // num_gpus)
-        if cfg.train_cfg.get('max_iters', images) >= images / batch:
-            last = images % batch or batch
-    if last * sharing > 1:
-        return []
-    return [
-        Finding(
-            True, 'last_batch', 1,
-            f'the last of the batches, of up to {batch} images, has one '
-            f'image, and at {side} pixels the coarsest level has one pixel, '
-            'of which batch norms cannot take statistics',
-            'train_dataloader.drop_last=True, or another batch_size')
-    ]
-
-
-def _input_side(cfg: Config) -> int:
-    """The longer side of the largest input, or 0 where it is not known."""
-    sides = []
-    for part in innermost(cfg.train_dataloader.dataset):
-        kinds = ('Resize', 'Crop', 'Pad', 'Mosaic', 'MixUp', 'Affine',
-                 'Expand', 'Rotate')
-        changing = [
-            transform for transform in part.get('pipeline', []) if any(
-                kind in str(transform.type) for kind in kinds)
-        ]
-        if not changing:
-            return 0
-        last, size = changing[-1], None
-        if str(last.type).endswith('ResizeCrop'):
-            size = last.image_size
-        elif last.type == 'Resize' and not last.get('keep_ratio'):
-            size = last.get('scale')
-        if not size:
-            return 0
-        sides.append(np.max(size))
-    divisor = cfg.model.data_preprocessor.get('pad_size_divisor', 1)
-    return int(-(-max(sides) // divisor) * divisor)
 
 
 def input_boxes(cfg: Config, parts: Sequence[Annotations]) -> InputBoxes:
@@ -295,3 +190,85 @@ class PreflightHook(Hook):
                     f'{finding.fix}')
         errors = [str(finding) for finding in found if finding.error]
         return '\n'.join([*errors, verdict(found)]) if errors else ''
+
+
+@HOOKS.register_module()
+class ClassCheckHook(Hook):
+    """Stops before the first step if head, names and annotations disagree.
+
+    Left alone, such a run trains to the end with an AP of zero, or with
+    classes that have changed places.
+    """
+
+    def before_train(self, runner) -> None:
+        """Checks the training and the validation data."""
+        dataset = runner.train_dataloader.dataset
+        self._check(runner, dataset)
+        _check_objects(runner, dataset)
+        if runner.val_loop is not None:
+            self._check(runner, runner.val_dataloader.dataset)
+
+    def before_test(self, runner) -> None:
+        """Checks the test data."""
+        self._check(runner, runner.test_dataloader.dataset)
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Warns where weights were made for other settings."""
+        meta, model = checkpoint.get('meta') or {}, runner.cfg.get('model', {})
+        if not str(model.get('type')).endswith('EfficientDet'):
+            return
+        options = differing_options(meta, model)
+        if options:
+            runner.logger.warning(
+                'The checkpoint was made with other settings than this '
+                'config has. To take its own, add\n  --cfg-options '
+                f'{" ".join(options)}')
+
+    def _check(self, runner, dataset) -> None:
+        model = runner.model
+        while is_model_wrapper(model) or not hasattr(model, 'bbox_head'):
+            if not hasattr(model, 'module'):
+                return
+            model = model.module
+        classes = dataset.metainfo.get('classes')
+        if classes is None:
+            return
+        check_class_count(
+            getattr(model.bbox_head, 'num_classes', len(classes)), classes)
+        for part in innermost(dataset):
+            if not (hasattr(part, 'cat_ids')
+                    and reads_like(part, CocoDataset)):
+                continue
+            if tuple(classes) == part.METAINFO.get('classes'):
+                if len(part.cat_ids) == len(classes):
+                    continue  # COCO itself; its file is slow to read
+            text = get_text(part.ann_file, backend_args=part.backend_args)
+            categories = json.loads(text)['categories']
+            check_class_names(classes, [c['name'] for c in categories],
+                              part.ann_file)
+
+
+def _check_objects(runner, dataset) -> None:
+    """Where no file lists the classes, the objects have to tell them."""
+    classes = dataset.metainfo.get('classes')
+    # One part may well hold nothing but negatives: all count together.
+    parts = [
+        part for part in innermost(dataset) if len(part)
+        and not hasattr(part, 'cat_ids') and hasattr(part, 'get_data_info')
+    ]
+    if not classes or not parts:
+        return
+    seen = {
+        instance['bbox_label']
+        for part in parts
+        for index in range(len(part))
+        for instance in part.get_data_info(index).get('instances', [])
+    }
+    unseen = [name for i, name in enumerate(classes) if i not in seen]
+    files = ', '.join(str(part.ann_file) for part in parts)
+    message = (f'{files} has no object of the classes {shorten(unseen)}. '
+               'Write names as they are in the annotations')
+    if not seen:
+        raise ValueError(message)
+    if unseen:
+        runner.logger.warning(message)

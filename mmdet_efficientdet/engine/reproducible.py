@@ -21,7 +21,7 @@ from mmengine.hooks import DistSamplerSeedHook
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import BatchSampler, Sampler
 
-from .registry import DATA_SAMPLERS, HOOKS, LOOPS, TRANSFORMS
+from ..registry import DATA_SAMPLERS, HOOKS, LOOPS, TRANSFORMS
 
 # First part of a key, so that no two purposes draw the same numbers.
 SAMPLE, STEP = 0, 1
