@@ -5,23 +5,18 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.models import SIZES, batch, sizes_in
+from helpers.tiny_data import CONFIGS, D0
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
-from test_scaling import TABLE, sizes_in
-from tiny_data import CONFIGS, D0
+from oracles.official_sizes import TABLE
 
 from mmdet_efficientdet.scaling import scale_config
 
 ALL = sorted(CONFIGS.parent.rglob('*.py'))
-SIZES = {
-    name:
-    CONFIGS / (f'efficientdet_{name}_8xb16-'
-               f'{600 if name in ("d7", "d7x") else 300}e_coco.py')
-    for name in TABLE
-}
 
 
 def small_detector(name, image_size=(64, 128)):
@@ -31,26 +26,6 @@ def small_detector(name, image_size=(64, 128)):
     scale_config(config._cfg_dict, name, image_size=image_size)
     config.model.backbone.init_cfg = None
     return MODELS.build(config.model).eval()
-
-
-def batch(*shapes, num_classes=80):
-    """Random images (height, width) with two boxes each."""
-    samples = []
-    for height, width in shapes:
-        boxes = torch.tensor([[4., 4, 36, 40], [20, 10, width, height]])
-        samples.append(
-            DetDataSample(
-                gt_instances=InstanceData(
-                    bboxes=boxes, labels=torch.tensor([0, num_classes - 1])),
-                metainfo=dict(
-                    img_shape=(height, width),
-                    ori_shape=(2 * height, 2 * width),
-                    scale_factor=(0.5, 0.5))))
-    images = [
-        torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-        for shape in shapes
-    ]
-    return dict(inputs=images, data_samples=samples)
 
 
 def check_loss_and_results(model, data, num_classes=80):

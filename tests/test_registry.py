@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
+from helpers.models import batch
+from helpers.tiny_data import D0, LITE0, TOOLS, run_tool
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DefaultScope
-from test_configs import batch
-from tiny_data import D0, LITE0, TOOLS, run_tool
 
 import mmdet_efficientdet
 

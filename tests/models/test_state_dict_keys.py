@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).parent / 'data'
+DATA = Path(__file__).parents[1] / 'data'
 # Tensors without batch counters, and elements (trainable, statistics) of
 # the published models with 90 classes.
 TOTALS = dict(

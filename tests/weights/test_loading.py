@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.tiny_data import (CLASSES, LITE0, run_tool, trained_run,
+                               write_config)
 from mmdet.apis import DetInferencer, init_detector
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
-from tiny_data import CLASSES, LITE0, run_tool, trained_run, write_config
 
 from mmdet_efficientdet import ClassCheckHook, EfficientNet
 from mmdet_efficientdet.weights.conventions import conventions

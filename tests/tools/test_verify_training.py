@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import verify_training
-from tiny_data import CLASSES, make_dataset, write_config
+from helpers.tiny_data import CLASSES, make_dataset, write_config
 from verify_training import (BOUND, COLUMNS, DROP_PATH, LOSSES, MOMENTUM,
                              NOTHING, NUM_CLASSES, SINGLE, WAYS, build_ours,
                              learning_rates, relative, report, train_ours,

@@ -2,17 +2,17 @@
 import math
 
 import numpy as np
-import official_numpy as official
 import pytest
 import torch
 from effdet.anchors import AnchorLabeler, Anchors, decode_box_outputs
 from effdet.object_detection import (ArgMaxMatcher, BoxList,
                                      FasterRcnnBoxCoder, IouSimilarity,
                                      TargetAssigner)
-from effdet_reference import anchors as effdet_anchors
 from mmdet.registry import TASK_UTILS
 from mmdet.structures.bbox import HorizontalBoxes
-from official_numpy import YX, feature_sizes
+from oracles import official_numpy as official
+from oracles.effdet_reference import anchors as effdet_anchors
+from oracles.official_numpy import YX, feature_sizes
 
 from mmdet_efficientdet.models.anchors import (AnchorBoxCoder, AnchorGenerator,
                                                anchor_targets, match_anchors)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import report
 from detection_errors import count_boxes
+from helpers.tiny_data import make_dataset, run_tool, trained_run, write_config
 from tensorboard.backend.event_processing.event_accumulator import \
     EventAccumulator
-from tiny_data import make_dataset, run_tool, trained_run, write_config
 
 WIDTH = 1280  # of two drawings beside each other
 

@@ -3,7 +3,8 @@
 mmengine selects a GPU before it opens the group of processes, unless the group
 is open already. To be started like train.py itself::
 
-    torchrun --nproc-per-node 2 tests/gloo_train.py CONFIG --launcher pytorch
+    torchrun --nproc-per-node 2 tests/helpers/gloo_train.py CONFIG \\
+        --launcher pytorch
 
 with ``CPU_RANKS`` of this file in the config.
 """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-TOOL = Path(__file__).parents[1] / 'tools' / 'prepare_trees.py'
+TOOL = Path(__file__).parents[2] / 'tools' / 'prepare_trees.py'
 SPEC = importlib.util.spec_from_file_location('prepare_trees', TOOL)
 trees = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(trees)

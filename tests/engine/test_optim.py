@@ -3,15 +3,15 @@ import re
 
 import pytest
 import torch
+from helpers.models import SIZES, batch, new_model
+from helpers.tiny_data import (CONFIGS, D0, LITE0, make_dataset, run_tool,
+                               write_config)
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS as ENGINE_MODELS
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
-from test_configs import SIZES, batch
-from test_training import new_model
-from tiny_data import CONFIGS, D0, LITE0, make_dataset, run_tool, write_config
 
 from mmdet_efficientdet.engine.schedule import WarmupCosineLR
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_data import CONFIGS
 from mmdet.datasets import MultiImageMixDataset
 from mmdet.registry import DATA_SAMPLERS
 from mmengine.config import Config
 from mmengine.dataset import (BaseDataset, ClassBalancedDataset, ConcatDataset,
                               RepeatDataset)
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from tiny_data import CONFIGS
 from torch.utils.data import Subset
 
 from mmdet_efficientdet.engine.reproducible import (SampleIndex,

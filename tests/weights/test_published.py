@@ -16,19 +16,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import effdet_reference
 import numpy as np
 import pytest
 import torch
 from effdet.config.model_config import efficientdet_model_param_dict
+from helpers.tensorflow_files import tf_shapes, values, write_bundle
+from helpers.tiny_data import TOOLS, make_dataset, write_config
 from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
-from test_conversion import tf_shapes, values, write_bundle
-from tiny_data import TOOLS, make_dataset, write_config
+from oracles import effdet_reference
 
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
@@ -143,7 +143,7 @@ def publish(monkeypatch, server, weights):
 def log(monkeypatch):
     """Lines that the loader logs."""
     lines = []
-    for module in (checkpoints, published):
+    for module in (schemes, published):
         monkeypatch.setattr(module, 'print_log',
                             lambda text, *args: lines.append(text))
     return lines

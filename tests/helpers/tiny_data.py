@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-CONFIGS = Path(__file__).parents[1] / 'configs' / 'efficientdet'
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'efficientdet'
 LITE0 = CONFIGS / 'efficientdet_lite0_8xb16-300e_coco.py'
 D0 = CONFIGS / 'efficientdet_d0_8xb16-300e_coco.py'
 TOOLS = Path(find_spec('mmdet').origin).parent / '.mim' / 'tools'

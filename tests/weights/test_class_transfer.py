@@ -4,16 +4,16 @@ import json
 import logging
 from types import SimpleNamespace
 
-import effdet_reference
 import pytest
 import torch
+from helpers.tiny_data import (CLASSES, D0, LITE0, make_dataset, run_convert,
+                               run_tool, trained_run, write_config)
 from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset, VOCDataset
 from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
+from oracles import effdet_reference
 from safetensors.torch import save_file
-from tiny_data import (CLASSES, D0, LITE0, make_dataset, run_convert, run_tool,
-                       trained_run, write_config)
 
 from mmdet_efficientdet import ClassTransferHook
 from mmdet_efficientdet.weights.class_transfer import (transfer_classes,

@@ -3,13 +3,13 @@ import copy
 
 import pytest
 import torch
+from helpers.models import batch
+from helpers.tiny_data import D0
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
-from test_configs import batch
-from tiny_data import D0
 from torch import nn
 
 from mmdet_efficientdet.models.bifpn import FusionNode

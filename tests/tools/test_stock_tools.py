@@ -11,14 +11,15 @@ import mmengine
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_data import (CLASSES, COLOURS, CONFIGS, IMAGES, TOOLS,
+                               make_dataset, run_tool, trained_run,
+                               write_config)
 from mmdet.apis import DetInferencer
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import ConcatDataset
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from tiny_data import (CLASSES, COLOURS, CONFIGS, IMAGES, TOOLS, make_dataset,
-                       run_tool, trained_run, write_config)
 
 from mmdet_efficientdet import ClassCheckHook
 

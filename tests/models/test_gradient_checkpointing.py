@@ -5,11 +5,11 @@ import re
 import measure_training
 import pytest
 import torch
+from helpers.models import batch
+from helpers.tiny_data import D0
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from test_configs import batch
-from tiny_data import D0
 
 from mmdet_efficientdet.models.bifpn import BiFPN
 from mmdet_efficientdet.models.efficientdet_head import EfficientDetHead

@@ -4,22 +4,22 @@ import hashlib
 import io
 import os
 import resource
-import struct
 import tarfile
 import tempfile
 from pathlib import Path
 
-import effdet_reference as reference
 import h5py
 import numpy as np
 import pytest
 import torch
+from helpers.tensorflow_files import levels_of, tf_shapes, values, write_bundle
+from helpers.tiny_data import run_convert
 from mmdet.apis import DetInferencer
 from mmdet.models.task_modules import AnchorGenerator
 from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config
+from oracles import effdet_reference as reference
 from safetensors.torch import save_file
-from tiny_data import run_convert
 
 from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
@@ -30,7 +30,7 @@ from mmdet_efficientdet.weights.matching import convert
 from mmdet_efficientdet.weights.sources import open_source
 from mmdet_efficientdet.weights.tensorflow import masked_crc32c, read_bundle
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BIAS = 'class_net.predict.conv_pw.bias'  # of effdet
 VARIABLES, OBJECTS, EFFDET, LEVEL_FIRST, ZYLO117, PROJECT, OWN = LAYOUTS
 # Of the sorted names in the official checkpoints, joined by line ends, as
@@ -114,10 +114,6 @@ def shapes(build_detector):
     return read
 
 
-def levels_of(name):
-    return SCALING[name].backbone, SCALING[name].num_levels
-
-
 def names_of(layout, shapes, name):
     return [n for key in shapes for n in layout.names(key, *levels_of(name))]
 
@@ -195,76 +191,6 @@ def test_read_bundle():
             array.ravel()[:len(start)],
             start,
             rtol=5e-4 if dtype == 'f2' else 1e-6)
-
-
-def values(shapes_of, seed):
-    generator = np.random.default_rng(seed)
-    return {
-        name: generator.normal(size=shape).astype('f4')
-        for name, shape in shapes_of.items()
-    }
-
-
-def tf_shapes(own, name, layout=VARIABLES):
-    """Shapes in TensorFlow's axes."""
-    result = {}
-    for key, shape in own.items():
-        names = layout.names(key, *levels_of(name))
-        if key.endswith('fusion_weights'):
-            shape = ()
-        elif len(shape) == 4:
-            o, i, h, w = shape
-            shape = (h, w, o, i) if 'depthwise' in key else (h, w, i, o)
-        result.update({n: shape for n in names})
-    return result
-
-
-def varint(n):
-    out = b''
-    while n > 127:
-        out += bytes([n & 127 | 128])
-        n >>= 7
-    return out + bytes([n])
-
-
-def write_bundle(prefix, tensors, compression=b'\0'):
-    """An index of several blocks, and one file of data."""
-
-    def field(number, payload):
-        if isinstance(payload, int):
-            return varint(number << 3) + varint(payload)
-        return varint(number << 3 | 2) + varint(len(payload)) + payload
-
-    def block(rows):
-        data = b''.join(
-            varint(0) + varint(len(k)) + varint(len(v)) + k + v
-            for k, v in rows) + struct.pack('<II', 0, 1)
-        handle = varint(len(index)) + varint(len(data))
-        crc = masked_crc32c(data + compression)
-        return data + compression + struct.pack('<I', crc), handle
-
-    index, data, rows = bytearray(), bytearray(), [(b'', field(1, 1))]
-    for name in sorted(tensors):
-        array = np.asarray(tensors[name])
-        raw = array.tobytes()
-        shape = b''.join(field(2, field(1, n)) for n in array.shape)
-        rows.append(
-            (name.encode(), field(1, 9 if array.dtype == 'i8' else 1) +
-             field(2, shape) + field(4, len(data)) + field(5, len(raw))))
-        data += raw
-    handles = []
-    for i in range(0, len(rows), 100):
-        content, handle = block(rows[i:i + 100])
-        handles.append((rows[min(i + 99, len(rows) - 1)][0], handle))
-        index += content
-    meta, meta_handle = block([])
-    index += meta
-    root, root_handle = block(handles)
-    index += root
-    footer = (meta_handle + root_handle).ljust(40, b'\0')
-    Path(f'{prefix}.index').write_bytes(index + footer +
-                                        struct.pack('<Q', 0xdb4775248b80fb57))
-    Path(f'{prefix}.data-00000-of-00001').write_bytes(data)
 
 
 def run_tool(*args):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import verify_resume
-from tiny_data import TOOLS, make_dataset, run_tool, write_config
+from helpers.tiny_data import TOOLS, make_dataset, run_tool, write_config
 from verify_resume import state
 
 # train.py, in which the process kills itself with SIGKILL at a call of a
@@ -121,8 +121,8 @@ def test_iterations_survive(tmp_path):
         ((*STEP, 5), 2, in_a_step),
         (('os', 'fsync', 1), 0, in_a_file),
         # The first time is after the validation that is made again.
-        (('mmdet_efficientdet.engine.safe_checkpoint:AtomicBackend', 'clean', 2), 1,
-         before_removal)
+        (('mmdet_efficientdet.engine.safe_checkpoint:AtomicBackend', 'clean',
+          2), 1, before_removal)
     ]
     _, killed = check_survival(tmp_path, BY_ITERATION, starts, 'iter_8.pth')
     assert files(killed) == ['iter_8.pth']

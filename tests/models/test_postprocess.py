@@ -3,11 +3,11 @@ import math
 from functools import partial
 
 import numpy as np
-import official_numpy as official
 import pytest
 import torch
 from mmdet.structures import DetDataSample
-from official_numpy import YX
+from oracles import official_numpy as official
+from oracles.official_numpy import YX
 from torchvision.ops import nms
 
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_data import LITE0, files_up_to
+from helpers.two_ranks import errors_of_ranks
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from tiny_data import LITE0, files_up_to
-from two_ranks import errors_of_ranks
 
 import mmdet_efficientdet.engine.safe_checkpoint
 from mmdet_efficientdet import SafeCheckpointHook
@@ -169,7 +169,8 @@ def test_full_disk(kind, tmp_path, monkeypatch):
             write_file(path, data)
 
     name = dict(epoch='epoch_2.pth', best='best_mAP_epoch_2.pth')[kind]
-    monkeypatch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file', limited)
+    monkeypatch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file',
+                        limited)
     runner = toy_runner(tmp_path, [0.5, 0.6])
     with pytest.raises(OSError, match=name) as info:
         runner.train()
@@ -204,7 +205,8 @@ def raise_from_put(tmp_path):
         def denied(*args):
             raise PermissionError(errno.EACCES, 'denied')
 
-        patch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file', denied)
+        patch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file',
+                      denied)
         backend.put(b'data', str(tmp_path / 'file'))
 
 

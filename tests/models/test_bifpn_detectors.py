@@ -1,6 +1,8 @@
 """BiFPN in the host's detectors, and our backbone and head in RetinaNet."""
 import pytest
 import torch
+from helpers.models import batch
+from helpers.tiny_data import CONFIGS
 from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.necks import FPN
 from mmdet.registry import MODELS
@@ -9,8 +11,6 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from test_configs import batch
-from tiny_data import CONFIGS
 from torch import nn
 
 from mmdet_efficientdet.models import BiFPN

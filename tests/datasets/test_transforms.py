@@ -1,11 +1,11 @@
 """Resizing, cropping and padding against the official rules."""
 import numpy as np
-import official_numpy as official
 import pytest
 import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
+from oracles import official_numpy as official
 
 from mmdet_efficientdet.datasets.transforms import ResizeCrop, scaled_size
 

@@ -2,25 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import MODELS
+from helpers.models import batch, new_model
+from helpers.tiny_data import D0, LITE0
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import init_default_scope
-from test_configs import batch
-from tiny_data import D0, LITE0
 
 DATA = batch((128, 128), (96, 128), num_classes=2)
-
-
-def new_model(config):
-    """A detector of two classes for small images, without ImageNet weights."""
-    init_default_scope('mmdet')
-    config.model.data_preprocessor.pad_size_divisor = 128
-    config.model.bbox_head.num_classes = 2
-    config.model.backbone.init_cfg = None
-    model = MODELS.build(config.model)
-    model.init_weights()
-    return model.train()
 
 
 def losses_of_training(config_file, lr, steps=24):

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-import gloo_train
 import pytest
 import torch
+from helpers import gloo_train
+from helpers.tiny_data import D0, make_dataset, run_tool, write_config
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -22,7 +23,6 @@ from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.structures import InstanceData
-from tiny_data import D0, make_dataset, run_tool, write_config
 from torch import nn
 
 LOCAL = 'mmdet_efficientdet.LocalClipOptimWrapper'

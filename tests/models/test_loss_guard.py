@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.models import batch, new_model
+from helpers.tiny_data import LITE0, files_up_to, run_tool
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from test_configs import batch
-from test_training import new_model
-from tiny_data import LITE0, files_up_to, run_tool
 
 from mmdet_efficientdet.models.loss_guard import NonFiniteLossError
 

@@ -11,12 +11,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_data import (CONFIGS, IMAGES, make_dataset, run_tool,
+                               trained_run, write_config)
+from helpers.two_ranks import errors_of_ranks
 from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.registry import HOOKS
-from tiny_data import (CONFIGS, IMAGES, make_dataset, run_tool, trained_run,
-                       write_config)
-from two_ranks import errors_of_ranks
 
 from mmdet_efficientdet import AnchorGenerator
 from mmdet_efficientdet.datasets.anchor_fit import (InputBoxes, Recall, advise,

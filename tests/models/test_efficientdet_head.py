@@ -2,7 +2,6 @@
 import math
 
 import numpy as np
-import official_numpy as official
 import pytest
 import torch
 from effdet.anchors import AnchorLabeler, Anchors
@@ -10,7 +9,8 @@ from effdet.loss import loss_fn
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
-from official_numpy import YX
+from oracles import official_numpy as official
+from oracles.official_numpy import YX
 from torch import nn
 
 from mmdet_efficientdet.models.efficientdet_head import EfficientDetHead
