@@ -281,6 +281,8 @@ def test_published_ap():
     page = ROOT / 'docs/weights.md'
     head = re.search(r'^\| SIZE \|(.*)\|$', page.read_text(), re.M).group(1)
     names = [cell.strip(' `') for cell in head.split('|')]
+    file = published.manifest()['effdet://tf_efficientdet_d0'].file
+    assert f'`{file}`' in page.read_text()
     rows = table(page, 'SIZE')
     assert list(rows) == list(SCALING)
     assert {'effdet://tf_efficientdet_SIZE',
