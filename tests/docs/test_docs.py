@@ -97,7 +97,7 @@ def test_links(page):
 @pages()
 def test_named_paths_exist(page):
     """In commands, configs and prose; <size> and NAME stand for any."""
-    for path in re.findall(rf'(?<![\w./-])(?:{FOLDERS})/[\w./<>*-]*[\w>]',
+    for path in re.findall(rf'(?<![\w./(-])(?:{FOLDERS})/[\w./<>*-]*[\w>]',
                            page.read_text()):
         pattern = re.sub('<size>|NAME', '*', path)
         assert any(ROOT.glob(pattern)) or any(ROOT.glob(f'{pattern}.py')), path
@@ -235,8 +235,8 @@ def test_deploy(build_detector, tmp_path, monkeypatch):
     found = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     assert len(found) == len(expected) == 10
     for ours, theirs in zip(expected, found):
-        torch.testing.assert_close(
-            torch.from_numpy(theirs), ours, rtol=0, atol=1e-4)
+        error = (torch.from_numpy(theirs) - ours).abs().max()
+        assert error < 1e-4 * ours.abs().max()
 
 
 # -------------------------------------------------------------- tables -----
