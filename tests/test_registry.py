@@ -9,7 +9,6 @@ from helpers.tiny_data import D0, LITE0, TOOLS, run_tool
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DefaultScope
 
 import mmdet_efficientdet
@@ -271,6 +270,9 @@ def test_register_all_modules():
         register_all_modules()
 
 
-def test_mmengine_knows_the_package():
-    """Bases and models named 'mmdet_efficientdet::...' can be looked up."""
-    assert MODULE2PACKAGE['mmdet_efficientdet'] == 'mmdet_efficientdet'
+def test_base_by_name_of_the_package():
+    """A config may have a base of the package, wherever that is installed."""
+    config = Config.fromstring(
+        f"_base_ = 'mmdet_efficientdet::efficientdet/{D0.name}'", '.py')
+    assert config.model.backbone.arch == 'b0'
+    assert config.image_size == 512

@@ -252,6 +252,8 @@ def save(checkpoint: dict, path: str) -> None:
     """
     target = Path(os.path.realpath(path))
     try:
+        if not target.parent.is_dir():
+            raise OSError('its folder does not exist')
         if target.exists() and not target.is_file():
             raise OSError('it exists and is no file')
         if target.is_file() and not target.stat().st_mode & 0o222:

@@ -1,4 +1,4 @@
-"""Where effdet is not the official code, as the README says."""
+"""Where effdet is not the official code, as docs/fidelity.md says."""
 import effdet
 import numpy as np
 import pytest

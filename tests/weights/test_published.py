@@ -37,7 +37,6 @@ from mmdet_efficientdet.weights import published, schemes
 LITE0 = 'effdet://tf_efficientdet_lite0'
 ADVPROP = 'automl://advprop/efficientdet-d0'
 TEMPLATE = published.manifest()[LITE0]
-README = Path(__file__).parents[2] / 'README.md'
 # Slots of COCO's 90 ids that no object has, from id 1 (spec of the data set).
 UNUSED = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
 CLASSES = 'bbox_head.conv_cls.pointwise.'
@@ -689,21 +688,3 @@ def test_official_ap():
             else:
                 entry = published.manifest()[name]
                 assert (entry.ap, entry.test_dev) == ap and entry.size == size
-
-
-def test_readme_table():
-    """The README's AP of each name are the manifest's."""
-    lines = README.read_text().splitlines()
-    start = next(i for i, x in enumerate(lines) if x.startswith('| SIZE '))
-    heads = [cell.strip(' `') for cell in lines[start].strip('|').split('|')]
-    seen = set()
-    for line in lines[start + 2:]:
-        if not line.startswith('|'):
-            break
-        cells = [cell.strip() for cell in line.strip('|').split('|')]
-        for head, cell in zip(heads[1:], cells[1:]):
-            path = head.replace('SIZE', cells[0])
-            entry = published.manifest().get(path)
-            assert cell == (f'{entry.ap:g}' if entry else ''), path
-            seen.add(path)
-    assert {f'automl://efficientdet-{size}' for size in SCALING} <= seen
