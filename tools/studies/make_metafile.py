@@ -1,5 +1,6 @@
 """Writes configs/efficientdet/metafile.yml, which lists the models by name.
 
+Example:
     python tools/studies/make_metafile.py
 
 MMEngine and MIM read the file, for example in DetInferencer('efficientdet-d0',
