@@ -1,22 +1,47 @@
-"""Where the tensors of our model stand in the files of others.
+"""The names of our tensors in the files of other projects.
 
-A layout is a table from our modules' names to another project's. ``{0}``,
-``{1}``, ... are the numbers in our name, in their order; what else a project
-counts by has a name and is computed in :func:`.naming.numbers_of`.
+A layout maps the names of our modules to those of another project. ``{0}``,
+``{1}``, ... are the numbers in our name, in their order. The other fields,
+such as ``{stage}``, are computed in :func:`.naming.name_fields`.
 """
 from typing import Dict, Iterator
 
 from .naming import Layout, OwnLayout
 
+# One column for each project. The names of a block start with the row BLOCK.
+# efficientnet_pytorch also names those of efficientnet_lite_pytorch, and
+# openmmlab those of MMDetection, MMPretrain and the older MMClassification.
+_BACKBONES = """
+ours                       timm                      efficientnet_pytorch  openmmlab                tf_objects        tf_variables
+stem.conv                  conv_stem                 _conv_stem            layers.0.conv            _stem/_conv_stem  stem/conv2d
+stem.bn                    bn1                       _bn0                  layers.0.bn              _stem/_bn         stem/tpu_batch_normalization
+BLOCK                      blocks.{stage}.{repeat}.  _blocks.{0}.          layers.{layer}.{place}.  _blocks/{0}/      blocks_{0}/
+BLOCK.expand_conv.conv     conv_pw                   _expand_conv          expand_conv.conv         _expand_conv      conv2d
+BLOCK.expand_conv.bn       bn1                       _bn0                  expand_conv.bn           _bn0              tpu_batch_normalization
+BLOCK.depthwise_conv.conv  conv_dw                   _depthwise_conv       depthwise_conv.conv      _depthwise_conv   depthwise_conv2d
+BLOCK.depthwise_conv.bn    bn{bn_1}                  _bn1                  depthwise_conv.bn        _bn1              tpu_batch_normalization{norm_1}
+BLOCK.se.conv1.conv        se.conv_reduce            _se_reduce            se.conv1.conv            _se/_se_reduce    se/conv2d
+BLOCK.se.conv2.conv        se.conv_expand            _se_expand            se.conv2.conv            _se/_se_expand    se/conv2d_1
+BLOCK.linear_conv.conv     {last}                    _project_conv         linear_conv.conv         _project_conv     conv2d{conv}
+BLOCK.linear_conv.bn       bn{bn_2}                  _bn2                  linear_conv.bn           _bn2              tpu_batch_normalization{norm_2}
+"""
+
 
 def _split(rows: str) -> Iterator[list]:
-    """Both names of each row."""
+    """The names in each row."""
     return map(str.split, rows.strip().splitlines())
 
 
-def _backbone(rows: str) -> Dict[str, str]:
-    """Rows of "ours theirs", where ours are parts of the backbone."""
-    return {f'backbone.{ours}': theirs for ours, theirs in _split(rows)}
+def _backbone(project: str) -> Dict[str, str]:
+    """Our modules of the backbone and those of one project."""
+    header, *rows = _split(_BACKBONES)
+    names = {row[0]: row[header.index(project)] for row in rows}
+    block = names.pop('BLOCK')
+    return {
+        'backbone.' + ours.replace('BLOCK', 'blocks.{}'):
+        block + theirs if 'BLOCK' in ours else theirs
+        for ours, theirs in names.items()
+    }
 
 
 def _prefixed(prefix: str, modules: Dict[str, str]) -> Dict[str, str]:
@@ -32,7 +57,7 @@ def _neck(rows: str) -> Dict[str, str]:
 
 
 def _head(rows: str, cls: str, reg: str) -> Dict[str, str]:
-    """Rows of "ours theirs", with NET for the word of the class or box net."""
+    """Rows of "ours theirs", with NET for the class net or the box net."""
     return {
         f'bbox_head.{ours}'.replace('NET', net): theirs.replace('NET', word)
         for net, word in (('cls', cls), ('reg', reg))
@@ -40,68 +65,11 @@ def _head(rows: str, cls: str, reg: str) -> Dict[str, str]:
     }
 
 
-TIMM = _backbone("""
-stem.conv                     conv_stem
-stem.bn                       bn1
-blocks.{}.expand_conv.conv    blocks.{stage}.{repeat}.conv_pw
-blocks.{}.expand_conv.bn      blocks.{stage}.{repeat}.bn1
-blocks.{}.depthwise_conv.conv blocks.{stage}.{repeat}.conv_dw
-blocks.{}.depthwise_conv.bn   blocks.{stage}.{repeat}.bn{bn_1}
-blocks.{}.se.conv1.conv       blocks.{stage}.{repeat}.se.conv_reduce
-blocks.{}.se.conv2.conv       blocks.{stage}.{repeat}.se.conv_expand
-blocks.{}.linear_conv.conv    blocks.{stage}.{repeat}.{last}
-blocks.{}.linear_conv.bn      blocks.{stage}.{repeat}.bn{bn_2}
-""")
-# Of efficientnet_pytorch and efficientnet_lite_pytorch.
-EFFICIENTNET_PYTORCH = _backbone("""
-stem.conv                     _conv_stem
-stem.bn                       _bn0
-blocks.{}.expand_conv.conv    _blocks.{0}._expand_conv
-blocks.{}.expand_conv.bn      _blocks.{0}._bn0
-blocks.{}.depthwise_conv.conv _blocks.{0}._depthwise_conv
-blocks.{}.depthwise_conv.bn   _blocks.{0}._bn1
-blocks.{}.se.conv1.conv       _blocks.{0}._se_reduce
-blocks.{}.se.conv2.conv       _blocks.{0}._se_expand
-blocks.{}.linear_conv.conv    _blocks.{0}._project_conv
-blocks.{}.linear_conv.bn      _blocks.{0}._bn2
-""")
-# Of MMDetection, MMPretrain and the older MMClassification.
-OPENMMLAB = _backbone("""
-stem.conv                     layers.0.conv
-stem.bn                       layers.0.bn
-blocks.{}.expand_conv.conv    layers.{layer}.{place}.expand_conv.conv
-blocks.{}.expand_conv.bn      layers.{layer}.{place}.expand_conv.bn
-blocks.{}.depthwise_conv.conv layers.{layer}.{place}.depthwise_conv.conv
-blocks.{}.depthwise_conv.bn   layers.{layer}.{place}.depthwise_conv.bn
-blocks.{}.se.conv1.conv       layers.{layer}.{place}.se.conv1.conv
-blocks.{}.se.conv2.conv       layers.{layer}.{place}.se.conv2.conv
-blocks.{}.linear_conv.conv    layers.{layer}.{place}.linear_conv.conv
-blocks.{}.linear_conv.bn      layers.{layer}.{place}.linear_conv.bn
-""")
-TF_VARIABLES = _prefixed('efficientnet-{arch}/', _backbone("""
-stem.conv                     stem/conv2d
-stem.bn                       stem/tpu_batch_normalization
-blocks.{}.expand_conv.conv    blocks_{0}/conv2d
-blocks.{}.expand_conv.bn      blocks_{0}/tpu_batch_normalization
-blocks.{}.depthwise_conv.conv blocks_{0}/depthwise_conv2d
-blocks.{}.depthwise_conv.bn   blocks_{0}/tpu_batch_normalization{norm_1}
-blocks.{}.se.conv1.conv       blocks_{0}/se/conv2d
-blocks.{}.se.conv2.conv       blocks_{0}/se/conv2d_1
-blocks.{}.linear_conv.conv    blocks_{0}/conv2d{conv}
-blocks.{}.linear_conv.bn      blocks_{0}/tpu_batch_normalization{norm_2}
-"""))  # yapf: disable
-TF_OBJECTS = _prefixed('backbone/', _backbone("""
-stem.conv                     _stem/_conv_stem
-stem.bn                       _stem/_bn
-blocks.{}.expand_conv.conv    _blocks/{0}/_expand_conv
-blocks.{}.expand_conv.bn      _blocks/{0}/_bn0
-blocks.{}.depthwise_conv.conv _blocks/{0}/_depthwise_conv
-blocks.{}.depthwise_conv.bn   _blocks/{0}/_bn1
-blocks.{}.se.conv1.conv       _blocks/{0}/_se/_se_reduce
-blocks.{}.se.conv2.conv       _blocks/{0}/_se/_se_expand
-blocks.{}.linear_conv.conv    _blocks/{0}/_project_conv
-blocks.{}.linear_conv.bn      _blocks/{0}/_bn2
-"""))  # yapf: disable
+TIMM = _backbone('timm')
+EFFICIENTNET_PYTORCH = _backbone('efficientnet_pytorch')
+OPENMMLAB = _backbone('openmmlab')
+TF_OBJECTS = _prefixed('backbone/', _backbone('tf_objects'))
+TF_VARIABLES = _prefixed('efficientnet-{arch}/', _backbone('tf_variables'))
 
 _EFFDET_NECK = _neck("""
 neck.extra_levels.{}.conv  fpn.resample.3.conv.conv
