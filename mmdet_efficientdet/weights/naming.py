@@ -74,7 +74,8 @@ class Layout:
     Args:
         title (str): Its name in a receipt.
         modules (dict): Maps our modules to theirs, and our fusion weights to
-            theirs.
+            theirs. Empty for the checkpoints of this package, whose names
+            are ours.
         tensorflow (bool): Whether parameters have TensorFlow's names and
             axes. Defaults to False.
         suffix (str): Follows each name. Defaults to ''.
@@ -102,6 +103,8 @@ class Layout:
             list[str]: Several where the fusion weights of a node are stored
             one by one; empty if the layout has no such tensor.
         """
+        if not self.modules:
+            return [key]
         module, leaf = key.rsplit('.', 1)
         kind = _NUMBER.sub('{}', f'{module}.')[:-1]
         numbers = _NUMBER.findall(f'{module}.')
@@ -132,11 +135,3 @@ class Layout:
         if self.inner_conv:
             return re.sub(r'\.conv\.(weight|bias)$', r'.\1', name)
         return name
-
-
-class OwnLayout(Layout):
-    """The names in checkpoints of this package."""
-
-    def names(self, key: str, arch: str, num_levels: int) -> List[str]:
-        """The key itself."""
-        return [key]
