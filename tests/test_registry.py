@@ -23,8 +23,8 @@ CLASSES = dict(
     MODELS=['BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet'],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
     HOOKS=[
-        'BatchScaleHook', 'ClassCheckHook', 'ClassTransferHook',
-        'PreflightHook', 'SafeCheckpointHook', 'SeedHook'
+        'BatchScaleHook', 'ClassTransferHook', 'PreflightHook',
+        'SafeCheckpointHook', 'SeedHook'
     ],
     DATA_SAMPLERS=['SeededSampler'],
     LOOPS=['SeededIterBasedTrainLoop'],
@@ -129,8 +129,8 @@ for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
             name = type(built).__name__
             assert type(built).__module__.split('.')[0] == expected.get(
                 name, 'mmdet'), name
-    for name in ('batch_scale', 'class_check', 'class_transfer', 'checkpoint',
-                 'preflight', 'sampler_seed'):
+    for name in ('batch_scale', 'class_transfer', 'checkpoint', 'preflight',
+                 'sampler_seed'):
         hook = HOOKS.build(config.default_hooks[name])
         assert type(hook).__module__.startswith('mmdet_efficientdet.')
 ''', FILE=str(LITE0))  # yapf: disable
@@ -167,7 +167,8 @@ for name, registry in vars(mmdet.registry).items():
         assert child.parent is registry and child.name == registry.name
         assert child.scope == 'mmdet_efficientdet'
         if child.module_dict:
-            held[name] = sorted(child.module_dict)
+            held[name] = sorted({value.__name__
+                                 for value in child.module_dict.values()})
 assert held == CLASSES, held
 ''', CLASSES=CLASSES)  # yapf: disable
 

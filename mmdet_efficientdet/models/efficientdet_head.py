@@ -275,8 +275,8 @@ class EfficientDetHead(AnchorHead):
         scores = logits.sigmoid()
         if with_nms:
             max_per_img = cfg.get('max_per_img', MAX_PER_IMG)
-            bboxes, scores, labels = suppress(bboxes, scores, labels,
-                                              max_per_img,
+            bboxes, scores, labels = suppress(bboxes, scores,
+                                              labels, max_per_img,
                                               **cfg.get('nms', {}))
         results = []
         for i, img_meta in enumerate(batch_img_metas):

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 
-from mmdet_efficientdet import ClassCheckHook, EfficientNet
+from mmdet_efficientdet import EfficientNet, PreflightHook
 from mmdet_efficientdet.weights.conventions import conventions
 
 BIAS = 'bbox_head.conv_cls.pointwise.bias'
@@ -310,16 +310,17 @@ def test_inferencer_in_a_fresh_process(run, tmp_path):
 
 def test_other_conventions_are_said():
     """A checkpoint that was made for other settings than the config's."""
-    lines = []
+    lines, hook = [], PreflightHook()
     runner = SimpleNamespace(
         cfg=Config.fromfile(LITE0),
+        hooks=[hook],
         logger=SimpleNamespace(warning=lines.append))
     same = conventions(runner.cfg.model)
-    ClassCheckHook().after_load_checkpoint(runner, dict(meta=same))
-    ClassCheckHook().after_load_checkpoint(runner, dict(meta={}))
+    hook.after_load_checkpoint(runner, dict(meta=same))
+    hook.after_load_checkpoint(runner, dict(meta={}))
     assert not lines
     other = dict(same, anchor_scale=5.0, mean=[1.0, 2.0, 3.0])
-    ClassCheckHook().after_load_checkpoint(runner, dict(meta=other))
+    hook.after_load_checkpoint(runner, dict(meta=other))
     line, = lines
     assert "model.data_preprocessor.mean=[1.0,2.0,3.0]'" in line
     assert 'anchor_generator.octave_base_scale=5.0' in line
