@@ -424,6 +424,7 @@ def test_pin(publish, weights, log, monkeypatch):
             load(f'{LITE0}#sha256={pin}')
 
 
+@pytest.mark.slow
 def test_wrong_weights_in_the_file(publish, weights):
     """What does not fit the size of the name is refused, naming the file."""
     publish('effdet://tf_efficientdet_lite1')
@@ -483,6 +484,7 @@ def test_image_size_of_the_file(publish, log):
     assert [line for line in log if 'image_size=640' in line]
 
 
+@pytest.mark.slow
 def test_init_cfg_of_a_detector(publish, weights, model_cfg):
     """Any host's way to load weights takes the name."""
     publish()
