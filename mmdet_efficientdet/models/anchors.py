@@ -5,21 +5,25 @@ All boxes are (x1, y1, x2, y2) in pixels of the network's input.
 from typing import List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from mmdet.models.task_modules.coders import BaseBBoxCoder
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..registry import TASK_UTILS
+
+ASPECTS = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
 
 
 @TASK_UTILS.register_module()
 class AnchorGenerator:
-    """Anchors whose strides follow from the feature and the input sizes.
+    """Anchors whose strides follow from the sizes of features and input.
 
-    A fixed stride of ``2 ** level`` is wrong wherever the input is no
-    multiple of it; here it is ``input size / feature size``, separately for
-    each axis and as a float. All anchors count, over padding too, and none is
-    clipped. On each cell they are ordered by octave, then by aspect.
+    A fixed stride of ``2 ** level`` is wrong if the input is not a multiple
+    of it. Here the stride is ``input size / feature size``, a float for each
+    axis. Anchors are also placed on padding and are not clipped. The anchors
+    of a cell are ordered by octave, then by aspect.
 
     Args:
         octave_base_scale (float): Side of the smallest square anchor in
@@ -27,21 +31,19 @@ class AnchorGenerator:
         scales_per_octave (int): Octave ``i`` of ``n`` enlarges the anchors by
             ``2 ** (i / n)``. Defaults to 3.
         aspect_pairs (Sequence[tuple]): Factors (width, height) of the square
-            anchor's sides. The default pairs, with which the published D0-D7x
-            were trained, lose 2 % of the area; ``sqrt(2)`` and its inverse
+            anchor's sides. The published D0-D7x were trained with the default
+            pairs, which lose 2 % of the area; ``sqrt(2)`` and its inverse
             keep it.
 
     Raises:
-        ValueError: If an aspect is no pair.
+        ValueError: If an aspect is not a pair.
     """
 
     def __init__(
-        self,
-        octave_base_scale: float = 4.0,
-        scales_per_octave: int = 3,
-        aspect_pairs: Sequence[Tuple[float, float]] = ((1.0, 1.0), (1.4, 0.7),
-                                                       (0.7, 1.4))
-    ) -> None:
+            self,
+            octave_base_scale: float = 4.0,
+            scales_per_octave: int = 3,
+            aspect_pairs: Sequence[Tuple[float, float]] = ASPECTS) -> None:
         self.octave_base_scale = octave_base_scale
         self.scales_per_octave = scales_per_octave
         if not aspect_pairs or any(
@@ -53,7 +55,7 @@ class AnchorGenerator:
 
     @property
     def num_base_priors(self) -> List[int]:
-        """Anchors per cell, in a list as the host's heads expect it."""
+        """Anchors per cell, in a list as MMDetection's heads expect."""
         return [self.scales_per_octave * len(self.aspect_pairs)]
 
     def grid_priors(self,
@@ -65,7 +67,7 @@ class AnchorGenerator:
         Args:
             featmap_sizes (Sequence[tuple]): Height and width of the levels.
             input_size (tuple[int]): Height and width of the padded input.
-            device (str | torch.device): Where to put them.
+            device (str | torch.device): Device of the anchors.
 
         Returns:
             list[Tensor]: ``(H_i * W_i * A, 4)`` float32 for each level, in
@@ -96,9 +98,9 @@ class AnchorGenerator:
 class AnchorBoxCoder(BaseBBoxCoder):
     """Codes a box as (dx, dy, dw, dh) relative to an anchor, without clamps.
 
-    Centre offsets are in anchor sides, sizes are logarithms of ratios; there
-    are no means and deviations. Decoding neither limits the exponent nor
-    clips boxes to the image, which the host's coder does.
+    Centre offsets are in units of the anchor's sides, and sizes are logarithms
+    of ratios; there are no means and deviations. Unlike MMDetection's coder,
+    decoding neither limits the exponent nor clips boxes to the image.
     """
 
     encode_size = 4
@@ -140,13 +142,13 @@ def _center_and_side(boxes: Tensor) -> Tuple[Tensor, Tensor]:
 
 def match_anchors(anchors: Tensor, gt_bboxes: Tensor,
                   gt_valid: Tensor) -> Tensor:
-    """Which box each anchor has to predict, for a whole batch.
+    """The box that each anchor has to predict, for a whole batch.
 
-    An anchor takes the box that it overlaps most if their IoU is at least
-    0.5; of equal ones, the first. Then every box claims the anchor that it
-    overlaps most, be it ever so little; of equal ones, the first; and of
-    several boxes that claim the same anchor, the first has it. There is no
-    band of anchors that are ignored.
+    An anchor is matched to the box that it overlaps most if their IoU is at
+    least 0.5. Then each box is matched to the anchor that it overlaps most,
+    however small the IoU is. If several boxes have the same best anchor, it is
+    matched to the first of them. The first of equal IoUs is taken. No anchors
+    are ignored.
 
     Args:
         anchors (Tensor): ``(A, 4)``.
@@ -176,7 +178,7 @@ def match_anchors(anchors: Tensor, gt_bboxes: Tensor,
 
 
 def _pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU ``(N, G, A)``; one axis at a time, which halves the memory."""
+    """IoU ``(N, G, A)``, one axis at a time, which halves the memory."""
 
     def overlap(axis: int) -> Tensor:
         start = torch.maximum(boxes[..., axis, None], anchors[:, axis])
@@ -201,30 +203,26 @@ def anchor_targets(anchors: Tensor, batch_bboxes: Sequence[Tensor],
         anchors (Tensor): ``(A, 4)``.
         batch_bboxes (Sequence[Tensor]): ``(G_i, 4)`` of each image.
         batch_labels (Sequence[Tensor]): ``(G_i, )`` of each image, from 0.
-        num_classes (int): The label that stands for background.
+        num_classes (int): The label of the background.
         coder (AnchorBoxCoder): Encodes the boxes.
 
     Returns:
         tuple[Tensor]: Labels ``(N, A)``, deltas ``(N, A, 4)`` that are zero
         for background, and the number of positive anchors, a scalar.
     """
-    num_images = len(batch_bboxes)
-    num_gts = max((len(b) for b in batch_bboxes), default=0)
-    bboxes = anchors.new_zeros(num_images, num_gts + 1, 4)
-    # The last slot of each image is the background.
-    labels = anchors.new_full((num_images, num_gts + 1),
-                              num_classes,
-                              dtype=torch.long)
-    valid = labels.new_zeros(labels.shape, dtype=torch.bool)
-    for i, (image_bboxes,
-            image_labels) in enumerate(zip(batch_bboxes, batch_labels)):
-        bboxes[i, :len(image_bboxes)] = get_box_tensor(image_bboxes)
-        labels[i, :len(image_labels)] = image_labels
-        valid[i, :len(image_bboxes)] = True
-    matches = match_anchors(anchors, bboxes[:, :-1], valid[:, :-1])
+    counts = anchors.new_tensor([len(bboxes) for bboxes in batch_bboxes])
+    bboxes = [get_box_tensor(bboxes).to(anchors) for bboxes in batch_bboxes]
+    bboxes = pad_sequence(bboxes, True)
+    labels = pad_sequence(list(batch_labels), True, num_classes)
+    num_gts = bboxes.shape[1]
+    valid = torch.arange(num_gts, device=anchors.device) < counts[:, None]
+    matches = match_anchors(anchors, bboxes, valid)
     positive = matches >= 0
+    # One more slot of each image stands for the background.
     matches = torch.where(positive, matches, num_gts)
+    labels = F.pad(labels, (0, 1), value=num_classes).gather(1, matches)
+    bboxes = F.pad(bboxes, (0, 0, 0, 1))
     matched = bboxes.gather(1, matches[..., None].expand(-1, -1, 4))
     deltas = coder.encode(anchors, matched)
     deltas = torch.where(positive[..., None], deltas, deltas.new_zeros(()))
-    return labels.gather(1, matches), deltas, positive.sum()
+    return labels, deltas, positive.sum()

@@ -6,30 +6,30 @@ from torch import Tensor
 
 from ..registry import MODELS
 from ..scaling import MIN_SIDE
-from .layers import freeze_statistics
+from .layers import NormEvalMixin
 from .loss_guard import check_finite
 from .strict_loading import StrictLoading
 
-# All that depends on the classes; what stands before it serves them together.
+# The only layer whose weights depend on the classes.
 CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'
 
 
 @MODELS.register_module()
-class EfficientDet(StrictLoading, SingleStageDetector):
+class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
     """EfficientNet, BiFPN and the shared heads.
 
-    A checkpoint that does not fit raises when it is loaded, also by the stock
-    tools, which by themselves would only log what is missing.
+    Loading a checkpoint that does not fit raises an error, also in
+    MMDetection's tools, which otherwise only log missing keys.
 
     Args:
         backbone, neck, bbox_head (dict): Configs of the three parts.
-        with_cp (bool): Gradient checkpointing: backbone, neck and head are
-            recomputed in the backward pass to save memory. Defaults to False:
-            each part has its own switch.
+        with_cp (bool): Gradient checkpointing: recomputes backbone, neck and
+            head in the backward pass to save memory. Defaults to False, which
+            leaves it to the ``with_cp`` of each part.
         norm_eval (bool): Keeps all batch norms in evaluation mode while
-            training, for small batches on top of a trained detector. Their
-            scales and offsets are still learned. Defaults to False.
-        kwargs: See the host's ``SingleStageDetector``.
+            training, to fine-tune a trained detector with small batches.
+            Scales and offsets are still learned. Defaults to False.
+        kwargs: Further arguments of MMDetection's ``SingleStageDetector``.
     """
 
     def __init__(self,
@@ -39,19 +39,11 @@ class EfficientDet(StrictLoading, SingleStageDetector):
                  with_cp: bool = False,
                  norm_eval: bool = False,
                  **kwargs) -> None:
+        parts = (backbone, neck, bbox_head)
         if with_cp:
-            backbone, neck, bbox_head = (
-                dict(part, with_cp=True)
-                for part in (backbone, neck, bbox_head))
-        super().__init__(backbone, neck, bbox_head, **kwargs)
+            parts = [dict(part, with_cp=True) for part in parts]
+        super().__init__(*parts, **kwargs)
         self.norm_eval = norm_eval
-
-    def train(self, mode: bool = True) -> 'EfficientDet':
-        """Switches the mode, except for norms that stay in evaluation."""
-        super().train(mode)
-        if mode and self.norm_eval:
-            freeze_statistics(self)
-        return self
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """Returns the neck's features of images ``(N, 3, H, W)``.
@@ -68,17 +60,17 @@ class EfficientDet(StrictLoading, SingleStageDetector):
         return super().extract_feat(batch_inputs)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict:
-        """Returns the losses, all of them finite.
+        """Returns the losses.
 
         Raises:
-            NonFiniteLossError: If one is not, with the images of the batch.
+            NonFiniteLossError: If a loss is not finite.
         """
         losses = super().loss(batch_inputs, batch_data_samples)
         check_finite(losses, self, batch_inputs, batch_data_samples)
         return losses
 
     def explain_mismatch(self, shapes: dict) -> str:
-        """Says it plainly when only the number of classes differs.
+        """Returns what to do if only the number of classes differs.
 
         Args:
             shapes (dict): Key to (checkpoint's shape, model's shape).
@@ -89,6 +81,6 @@ class EfficientDet(StrictLoading, SingleStageDetector):
         num_priors = self.bbox_head.num_base_priors
         return (f'The checkpoint predicts {given[0] / num_priors:g} classes, '
                 f'this model {own[0] / num_priors:g}. Use a checkpoint of '
-                'the same classes, or turn this one into one for yours: '
-                'transfer_classes=True beside load_from in the config of a '
-                'training, or tools/convert_checkpoint.py --classes. ')
+                'the same classes, or convert this one to your classes: set '
+                'transfer_classes=True beside load_from in the training '
+                'config, or run tools/convert_checkpoint.py --classes. ')

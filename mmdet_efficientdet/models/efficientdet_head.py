@@ -1,6 +1,6 @@
 """The head of EfficientDet: class net, box net, loss and post-processing.
 
-Behaviour of google/automl ``efficientdet/tf2/efficientdet_keras.py`` (nets),
+It behaves as google/automl ``efficientdet/tf2/efficientdet_keras.py`` (nets),
 ``det_model_fn.py`` (loss), ``tf2/postprocess.py`` and ``nms_np.py``.
 """
 import math
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..registry import MODELS
 from ..scaling import MAX_PER_IMG
 from .anchors import anchor_targets
-from .layers import BN_CFG, SWISH_CFG, SeparableConv2d, build_norm, recompute
+from .layers import (BN_CFG, SWISH_CFG, ConvInitMixin, SeparableConv2d,
+                     build_norm, recompute)
 from .postprocess import decode, select, suppress
 
 ANCHORS = dict(type='mmdet_efficientdet.AnchorGenerator')
@@ -29,16 +30,16 @@ HUBER_LOSS = dict(type='mmdet.SmoothL1Loss', beta=0.1, loss_weight=1.25)
 
 
 @MODELS.register_module()
-class EfficientDetHead(AnchorHead):
+class EfficientDetHead(ConvInitMixin, AnchorHead):
     """Two nets of separable convolutions that all levels share.
 
-    Each level has norms of its own after every convolution; there are no
-    residual connections. Convolutions and norms stand in separate lists, so
-    that a checkpoint holds each tensor once.
+    Each level has its own norm after every convolution. There are no residual
+    connections. Convolutions and norms are kept in separate lists, so a
+    checkpoint contains each tensor once.
 
     Args:
         num_classes (int): Number of classes, without background.
-        in_channels (int): Width of the features, and of both nets.
+        in_channels (int): Width of the features and of both nets.
         stacked_convs (int): Convolutions before the predictor. Defaults to 3.
         num_levels (int): Number of pyramid levels. Defaults to 5.
         norm_cfg (dict, optional): Defaults to batch norm with TensorFlow's
@@ -48,24 +49,26 @@ class EfficientDetHead(AnchorHead):
         bbox_coder (dict): Defaults to the coder without clamps.
         loss_cls (dict): Summed over all anchors and classes, then divided by
             the number of positive anchors of the batch plus 1.
-        loss_bbox (dict): Likewise, over the targets that are not zero. The
-            default equals the official ``50 * Huber(0.1) / 4``.
-        sync_num_pos (bool): Divides both losses by the mean of the positive
-            anchors over all ranks plus 1, as most heads of the host do.
-            Defaults to False: by the positives of the rank's own batch plus
-            1, as in the official recipe on TPUs.
+        loss_bbox (dict): Summed over the targets that are not zero and
+            divided by the same number. The default equals the official
+            ``50 * Huber(0.1) / 4``.
+        sync_num_pos (bool): Divides both losses by the mean number of
+            positive anchors over all ranks plus 1, as most heads of
+            MMDetection do. Defaults to False: each rank divides by the number
+            of its own batch plus 1, as in the official recipe on TPUs.
         with_cp (bool): Recomputes each net, level by level, in the backward
             pass to save memory. Defaults to False.
         train_cfg (dict, optional): Not used.
-        test_cfg (dict): ``nms_pre`` pairs of anchor and class are selected
-            from the whole image (5000), ``nms`` is ``dict(type='soft_nms',
+        test_cfg (dict): ``nms_pre`` (5000), the number of pairs of anchor and
+            class to select from an image; ``nms``, ``dict(type='soft_nms',
             sigma=0.5, min_score=0.001)`` or ``dict(type='nms',
-            iou_threshold=0.5)``, both within each class, and ``max_per_img``
-            boxes are kept (100); ``score_thr`` (0) drops weaker ones.
-        init_cfg (dict, optional): With ``None``, the official initialisers.
+            iou_threshold=0.5)``, both within each class; ``max_per_img``
+            (100), the number of boxes to keep; ``score_thr`` (0), below which
+            boxes are dropped.
+        init_cfg (dict, optional): Defaults to the official initialisers.
     """
 
-    prior_probability = 0.01  # of an anchor being any one class, at the start
+    prior_probability = 0.01  # initial score of each class
 
     def __init__(self,
                  num_classes: int,
@@ -103,52 +106,49 @@ class EfficientDetHead(AnchorHead):
 
     def _init_layers(self) -> None:
         """Builds both nets."""
+        width = self.feat_channels
 
-        def conv(out_channels: int) -> SeparableConv2d:
-            return SeparableConv2d(self.feat_channels, out_channels)
+        def convs() -> nn.ModuleList:
+            return nn.ModuleList(
+                SeparableConv2d(width, width)
+                for _ in range(self.stacked_convs))
 
         def norms() -> nn.ModuleList:
             return nn.ModuleList(
                 nn.ModuleList(
-                    build_norm(self.norm_cfg, self.feat_channels)
+                    build_norm(self.norm_cfg, width)
                     for _ in range(self.num_levels))
                 for _ in range(self.stacked_convs))
 
-        repeats = range(self.stacked_convs)
         self.act = build_activation_layer(self.act_cfg)
-        self.cls_convs = nn.ModuleList(
-            conv(self.feat_channels) for _ in repeats)
-        self.reg_convs = nn.ModuleList(
-            conv(self.feat_channels) for _ in repeats)
-        self.cls_norms = norms()
-        self.reg_norms = norms()
-        self.conv_cls = conv(self.num_base_priors * self.cls_out_channels)
-        self.conv_reg = conv(self.num_base_priors * 4)
+        self.cls_convs, self.reg_convs = convs(), convs()
+        self.cls_norms, self.reg_norms = norms(), norms()
+        num_priors = self.num_base_priors
+        self.conv_cls = SeparableConv2d(width,
+                                        num_priors * self.cls_out_channels)
+        self.conv_reg = SeparableConv2d(width, num_priors * 4)
 
-    def init_weights(self) -> None:
-        """Draws kernels from variance scaling, scale 1, fan-in, truncated.
+    def init_kernel(self, conv: nn.Conv2d) -> None:
+        """Draws from variance scaling: scale 1, fan-in, truncated normal.
 
         The fan-in of a depthwise kernel is counted over all channels, as
         TensorFlow does.
         """
-        if self.init_cfg:
-            return super().init_weights()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                area = module.kernel_size[0] * module.kernel_size[1]
-                # Truncation at two deviations leaves 0.8796 of one.
-                std = 1 / math.sqrt(area * module.in_channels) / .87962566
-                nn.init.trunc_normal_(
-                    module.weight, std=std, a=-2 * std, b=2 * std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        bias = -math.log((1 - self.prior_probability) / self.prior_probability)
-        nn.init.constant_(self.conv_cls.pointwise.bias, bias)
-        self._is_init = True
+        fan_in = math.prod(conv.kernel_size) * conv.in_channels
+        # Truncation at two deviations leaves 0.8796 of one.
+        std = 1 / math.sqrt(fan_in) / .87962566
+        nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+
+    def init_weights(self) -> None:
+        """Follows ``init_cfg``, or also sets the prior of the classes."""
+        super().init_weights()
+        if not self.init_cfg:
+            odds = (1 - self.prior_probability) / self.prior_probability
+            nn.init.constant_(self.conv_cls.pointwise.bias, -math.log(odds))
 
     def forward(self,
                 feats: Sequence[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
-        """Predicts on every level.
+        """Predicts class scores and boxes on every level.
 
         Args:
             feats (Sequence[Tensor]): One ``(N, C, H_i, W_i)`` for each level.
@@ -166,14 +166,13 @@ class EfficientDetHead(AnchorHead):
                 f'the head got {len(feats)} levels but was built with '
                 f'num_levels={self.num_levels}; set num_levels of the head '
                 'to num_outs of the neck')
-        cls_scores = self._run_net(feats, self.cls_convs, self.cls_norms,
-                                   self.conv_cls)
-        bbox_preds = self._run_net(feats, self.reg_convs, self.reg_norms,
-                                   self.conv_reg)
-        return cls_scores, bbox_preds
+        nets = ((self.cls_convs, self.cls_norms, self.conv_cls),
+                (self.reg_convs, self.reg_norms, self.conv_reg))
+        return tuple(self._run_net(feats, *net) for net in nets)
 
     def _run_net(self, feats: Sequence[Tensor], convs: nn.ModuleList,
                  norms: nn.ModuleList, predictor: nn.Module) -> List[Tensor]:
+        """Runs one of the two nets on every level."""
 
         def run(x: Tensor, level: int) -> Tensor:
             for conv, level_norms in zip(convs, norms):
@@ -184,21 +183,19 @@ class EfficientDetHead(AnchorHead):
             run = partial(recompute, run, norms=norms)
         return [run(x, level) for level, x in enumerate(feats)]
 
-    def _anchors(self, cls_scores: List[Tensor], img_metas: List[dict]):
+    def _anchors(self, maps: List[Tensor], img_metas: List[dict]) -> Tensor:
         """The anchors ``(A, 4)`` of all levels."""
         return torch.cat(
-            self.prior_generator.grid_priors(
-                [scores.shape[-2:] for scores in cls_scores],
-                img_metas[0]['batch_input_shape'],
-                device=cls_scores[0].device))
+            self.prior_generator.grid_priors([x.shape[-2:] for x in maps],
+                                             img_metas[0]['batch_input_shape'],
+                                             maps[0].device))
 
     def _flatten(self, maps: List[Tensor], width: int) -> Tensor:
         """Joins level maps ``(N, A * width, H, W)`` to ``(N, *, width)``."""
-        flat = torch.cat(
-            [x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps],
-            1)
+        flat = [x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps]
         # Losses and decoding need at least single precision.
-        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+        dtype = torch.promote_types(maps[0].dtype, torch.float32)
+        return torch.cat(flat, 1).to(dtype)
 
     def loss_by_feat(self,
                      cls_scores: List[Tensor],
@@ -212,30 +209,27 @@ class EfficientDetHead(AnchorHead):
             cls_scores, bbox_preds (list[Tensor]): See :meth:`forward`.
             batch_gt_instances (list): ``bboxes`` and ``labels`` of each image.
             batch_img_metas (list[dict]): With ``batch_input_shape``.
-            batch_gt_instances_ignore (list, optional): Not used: crowds are
+            batch_gt_instances_ignore (list, optional): Not used. Crowds are
                 background, as in the official code.
 
         Returns:
             dict: Scalars ``loss_cls`` and ``loss_bbox``.
         """
-        cls_scores_flat = self._flatten(cls_scores, self.cls_out_channels)
-        bbox_preds_flat = self._flatten(bbox_preds, 4)
+        bboxes, labels = zip(*((gt.bboxes, gt.labels)
+                               for gt in batch_gt_instances))
         labels, deltas, num_positive = anchor_targets(
-            self._anchors(cls_scores, batch_img_metas),
-            [gt.bboxes for gt in batch_gt_instances],
-            [gt.labels
-             for gt in batch_gt_instances], self.num_classes, self.bbox_coder)
+            self._anchors(cls_scores, batch_img_metas), bboxes, labels,
+            self.num_classes, self.bbox_coder)
         if self.sync_num_pos:
             num_positive = reduce_mean(num_positive.float())
         avg_factor = num_positive + 1.0
+        cls_scores = self._flatten(cls_scores, self.cls_out_channels)
         loss_cls = self.loss_cls(
-            cls_scores_flat.flatten(0, 1),
-            labels.flatten(),
-            avg_factor=avg_factor)
-        # The official mask is by value, not by anchor: a coordinate that is
-        # right by chance costs nothing.
+            cls_scores.flatten(0, 1), labels.flatten(), avg_factor=avg_factor)
+        # The official code masks by value and not by anchor: a coordinate
+        # whose target is exactly 0 costs nothing.
         loss_bbox = self.loss_bbox(
-            bbox_preds_flat,
+            self._flatten(bbox_preds, 4),
             deltas,
             weight=(deltas != 0).float(),
             avg_factor=avg_factor)
@@ -257,12 +251,13 @@ class EfficientDetHead(AnchorHead):
             batch_img_metas (list[dict]): With ``batch_input_shape`` and, for
                 ``rescale``, ``scale_factor``.
             cfg (dict, optional): Used instead of ``test_cfg``.
-            rescale (bool): Maps boxes back to the original image.
-            with_nms (bool): With False, all selected boxes are returned.
+            rescale (bool): Whether to map boxes to the original image.
+            with_nms (bool): Whether to suppress boxes; else all selected ones
+                are returned.
 
         Returns:
-            list[InstanceData]: ``bboxes`` ``(n, 4)`` xyxy in pixels, which may
-            reach beyond the image, ``scores`` and ``labels`` ``(n, )``, best
+            list[InstanceData]: ``bboxes`` ``(n, 4)``, xyxy in pixels, not
+            clipped to the image, ``scores`` and ``labels`` ``(n, )``, best
             first.
         """
         cfg = cfg or self.test_cfg or {}
@@ -274,21 +269,18 @@ class EfficientDetHead(AnchorHead):
             self._flatten(bbox_preds, 4), anchors, index, self.bbox_coder)
         scores = logits.sigmoid()
         if with_nms:
-            max_per_img = cfg.get('max_per_img', MAX_PER_IMG)
-            bboxes, scores, labels = suppress(bboxes, scores,
-                                              labels, max_per_img,
+            limit = cfg.get('max_per_img', MAX_PER_IMG)
+            bboxes, scores, labels = suppress(bboxes, scores, labels, limit,
                                               **cfg.get('nms', {}))
         results = []
         for i, img_meta in enumerate(batch_img_metas):
             keep = scores[i] > cfg.get('score_thr', 0.0)
-            image_bboxes = bboxes[i, keep]
-            if rescale:
-                # (w, h) of the host; ours are one and the same scalar.
-                image_bboxes = image_bboxes / image_bboxes.new_tensor(
+            result = InstanceData(
+                bboxes=bboxes[i, keep],
+                scores=scores[i, keep],
+                labels=labels[i, keep])
+            if rescale:  # by (w, h), which are equal after our transform
+                result.bboxes = result.bboxes / result.bboxes.new_tensor(
                     img_meta['scale_factor']).repeat(2)
-            results.append(
-                InstanceData(
-                    bboxes=image_bboxes,
-                    scores=scores[i, keep],
-                    labels=labels[i, keep]))
+            results.append(result)
         return results

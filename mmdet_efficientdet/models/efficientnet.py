@@ -1,8 +1,8 @@
 """EfficientNet B0-B7 and EfficientNet-Lite0-4 (arXiv 1905.11946).
 
-Behaviour of google/automl ``efficientdet/backbone``: SAME padding, squeeze
-ratio of the block's input, survival probability that falls linearly with the
-block's index.
+They behave as google/automl ``efficientdet/backbone``: SAME padding, a squeeze
+ratio relative to the block's input, and a survival probability that falls
+linearly with the block's index.
 """
 import math
 from typing import List, Optional, Sequence, Tuple
@@ -14,15 +14,17 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS
-from .layers import BN_CFG, freeze_statistics, recompute
+from .layers import BN_CFG, ConvInitMixin, NormEvalMixin, recompute
 from .strict_loading import StrictLoading
 
 # Rows of the stages of B0: repeats, kernel, stride, expansion, channels.
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40),
-          (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6,
-                                                                   320))
+          (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
+          (1, 3, 1, 6, 320))  # yapf: disable
+LEVELS = (1, 2, 3, 4, 5)
+SAME_CONV = dict(type='Conv2dAdaptivePadding')  # TensorFlow's SAME padding
 
-# Width and depth coefficients.
+# Width and depth coefficients. Lite0-Lite4 have those of B0-B4.
 ARCHS = {
     'b0': (1.0, 1.0),
     'b1': (1.0, 1.1),
@@ -31,13 +33,9 @@ ARCHS = {
     'b4': (1.4, 1.8),
     'b5': (1.6, 2.2),
     'b6': (1.8, 2.6),
-    'b7': (2.0, 3.1),
-    'lite0': (1.0, 1.0),
-    'lite1': (1.0, 1.1),
-    'lite2': (1.1, 1.2),
-    'lite3': (1.2, 1.4),
-    'lite4': (1.4, 1.8)
+    'b7': (2.0, 3.1)
 }
+ARCHS.update({f'lite{i}': ARCHS[f'b{i}'] for i in range(5)})
 
 
 def _round_channels(channels: float) -> int:
@@ -67,7 +65,7 @@ def block_table(arch: str) -> Tuple[int, List[dict]]:
     stem = 32 if lite else _round_channels(32 * width)  # Lite fixes the stem
     blocks, channels = [], stem
     for row, (repeats, kernel, stride, expansion, out) in enumerate(STAGES):
-        # Lite fixes the depth of the first and the last stage, too.
+        # Lite also fixes the depth of the first and the last stage.
         if not (lite and row in (0, len(STAGES) - 1)):
             repeats = math.ceil(repeats * depth)
         for repeat in range(repeats):
@@ -83,33 +81,63 @@ def block_table(arch: str) -> Tuple[int, List[dict]]:
     return stem, blocks
 
 
+def build_block(row: dict, with_se: bool, act_cfg: dict,
+                **kwargs) -> InvertedResidual:
+    """One block.
+
+    Args:
+        row (dict): Row of :func:`block_table`.
+        with_se (bool): Whether the block has squeeze-and-excitation.
+        act_cfg (dict): Config of the activations.
+        kwargs: Further arguments of MMDetection's ``InvertedResidual``.
+    """
+    mid_channels = row['in_channels'] * row['expansion']
+    # The squeeze is a quarter of the block's *input*.
+    se_cfg = dict(
+        channels=mid_channels,
+        ratio=4 * row['expansion'],
+        act_cfg=(act_cfg, dict(type='Sigmoid')))
+    return InvertedResidual(
+        row['in_channels'],
+        row['out_channels'],
+        mid_channels,
+        row['kernel_size'],
+        row['stride'],
+        se_cfg=se_cfg if with_se else None,
+        with_expand_conv=row['expansion'] != 1,
+        # At stride 1 SAME padding is the ordinary symmetric one.
+        conv_cfg=SAME_CONV if row['stride'] > 1 else None,
+        act_cfg=act_cfg,
+        **kwargs)
+
+
 @MODELS.register_module()
-class EfficientNet(StrictLoading, BaseModule):
+class EfficientNet(StrictLoading, ConvInitMixin, NormEvalMixin, BaseModule):
     """EfficientNet without its classifier.
 
     Level ``i`` is the last feature map before the resolution falls below
-    ``1 / 2**i`` of the input; a B0 gives levels 1-5 with 16, 24, 40, 112 and
-    320 channels. Input sizes are free: each level is half the previous one,
-    rounded up.
+    ``1 / 2**i`` of the input. Levels 1-5 of B0 have 16, 24, 40, 112 and 320
+    channels. The input may have any size; each level has half the size of the
+    previous one, rounded up.
 
     Args:
         arch (str): 'b0' ... 'b7' or 'lite0' ... 'lite4'. The Lite networks
             have no squeeze-and-excitation. Defaults to 'b0'.
         out_indices (Sequence[int]): Levels to return, of 1 to 5. Blocks above
             the highest are not built. Defaults to (3, 4, 5).
-        frozen_stages (int): Freezes the stem (0) and all blocks up to this
-            level (1-5), their batch norms included. Defaults to -1: nothing.
-        drop_path_rate (float, optional): Probability at which block ``i`` of
-            ``n`` is dropped in training, times ``i / n``. Defaults to the
-            official 0.2, but 0 for b0.
+        frozen_stages (int): Freezes the stem (0) or the stem and all blocks
+            up to this level (1-5), including their batch norms. Defaults to
+            -1: nothing.
+        drop_path_rate (float, optional): In training, block ``i`` of ``n`` is
+            dropped with probability ``drop_path_rate * i / n``. Defaults to
+            the official 0.2, but 0 for b0.
         norm_cfg (dict): Defaults to batch norm with TensorFlow's constants.
         act_cfg (dict, optional): Defaults to SiLU (swish), ReLU6 for Lite.
         norm_eval (bool): Keeps all batch norms in evaluation mode while
             training. Defaults to False.
         with_cp (bool): Recomputes the blocks in the backward pass to save
             memory. Defaults to False.
-        init_cfg (dict, optional): With ``None`` the weights are drawn from
-            the official initialisers.
+        init_cfg (dict, optional): Defaults to the official initialisers.
 
     Raises:
         KeyError: If ``arch`` is unknown.
@@ -128,64 +156,38 @@ class EfficientNet(StrictLoading, BaseModule):
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
         stem, blocks = block_table(arch)
+        if not out_indices or not set(out_indices) <= set(LEVELS):
+            raise ValueError(f'out_indices={out_indices} must be levels out '
+                             f'of {", ".join(map(str, LEVELS))}')
+        if frozen_stages not in (-1, 0, *LEVELS):
+            raise ValueError(f'frozen_stages={frozen_stages} must be -1 '
+                             '(nothing), 0 (the stem) or a level of '
+                             f'{LEVELS[0]} to {LEVELS[-1]}')
         lite = arch.startswith('lite')
         act_cfg = act_cfg or dict(type='ReLU6' if lite else 'SiLU')
         if drop_path_rate is None:
             drop_path_rate = 0.0 if arch == 'b0' else 0.2
-        if not out_indices or not set(out_indices) <= {1, 2, 3, 4, 5}:
-            raise ValueError(f'out_indices={out_indices} must be levels out '
-                             'of 1, 2, 3, 4, 5')
-        if frozen_stages not in range(-1, 6):
-            raise ValueError(f'frozen_stages={frozen_stages} must be -1 '
-                             '(nothing), 0 (the stem) or a level of 1 to 5')
         self.arch = arch
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
-        # A level ends where the next block reduces the resolution.
-        ends = [
-            i for i, _ in enumerate(blocks)
-            if i + 1 == len(blocks) or blocks[i + 1]['stride'] > 1
-        ]
-        self.level_ends = dict(zip(range(1, 6), ends))
+        # A level ends before the block that reduces the resolution.
+        strides = [row['stride'] for row in blocks[1:]] + [2]
+        ends = [i for i, stride in enumerate(strides) if stride > 1]
+        self.level_ends = dict(zip(LEVELS, ends))
         self.num_all_blocks = len(blocks)
-        blocks_built = blocks[:self.level_ends[max(out_indices)] + 1]
+        num_blocks = self.level_ends[max(out_indices)] + 1
         self.out_channels = tuple(blocks[self.level_ends[i]]['out_channels']
                                   for i in out_indices)
-
-        def conv_cfg(stride: int) -> Optional[dict]:
-            # At stride 1 SAME padding is the ordinary symmetric one.
-            return dict(type='Conv2dAdaptivePadding') if stride > 1 else None
-
-        self.stem = ConvModule(
-            3,
-            stem,
-            3,
-            stride=2,
-            conv_cfg=conv_cfg(2),
-            norm_cfg=norm_cfg,
-            act_cfg=act_cfg)
-        self.blocks = nn.ModuleList()
-        for i, row in enumerate(blocks_built):
-            mid_channels = row['in_channels'] * row['expansion']
-            self.blocks.append(
-                InvertedResidual(
-                    row['in_channels'],
-                    row['out_channels'],
-                    mid_channels,
-                    row['kernel_size'],
-                    row['stride'],
-                    # The squeeze is a quarter of the block's *input*.
-                    se_cfg=None if lite else dict(
-                        channels=mid_channels,
-                        ratio=4 * row['expansion'],
-                        act_cfg=(act_cfg, dict(type='Sigmoid'))),
-                    with_expand_conv=row['expansion'] != 1,
-                    conv_cfg=conv_cfg(row['stride']),
-                    norm_cfg=norm_cfg,
-                    act_cfg=act_cfg,
-                    drop_path_rate=drop_path_rate * i / len(blocks)))
+        cfgs = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.stem = ConvModule(3, stem, 3, 2, conv_cfg=SAME_CONV, **cfgs)
+        self.blocks = nn.ModuleList(
+            build_block(
+                row,
+                not lite,
+                drop_path_rate=drop_path_rate * i / len(blocks),
+                **cfgs) for i, row in enumerate(blocks[:num_blocks]))
         for module in self._frozen_modules():
             module.requires_grad_(False)
 
@@ -195,19 +197,14 @@ class EfficientNet(StrictLoading, BaseModule):
         last = self.level_ends.get(self.frozen_stages, -1)
         return [self.stem, *self.blocks[:last + 1]]
 
-    def init_weights(self) -> None:
-        """Loads ``init_cfg``, or draws from the official initialisers."""
-        if self.init_cfg:
-            return super().init_weights()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                # Fan-out of one output map, also for depthwise kernels.
-                fan_out = module.kernel_size[0] * module.kernel_size[1]
-                fan_out *= module.out_channels // module.groups
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self._is_init = True
+    def init_kernel(self, conv: nn.Conv2d) -> None:
+        """Draws from He's normal distribution by fan-out.
+
+        The fan-out is counted within a group, also for depthwise kernels.
+        """
+        fan_out = math.prod(conv.kernel_size)
+        fan_out *= conv.out_channels // conv.groups
+        nn.init.normal_(conv.weight, 0, math.sqrt(2 / fan_out))
 
     def is_leftover_key(self, key: str) -> bool:
         """Whether a checkpoint's key belongs to a block that is not built."""
@@ -222,7 +219,8 @@ class EfficientNet(StrictLoading, BaseModule):
             x (Tensor): Images ``(N, 3, H, W)``, normalised.
         """
         if self.training and x.device.type == 'cpu':
-            # All convolutions follow; a training step took 0.68 of the time.
+            # All layers keep this format. A training step took 0.68 of the
+            # time.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         outs = {}
@@ -233,10 +231,8 @@ class EfficientNet(StrictLoading, BaseModule):
         return tuple(outs[self.level_ends[i]] for i in self.out_indices)
 
     def train(self, mode: bool = True) -> 'EfficientNet':
-        """Switches the mode; frozen stages and norms stay in evaluation."""
+        """Sets the mode; frozen parts stay in evaluation."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
-        if mode and self.norm_eval:
-            freeze_statistics(self)
         return self

@@ -1,4 +1,4 @@
-"""How features of several levels become one (arXiv 1911.09070, sec. 3.3)."""
+"""Weighted fusion of feature maps (arXiv 1911.09070, sec. 3.3)."""
 from collections import OrderedDict
 from typing import Optional, Sequence
 
@@ -13,29 +13,31 @@ FUSIONS = ('fast_normalized', 'softmax', 'sum', 'unbounded',
            'channel_fast_normalized', 'channel_softmax')
 
 
-def conv_norm(in_channels: int,
-              out_channels: int,
-              norm_cfg: Optional[dict],
-              kernel_size: int = 1,
-              **conv_args) -> nn.Sequential:
-    """A convolution with bias and norm, without activation.
+def conv_norm(in_channels: int, out_channels: int, norm_cfg: Optional[dict],
+              *conv_args) -> nn.Sequential:
+    """A convolution with bias, and a norm; no activation.
 
-    The bias in front of the norm is redundant, but the official network has
-    it and stores it.
+    The norm makes the bias redundant, but the official network has it and its
+    checkpoints contain it.
+
+    Args:
+        in_channels (int): Width of the input.
+        out_channels (int): Width of the output.
+        norm_cfg (dict, optional): Config of the norm.
+        conv_args: Kernel size, stride and padding.
     """
     return nn.Sequential(
         OrderedDict(
-            conv=nn.Conv2d(in_channels, out_channels, kernel_size,
-                           **conv_args),
+            conv=nn.Conv2d(in_channels, out_channels, *conv_args),
             norm=build_norm(norm_cfg, out_channels)))
 
 
 class FusionNode(BaseModule):
     """Fuses features of several levels at one level.
 
-    Every input is resized to the node's level, through a 1x1 convolution and
-    a norm of its own where its width differs; then come the weighted sum, the
-    activation, a 3x3 convolution and a norm.
+    Every input is resized to the node's level. An input of a different width
+    first passes its own 1x1 convolution and norm. The weighted sum is followed
+    by the activation, a 3x3 convolution and a norm.
 
     Args:
         in_channels (Sequence[int]): Width of each input.
@@ -61,7 +63,7 @@ class FusionNode(BaseModule):
             self.fusion_weights = nn.Parameter(torch.ones(shape))
         self.resamples = nn.ModuleDict({
             str(edge):
-            conv_norm(channels, out_channels, norm_cfg)
+            conv_norm(channels, out_channels, norm_cfg, 1)
             for edge, channels in enumerate(in_channels)
             if channels != out_channels
         })
@@ -75,7 +77,7 @@ class FusionNode(BaseModule):
     def normalized_weights(self) -> Tensor:
         """The factor of each input, ``(num_inputs, )``.
 
-        Those of the ``channel_`` fusions are ``(num_inputs, C)``.
+        The shape is ``(num_inputs, C)`` for the ``channel_`` fusions.
         """
         weights = self.fusion_weights
         if self.fusion.endswith('softmax'):

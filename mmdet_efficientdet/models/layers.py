@@ -1,4 +1,4 @@
-"""What the host has no part for: TensorFlow's layers as EfficientDet uses."""
+"""Layers of TensorFlow as EfficientDet uses them, and mixins of modules."""
 from contextlib import contextmanager, nullcontext
 from typing import Callable, Optional, Tuple
 
@@ -9,31 +9,61 @@ from mmcv.cnn import build_norm_layer
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-# TensorFlow's decay 0.99 is PyTorch's momentum 0.01; eps 1e-3 is ten to a
-# hundred times the usual value, and converted weights need it.
+# TensorFlow's decay of 0.99 is a momentum of 0.01 in PyTorch. Its eps of 1e-3
+# is a hundred times PyTorch's default, and converted weights need it.
 BN_CFG = dict(type='BN', momentum=0.01, eps=1e-3)
 SWISH_CFG = dict(type='SiLU')
 
 
 def build_norm(norm_cfg: Optional[dict], channels: int) -> nn.Module:
-    """A norm for ``channels``, or nothing for ``norm_cfg=None``."""
+    """A norm for ``channels``, or the identity for ``norm_cfg=None``."""
     return build_norm_layer(norm_cfg, channels)[1] if norm_cfg \
         else nn.Identity()
 
 
-def freeze_statistics(module: nn.Module) -> None:
-    """Puts all batch norms in ``module`` into evaluation mode."""
-    for child in module.modules():
-        # _BatchNorm covers SyncBN and what mmengine reverts it to.
-        if isinstance(child, _BatchNorm):
-            child.eval()
+class NormEvalMixin:
+    """Mixin of modules whose batch norms stay in evaluation mode on demand.
+
+    With ``norm_eval=True`` they do so while the module trains.
+    """
+
+    norm_eval = False
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Sets the mode; batch norms obey ``norm_eval``."""
+        super().train(mode)
+        if self.norm_eval:
+            for module in self.modules():
+                # _BatchNorm covers SyncBN and what mmengine reverts it to.
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+class ConvInitMixin:
+    """Mixin of modules with their own initialiser of convolutions."""
+
+    def init_kernel(self, conv: nn.Conv2d) -> None:
+        """Draws the kernel of a convolution."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Follows ``init_cfg``, or draws all kernels and sets biases to 0."""
+        if self.init_cfg:
+            return super().init_weights()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                self.init_kernel(module)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._is_init = True
 
 
 class SeparableConv2d(nn.Module):
     """Depthwise 3x3 convolution followed by a pointwise one, stride 1.
 
-    The depthwise half has no bias and the pointwise half has one, also where
-    a batch norm follows: the official network stores it there.
+    Only the pointwise convolution has a bias, even if a batch norm follows, as
+    in the official network.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -48,7 +78,7 @@ class SeparableConv2d(nn.Module):
 
 
 def size_of(x: Tensor) -> Tuple[int, int]:
-    """Height and width, as numbers also while a graph is traced."""
+    """Height and width as integers, also while a graph is traced."""
     height, width = x.shape[-2:]
     return int(height), int(width)
 
@@ -57,8 +87,8 @@ def max_pool_same(x: Tensor, stride: tuple) -> Tensor:
     """Max-pools to ``ceil(size / stride)`` with TensorFlow's SAME padding.
 
     The window is ``stride + 1`` wide, as everywhere in the official network,
-    and 1 on an axis of stride 1. Padding is minus infinity and lies mostly
-    after the end; zero would win against features that are negative.
+    and 1 on an axis of stride 1. The padding is minus infinity, since zeros
+    would win against negative features; an odd one is larger at the end.
 
     Args:
         x (Tensor): Features ``(N, C, H, W)``.
@@ -75,10 +105,10 @@ def max_pool_same(x: Tensor, stride: tuple) -> Tensor:
 def resize_to(x: Tensor, size: tuple) -> Tensor:
     """Resizes features to another level: max-pool down, nearest up.
 
-    Each axis goes its own way, so an axis of one pixel stays while the other
-    is pooled (the official code refuses that case). Of a ratio that no stride
-    gives, such as 17 to 10, the rest is left to the interpolation; adaptive
-    pooling cannot be exported.
+    Each axis is resized separately, so an axis of one pixel stays while the
+    other one is pooled (the official code refuses this case). If no stride
+    gives the ratio, as for 17 to 10, interpolation completes the resizing;
+    adaptive pooling cannot be exported.
 
     Args:
         x (Tensor): Features ``(N, C, H, W)``.
@@ -95,7 +125,7 @@ def resize_to(x: Tensor, size: tuple) -> Tensor:
         raise ValueError(
             f'cannot resize features of size {now} to a level of size {size}: '
             'one axis would have to grow and the other to shrink. From one '
-            'level to the next both axes must go the same way')
+            'level to the next both axes must grow or both must shrink')
     if not any(grows):
         stride = []
         for n, s in zip(now, size):
@@ -109,7 +139,7 @@ def resize_to(x: Tensor, size: tuple) -> Tensor:
 
 @contextmanager
 def _spare_statistics(module: nn.Module):
-    """Lets batch norms update copies of their statistics, to be dropped."""
+    """Restores the statistics of all batch norms at the end."""
     buffers = [(norm, name, buffer) for norm in module.modules()
                if isinstance(norm, _BatchNorm)
                for name, buffer in norm.named_buffers(recurse=False)]
@@ -126,9 +156,9 @@ def _spare_statistics(module: nn.Module):
 def recompute(function: Callable, *args, norms: Optional[nn.Module] = None):
     """Runs ``function`` without keeping activations for the backward pass.
 
-    The second forward pass, which recomputes them, leaves the statistics of
-    batch norms alone, so that they are updated once per step as without
-    checkpointing. ``torch.compile`` cannot look into it.
+    The second forward pass, which recomputes the activations, does not change
+    the statistics of batch norms. So they are updated once per step, as they
+    are without recomputing. ``torch.compile`` does not trace this function.
 
     Args:
         function (Callable): A module, or a function that runs ``norms``.

@@ -1,4 +1,4 @@
-"""Stops a training at the first loss that is not a finite number."""
+"""Stops training at the first loss that is not finite."""
 import os.path as osp
 from functools import partial
 from typing import List
@@ -13,21 +13,21 @@ from ..utils import plain_data, write_file
 
 
 class NonFiniteLossError(RuntimeError):
-    """A term of the loss is infinite or not a number."""
+    """A term of the loss is infinite or NaN."""
 
 
 def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
                  batch_data_samples: list) -> None:
-    """Raises at the first loss that is not finite, on all ranks at once.
+    """Raises an error on all ranks if a loss of any rank is not finite.
 
-    The weights are still those of the step before: the optimizer has not
-    stepped. Costs one transfer from the device.
+    The optimizer has not stepped yet, so the weights are those of the previous
+    step. The batch (inputs, boxes, labels, metadata) is saved in the work
+    directory. The check costs one transfer from the device.
 
     Args:
-        losses (dict): Name to scalar, or to a list of them.
-        model (nn.Module): Asked only then whether its weights are finite.
-        batch_inputs (Tensor): Saved then, in the work directory, with boxes,
-            labels and names.
+        losses (dict): Name to scalar, or to a list of scalars.
+        model (nn.Module): Its parameters are checked after a failure.
+        batch_inputs (Tensor): Images ``(N, 3, H, W)``.
         batch_data_samples (list): ``DetDataSample`` of each image.
 
     Raises:
@@ -49,8 +49,8 @@ def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
     if not failed[rank]:
         raise NonFiniteLossError(
             f'step {step}: the loss is not finite on rank '
-            f'{failed.nonzero().flatten().tolist()} of {world_size}; the '
-            'message of that rank says more')
+            f'{failed.nonzero().flatten().tolist()} of {world_size}; see the '
+            'message of that rank')
     values = dict(zip(terms, values.tolist()))
     bad = [
         f'{name}={value}' for name, value in values.items()
@@ -63,45 +63,42 @@ def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
     raise NonFiniteLossError(
         f'step {step}: {", ".join(bad)}; the optimizer has not stepped. '
         f'{_suspect(model, batch_inputs, batch_data_samples)}\n  images: '
-        f'{", ".join(map(str, images))}\n  {saved}\n  What helps: a look at '
-        'these images and boxes, or a training without --amp: then go on with '
-        '--resume. Or a lower learning rate or a longer warm-up '
-        '(--auto-scale-lr fits it to the batch): then start anew, with '
-        'load_from=an earlier checkpoint if you like, as --resume keeps the '
-        'rate of its checkpoint')
+        f'{", ".join(map(str, images))}\n  {saved}\n  What to do: check '
+        'these images and boxes, or train without --amp, and continue with '
+        '--resume. Or lower the learning rate (--auto-scale-lr adapts it to '
+        'the batch size) or lengthen the warm-up, and start a new training, '
+        'for example with load_from=an earlier checkpoint; --resume would '
+        'keep the learning rate of the checkpoint')
 
 
 def _suspect(model: nn.Module, inputs: Tensor, samples: list) -> str:
-    """Where the first number that is not finite may come from."""
-    if not inputs.isfinite().all():
-        return 'The images themselves hold numbers that are not finite.'
-    for sample in samples:
-        if not get_box_tensor(sample.gt_instances.bboxes).isfinite().all():
-            return 'The boxes themselves hold numbers that are not finite.'
-    # Not the averages of norms, which this very batch has changed.
+    """A sentence about the possible cause."""
+    bboxes = [get_box_tensor(sample.gt_instances.bboxes) for sample in samples]
+    for name, tensors in (('images', [inputs]), ('boxes', bboxes)):
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            return f'The {name} contain numbers that are not finite.'
+    # Statistics of norms are not checked: this batch has changed them.
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
-            return (f'{name} is not finite either: an earlier step has spoilt '
+            return (f'{name} is not finite either: an earlier step has broken '
                     'the weights, so these images need not be the cause.')
     return 'Weights, images and boxes are finite.'
 
 
 def _save_batch(path: str, step: int, losses: dict, inputs: Tensor,
                 samples: List) -> str:
-    """Saves the batch as plain data; says where, or why not."""
+    """Saves the batch as plain data and says where, or why not."""
+    samples = [
+        dict(
+            meta=plain_data(sample.metainfo),
+            bboxes=get_box_tensor(sample.gt_instances.bboxes).cpu(),
+            labels=sample.gt_instances.labels.cpu()) for sample in samples
+    ]
     batch = dict(
-        step=step,
-        losses=losses,
-        inputs=inputs.detach().cpu(),
-        samples=[
-            dict(
-                meta=plain_data(sample.metainfo),
-                bboxes=get_box_tensor(sample.gt_instances.bboxes).cpu(),
-                labels=sample.gt_instances.labels.cpu()) for sample in samples
-        ])
+        step=step, losses=losses, inputs=inputs.cpu(), samples=samples)
     try:
         write_file(path, partial(torch.save, batch))
-    except OSError as error:  # the loss matters more
+    except OSError as error:  # The error about the loss is more important.
         return f'The batch could not be saved: {error}'
     return (f'The batch (inputs, boxes, labels) is in {path}: '
             'torch.load(..., weights_only=True)')

@@ -1,10 +1,14 @@
-"""From predictions to boxes, as three functions on batched tensors.
+"""From predictions to boxes: three functions on tensors of a whole batch.
 
 The official evaluation (google/automl ``tf2/postprocess.py``, ``nms_np.py``)
-selects the 5000 strongest pairs of anchor and class of the image, decodes
-them and suppresses within each class. None of the three functions branches on
-values or loops over classes, images or the boxes of an image; suppression is a
-loop of ``max_per_img`` steps.
+selects the 5000 strongest pairs of anchor and class of an image, decodes their
+boxes and suppresses boxes within each class. The functions do not branch on
+values and do not loop over classes, images or the boxes of an image.
+
+:func:`select` and :func:`suppress` can be compiled by ``torch.jit.script``
+and exported to ONNX from opset 16 on. A module that calls the scripted
+:func:`suppress` is exported with one ``Loop``; otherwise the exporter unrolls
+the ``max_per_img`` steps.
 """
 from typing import Optional, Tuple
 
@@ -13,21 +17,19 @@ from torch import Tensor
 
 from ..scaling import MAX_PER_IMG
 
-METHODS = ('soft_nms', 'nms')
-
 
 def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
     """Selects the strongest pairs of anchor and class of each image.
 
-    Of equal logits the lower class comes first, then the lower anchor, as the
-    official code has them after suppression; only if they are equal to the
-    weakest one that is kept, which of them are kept is up to ``topk``.
+    Equal logits are sorted by class and then by anchor, which is their order
+    after the official suppression. If several pairs are equal to the weakest
+    one that is kept, ``topk`` decides which of them are kept.
 
     Args:
         logits (Tensor): ``(N, A, K)``. An anchor may be selected for several
             classes.
-        num (int): How many pairs to keep, over all levels together; below 1
-            for all.
+        num (int): Number of pairs to keep, over all levels together. All are
+            kept if it is below 1.
 
     Returns:
         tuple[Tensor]: Logits, anchor indices and labels, each ``(N, num)``,
@@ -39,15 +41,15 @@ def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
         num = logits.shape[1]
     logits, index = logits.topk(num)
     index, labels = index // num_classes, index % num_classes
-    # Sorted by rank among the different logits, then by label and anchor.
-    rank = (logits != logits.roll(1, 1)).cumsum(1)
+    # The rank of a logit among the different ones. ONNX sums no booleans.
+    rank = (logits != logits.roll(1, 1)).long().cumsum(1)
     order = ((rank * num_classes + labels) * num_anchors + index).argsort(1)
     return logits, index.gather(1, order), labels.gather(1, order)
 
 
 def decode(bbox_preds: Tensor, anchors: Tensor, index: Tensor,
            coder) -> Tensor:
-    """Decodes the selected anchors only.
+    """Decodes the boxes of the selected anchors.
 
     Args:
         bbox_preds (Tensor): Deltas ``(N, A, 4)``.
@@ -71,30 +73,28 @@ def suppress(bboxes: Tensor,
              iou_threshold: float = 0.5,
              min_score: float = 0.001,
              offset: Optional[int] = None) -> Tuple[Tensor, Tensor, Tensor]:
-    """Suppresses boxes of the same class that overlap a stronger one.
+    """Suppresses boxes that overlap a stronger box of the same class.
 
-    Repeatedly the strongest box of the image is taken, and those of its class
-    lose score. Since scores only fall, taking the strongest over all classes
-    gives the same boxes in the same order as suppressing class by class and
-    then keeping the best, but ends after ``max_per_img`` steps, in each of
-    which all boxes and images are handled at once. Classes are told apart by
-    label and not by shifting boxes, so coordinates may be anything. Of equal
-    scores the first is taken; the official loop shuffles its list, so that of
-    scores that have decayed to equal values it may take another.
+    Each step keeps the strongest box of the image and lowers the scores of
+    the boxes of its class. Scores only fall, so the result is the same as if
+    each class were suppressed by itself and the best boxes were kept. Classes
+    are compared by label; coordinates may have any value. The first of equal
+    scores is kept. The official loop shuffles its list, so it may keep another
+    one of several scores that have decayed to the same value.
 
     Args:
         bboxes (Tensor): ``(N, num, 4)``, xyxy pixels.
         scores (Tensor): ``(N, num)``, positive.
         labels (Tensor): ``(N, num)``.
-        max_per_img (int): Boxes to keep. Defaults to 100.
-        type (str): 'soft_nms' multiplies scores by ``exp(-IoU**2 / sigma)``,
-            then drops those below ``min_score``; 'nms' drops boxes with an
-            IoU above ``iou_threshold``. Defaults to 'soft_nms'.
+        max_per_img (int): Number of boxes to keep. Defaults to 100.
+        type (str): 'soft_nms' multiplies scores by ``exp(-IoU**2 / sigma)``
+            and drops boxes whose score falls below ``min_score``; 'nms' drops
+            boxes with an IoU above ``iou_threshold``. Defaults to 'soft_nms'.
         sigma, iou_threshold, min_score (float): See ``type``.
-        offset (int, optional): 1 if IoU counts a box's last pixel, else 0.
-            Defaults to 1 for 'soft_nms', as in the official NumPy code, and
-            to 0 for 'nms', as in TensorFlow's operator; the official hard
-            suppression in NumPy has 1.
+        offset (int, optional): 1 if the sides of a box include its last
+            pixel, else 0. Defaults to 1 for 'soft_nms', as in the official
+            NumPy code, and to 0 for 'nms', as in TensorFlow's operator; the
+            official hard suppression in NumPy has 1.
 
     Returns:
         tuple[Tensor]: Boxes ``(N, max, 4)``, scores and labels ``(N, max)``,
@@ -104,38 +104,61 @@ def suppress(bboxes: Tensor,
     Raises:
         ValueError: If ``type`` is unknown.
     """
-    if type not in METHODS:
-        raise ValueError(
-            f'nms type {type!r} is unknown; write one of {METHODS}')
+    # TorchScript has neither the conversion !r nor module-level constants.
+    if type != 'soft_nms' and type != 'nms':
+        raise ValueError(f"nms type '{type}' is unknown; write one of "
+                         "'soft_nms', 'nms'")
     soft = type == 'soft_nms'
     if offset is None:
         offset = 1 if soft else 0
-    x1, y1, x2, y2 = bboxes.unbind(-1)
-    areas = (x2 - x1 + offset) * (y2 - y1 + offset)
-    scores = scores.clone()
-    kept_index, kept_scores = [], []
+    start, end = bboxes.permute(2, 0, 1).contiguous().split(2)  # (2, N, num)
+    sides = end - start + offset
+    areas = sides[0] * sides[1]
+    rest = scores
+    kept = scores[:, :0]
+    index = torch.zeros_like(kept, dtype=torch.long)
     for _ in range(min(max_per_img, scores.shape[1])):
-        best_score, best = scores.max(1, keepdim=True)  # (N, 1)
-        kept_scores.append(best_score)
-        kept_index.append(best)
-        width = torch.minimum(x2, x2.gather(1, best)) - torch.maximum(
-            x1, x1.gather(1, best)) + offset
-        height = torch.minimum(y2, y2.gather(1, best)) - torch.maximum(
-            y1, y1.gather(1, best)) + offset
-        inter = width.clamp_(min=0) * height.clamp_(min=0)
-        # Boxes that overflow give inf / inf and overlap nothing.
-        iou = inter / (areas + areas.gather(1, best) - inter)
-        iou = iou.nan_to_num(0)
-        if soft:
-            weaker = scores * torch.exp(iou.square() / -sigma)
-            weaker = torch.where(weaker < min_score, 0, weaker)
-        else:
-            weaker = torch.where(iou > iou_threshold, 0, scores)
-        same_class = labels == labels.gather(1, best)
-        scores = torch.where(same_class, weaker, scores)
-        scores = scores.scatter(1, best, 0)
-    if not kept_index:
-        return bboxes[:, :0], scores[:, :0], labels[:, :0]
-    index = torch.cat(kept_index, 1)
-    return (bboxes.gather(1, index[..., None].expand(-1, -1, 4)),
-            torch.cat(kept_scores, 1), labels.gather(1, index))
+        best_score, best, rest = suppress_step(start, end, areas, rest, labels,
+                                               soft, sigma, iou_threshold,
+                                               min_score, offset)
+        kept = torch.cat([kept, best_score], 1)
+        index = torch.cat([index, best], 1)
+    return (bboxes.gather(1, index[..., None].expand(-1, -1, 4)), kept,
+            labels.gather(1, index))
+
+
+def suppress_step(start: Tensor, end: Tensor, areas: Tensor, scores: Tensor,
+                  labels: Tensor, soft: bool, sigma: float,
+                  iou_threshold: float, min_score: float,
+                  offset: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Takes the strongest box of each image and lowers its class's scores.
+
+    Args:
+        start (Tensor): x1 and y1 of the boxes, ``(2, N, num)``.
+        end (Tensor): x2 and y2 of the boxes, ``(2, N, num)``.
+        areas (Tensor): ``(N, num)``.
+        scores (Tensor): ``(N, num)``, 0 for boxes that are out.
+        labels (Tensor): ``(N, num)``.
+        soft (bool): Whether scores decay; else boxes are dropped.
+        sigma, iou_threshold, min_score, offset: See :func:`suppress`.
+
+    Returns:
+        tuple[Tensor]: Score and index of the strongest box, ``(N, 1)``, and
+        the new scores ``(N, num)``, 0 for that box.
+    """
+    best_score, best = scores.max(1, keepdim=True)
+    index = best.expand(2, -1, -1)
+    sides = torch.minimum(end, end.gather(2, index)) - torch.maximum(
+        start, start.gather(2, index)) + offset
+    sides = sides.clamp_(min=0)
+    inter = sides[0] * sides[1]
+    # Boxes that overflow give inf / inf and overlap nothing.
+    iou = (inter / (areas + areas.gather(1, best) - inter)).nan_to_num(0.)
+    if soft:
+        weaker = scores * torch.exp(iou.square() / -sigma)
+        weaker = weaker.masked_fill_(weaker < min_score, 0)
+    else:
+        weaker = scores.masked_fill(iou > iou_threshold, 0)
+    same_class = labels == labels.gather(1, best)
+    scores = torch.where(same_class, weaker, scores)
+    return best_score, best, scores.scatter_(1, best, 0)

@@ -1,21 +1,21 @@
-"""Modules that refuse a checkpoint which does not fit."""
+"""Strict loading of checkpoints."""
 from typing import Dict, Tuple
 
 
 class StrictLoading:
-    """Mixin of modules that refuse a state dict which does not fit.
+    """Mixin of modules that refuse a state dict that does not fit.
 
-    The stock tools load with ``strict=False`` and only log what is missing, a
-    common way to a mAP of zero. Both torch and mmengine load through the
-    method that is overridden here.
+    MMDetection's tools load with ``strict=False`` and only log missing keys,
+    a common cause of a mAP of zero. PyTorch and MMEngine both load through
+    the method that is overridden here.
     """
 
     def is_leftover_key(self, key: str) -> bool:
-        """Whether a key of a checkpoint may be left aside."""
+        """Whether a key that only the checkpoint has is ignored."""
         return False
 
     def explain_mismatch(self, shapes: Dict[str, Tuple]) -> str:
-        """A sentence for the error message, about differing shapes."""
+        """Returns a sentence about differing shapes for the error message."""
         return ''
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -23,43 +23,40 @@ class StrictLoading:
             key[len(prefix):]: tuple(getattr(value, 'shape', ()))
             for key, value in state_dict.items() if key.startswith(prefix)
         }
-        # A checkpoint with nothing for this part of a model is not its
-        # matter; the model as a whole may still refuse it.
+        # A part of a model accepts a checkpoint without any key of its own;
+        # the model as a whole may still refuse it.
         if given or not prefix:
             self._raise_on_mismatch(given)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _raise_on_mismatch(self, given: Dict[str, Tuple]) -> None:
         own = {k: tuple(v.shape) for k, v in self.state_dict().items()}
-        # Converted weights have no batch counters, and nothing reads them.
+        # Converted weights have no batch counters, and no norm reads them.
         missing = [
-            k for k in own
+            f'+ {k} {own[k]}' for k in own
             if k not in given and not k.endswith('num_batches_tracked')
         ]
         unexpected = [
-            k for k in given if k not in own and not self.is_leftover_key(k)
+            f'- {k} {given[k]}' for k in given
+            if k not in own and not self.is_leftover_key(k)
         ]
         shapes = {
             k: (given[k], own[k])
-            for k in own if k in given and given[k] != own[k]
+            for k in own if given.get(k, own[k]) != own[k]
         }
         if not (missing or unexpected or shapes):
             return
         hint = '' if missing or unexpected else self.explain_mismatch(shapes)
-        lines = [
-            f'the checkpoint does not fit {type(self).__name__}. ' +
-            (hint or 'Is it of another size or model?')
-        ]
-        sections = {
-            'only in the model': [f'+ {k} {own[k]}' for k in missing],
-            'only in the checkpoint':
-            [f'- {k} {given[k]}' for k in unexpected],
-            'of another shape (checkpoint, model)':
-            [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()]
-        }
-        for title, items in sections.items():
+        hint = hint or 'Is it of another size or model?'
+        lines = [f'the checkpoint does not fit {type(self).__name__}. {hint}']
+        for title, items in (('only in the model',
+                              missing), ('only in the checkpoint', unexpected),
+                             ('of another shape (checkpoint, model)', [
+                                 f'! {k} {a}, {b}'
+                                 for k, (a, b) in shapes.items()
+                             ])):
             if items:
                 lines.append(f'{len(items)} {title}:')
                 lines += [f'  {item}' for item in items[:10]]
-                lines += ['  ...'] if len(items) > 10 else []
+                lines += ['  ...'] * (len(items) > 10)
         raise ValueError('\n'.join(lines))

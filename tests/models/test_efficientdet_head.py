@@ -521,7 +521,7 @@ def test_predictors_are_linear():
 
 def test_wrong_number_of_levels_raises():
     """Both numbers are named."""
-    with pytest.raises(ValueError, match='got 4 levels.*num_levels=5'):
+    with pytest.raises(ValueError, match='4 levels.*num_levels=5.*num_outs'):
         EfficientDetHead(2, 4)(make_feats(4, (64, 64), 4))
 
 

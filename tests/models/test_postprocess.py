@@ -1,8 +1,11 @@
 """Selection and suppression against the official NumPy loops."""
+import io
 import math
 from functools import partial
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from mmdet.structures import DetDataSample
@@ -261,6 +264,104 @@ def test_boxes_that_overflow(kind, rank):
     rows = as_rows(suppress(boxes, scores, labels, 62, type=kind))
     assert np.isinf(rows[:2, 0]).all()
     np.testing.assert_array_equal(rows[2:, :5], plain[:, :5])
+
+
+def in_onnx_runtime(function, given, other, **kwargs):
+    """Exports a function of tensors; runs it on inputs of other sizes.
+
+    Returns:
+        tuple: The outputs for ``other`` and the number of ONNX loops.
+    """
+
+    class Module(torch.nn.Module):
+
+        def forward(self, *inputs):
+            return function(*inputs, **kwargs)
+
+    names = [f'input_{i}' for i in range(len(given))]
+    file = io.BytesIO()
+    torch.onnx.export(
+        Module().eval(),
+        tuple(given),
+        file,
+        dynamo=False,
+        opset_version=16,
+        input_names=names,
+        dynamic_axes={name: [0, 1]
+                      for name in names})
+    nodes = onnx.load_from_string(file.getvalue()).graph.node
+    session = onnxruntime.InferenceSession(file.getvalue())
+    outputs = session.run(None, {k: x.numpy() for k, x in zip(names, other)})
+    return outputs, sum(node.op_type == 'Loop' for node in nodes)
+
+
+def difficult_candidates(ties):
+    """Two images with boxes that overflow and, perhaps, many equal scores."""
+    images = [tensors(*random_candidates(seed, 150, 3)) for seed in (1, 2)]
+    boxes, scores, labels = map(torch.cat, zip(*images))
+    boxes[:, 3:5] = torch.tensor([-math.inf, 0., math.inf, 9.])
+    if ties:
+        boxes[:, 5:] = boxes[:, 5:].round()
+        scores = (scores * 8).ceil() / 8
+    return boxes, scores, labels
+
+
+SUPPRESSIONS = [
+    dict(),
+    dict(max_per_img=7, sigma=0.3, min_score=0.05, offset=0),
+    dict(type='nms'),
+    dict(max_per_img=150, type='nms', iou_threshold=0.3, offset=1),
+]
+
+
+@pytest.mark.parametrize('ties', [False, True])
+@pytest.mark.parametrize('kwargs', SUPPRESSIONS, ids=str)
+def test_scripted_suppression(kwargs, ties):
+    """TorchScript computes the same to the last bit, run after run."""
+    candidates = difficult_candidates(ties)
+    scripted = torch.jit.script(suppress)
+    for _ in range(3):  # The first runs are not optimised yet.
+        for a, b in zip(
+                scripted(*candidates, **kwargs),
+                suppress(*candidates, **kwargs)):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize('ties', [False, True])
+@pytest.mark.parametrize('kwargs', SUPPRESSIONS, ids=str)
+@pytest.mark.parametrize('scripted', [False, True])
+def test_exported_suppression(kwargs, ties, scripted):
+    """ONNX Runtime keeps the same boxes; scripted, it needs one loop."""
+    function = suppress
+    if scripted:
+        function = torch.jit.script(suppress)
+    else:  # Each step is exported by itself.
+        kwargs = {**kwargs, 'max_per_img': 5}
+    candidates = difficult_candidates(ties)
+    outputs, loops = in_onnx_runtime(function,
+                                     [x[:1, :100] for x in candidates],
+                                     candidates, **kwargs)
+    assert loops == scripted
+    boxes, scores, labels = suppress(*candidates, **kwargs)
+    np.testing.assert_array_equal(outputs[0], boxes)
+    np.testing.assert_allclose(outputs[1], scores, rtol=1e-5)
+    np.testing.assert_array_equal(outputs[2], labels)
+
+
+@pytest.mark.parametrize('scripted', [False, True])
+def test_scripted_and_exported_selection(scripted):
+    """Both select the same pairs in the same order, also of equal logits."""
+    given = torch.randn(1, 30, 5)
+    other = torch.randint(-3, 4, (2, 40, 5)).float()
+    num = int((other > 0).flatten(1).sum(1).min())
+    other[1] = torch.randn(40, 5)
+    function = torch.jit.script(select) if scripted else select
+    expected = select(other, num)
+    for a, b in zip(function(other, num), expected):
+        assert torch.equal(a, b)
+    outputs, _ = in_onnx_runtime(function, [given], [other], num=num)
+    for a, b in zip(outputs, expected):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize('num, max_per_img', [(5, 0), (0, 100), (3, 100)])
