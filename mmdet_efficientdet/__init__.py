@@ -32,7 +32,7 @@ else:
 
     @wrapt.when_imported('mmengine.runner.checkpoint')
     def _register_schemes(module) -> None:
-        """Makes the names of published weights known to mmengine."""
+        """Registers the names of published weights in mmengine."""
 
         def loader(function: str):
 
@@ -40,6 +40,7 @@ else:
                 schemes = import_module('.weights.schemes', __name__)
                 return getattr(schemes, function)(filename, map_location)
 
+            load.__name__ = function  # mmengine logs it
             return load
 
         for prefix, function in SCHEMES.items():

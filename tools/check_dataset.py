@@ -64,9 +64,8 @@ from mmengine.dataset import pseudo_collate
 
 from mmdet_efficientdet.datasets.anchor_fit import (advise, best_iou,
                                                     recall_table, snippet)
-from mmdet_efficientdet.datasets.annotation_checks import (Finding,
-                                                           check_images,
-                                                           verdict)
+from mmdet_efficientdet.datasets.annotation_checks import check_images
+from mmdet_efficientdet.datasets.findings import Finding, verdict
 from mmdet_efficientdet.engine.preflight import (check_training, input_boxes,
                                                  read_all)
 from mmdet_efficientdet.models import EfficientDetHead
@@ -172,9 +171,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         val = cfg.get('val_dataloader')
         val = read_all(val.dataset) if val else []
     except (OSError, KeyError, TypeError, ValueError) as error:
-        finding = Finding(True, 'annotation_file', 1,
-                          f'{type(error).__name__}: {error}',
-                          'compare data_root, ann_file and the type of data')
+        finding = Finding(
+            'annotation_file', problem=f'{type(error).__name__}: {error}')
         print(f'{finding}\n\n{verdict([finding])}')
         return 1
     for key, parts in (('train', train), ('val', val)):

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 PIP = f'{sys.executable} -m pip'
+PYTHONS = ('3.10', '3.11', '3.12')
 # What the tests ran with: the pins of requirements.txt, then the onedl-* ones.
 TESTED = dict(
     setuptools=['80.9.0'],
@@ -98,9 +99,10 @@ def main():
     warnings.simplefilter('ignore')  # those of other projects
     check_distributions()
     table = dict(python=platform.python_version())
-    if not ((3, 10) <= sys.version_info < (3, 13) and sys.platform == 'linux'):
-        cautions.append('Python 3.10 to 3.12 on Linux is supported; the '
-                        'tests ran with 3.11')
+    python = '.'.join(platform.python_version_tuple()[:2])
+    if python not in PYTHONS or sys.platform != 'linux':
+        cautions.append(f'Python {PYTHONS[0]} to {PYTHONS[-1]} on Linux is '
+                        'supported; the tests ran with 3.11')
     if dist('mmengine').startswith('0.10.'):
         load('pkg_resources')  # mmengine does, at a `package::` base config
     for name, tested in TESTED.items():

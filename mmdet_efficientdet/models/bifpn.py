@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .fusion import FUSIONS, FusionNode, conv_norm
-from .layers import (BN_CFG, SWISH_CFG, checkpoint, freeze_statistics,
-                     max_pool_same, size_of)
+from .layers import (BN_CFG, SWISH_CFG, freeze_statistics, max_pool_same,
+                     recompute, size_of)
 
 EXTRA_CONVS = (False, True, 'on_input', 'on_output')
 
@@ -260,7 +260,7 @@ class BiFPN(BaseModule):
             self._add_levels(feats)
         with_cp = self.with_cp and self.training
         for layer in self.layers:
-            feats = checkpoint(layer, feats) if with_cp else layer(feats)
+            feats = recompute(layer, feats) if with_cp else layer(feats)
         feats = list(feats)
         if on_output:
             self._add_levels(feats)

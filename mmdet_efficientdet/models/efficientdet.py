@@ -5,13 +5,13 @@ from mmdet.models.detectors import SingleStageDetector
 from torch import Tensor
 
 from ..registry import MODELS
+from ..scaling import MIN_SIDE
 from .layers import freeze_statistics
 from .loss_guard import check_finite
 from .strict_loading import StrictLoading
 
 # All that depends on the classes; what stands before it serves them together.
 CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'
-MIN_INPUT = 64  # pixels; below, the upper levels say nothing any more
 
 
 @MODELS.register_module()
@@ -57,13 +57,13 @@ class EfficientDet(StrictLoading, SingleStageDetector):
         """Returns the neck's features of images ``(N, 3, H, W)``.
 
         Raises:
-            ValueError: If a side is below 64 pixels.
+            ValueError: If a side is below ``MIN_SIDE`` pixels.
         """
         height, width = batch_inputs.shape[-2:]
-        if min(height, width) < MIN_INPUT:
+        if min(height, width) < MIN_SIDE:
             raise ValueError(
                 f'input of {height}x{width} pixels is too small: both sides '
-                f'must be at least {MIN_INPUT}. Pad the images '
+                f'must be at least {MIN_SIDE}. Pad the images '
                 '(data_preprocessor.pad_size_divisor) or enlarge image_size')
         return super().extract_feat(batch_inputs)
 

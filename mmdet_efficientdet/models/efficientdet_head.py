@@ -15,8 +15,9 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..registry import MODELS
+from ..scaling import MAX_PER_IMG
 from .anchors import anchor_targets
-from .layers import BN_CFG, SWISH_CFG, SeparableConv2d, build_norm, checkpoint
+from .layers import BN_CFG, SWISH_CFG, SeparableConv2d, build_norm, recompute
 from .postprocess import decode, select, suppress
 
 ANCHORS = dict(type='mmdet_efficientdet.AnchorGenerator')
@@ -180,7 +181,7 @@ class EfficientDetHead(AnchorHead):
             return predictor(x)
 
         if self.with_cp and self.training:
-            run = partial(checkpoint, run, norms=norms)
+            run = partial(recompute, run, norms=norms)
         return [run(x, level) for level, x in enumerate(feats)]
 
     def _anchors(self, cls_scores: List[Tensor], img_metas: List[dict]):
@@ -273,8 +274,9 @@ class EfficientDetHead(AnchorHead):
             self._flatten(bbox_preds, 4), anchors, index, self.bbox_coder)
         scores = logits.sigmoid()
         if with_nms:
-            bboxes, scores, labels = suppress(bboxes, scores, labels,
-                                              cfg.get('max_per_img', 100),
+            max_per_img = cfg.get('max_per_img', MAX_PER_IMG)
+            bboxes, scores, labels = suppress(bboxes, scores,
+                                              labels, max_per_img,
                                               **cfg.get('nms', {}))
         results = []
         for i, img_meta in enumerate(batch_img_metas):

@@ -14,7 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS
-from .layers import BN_CFG, checkpoint, freeze_statistics
+from .layers import BN_CFG, freeze_statistics, recompute
 from .strict_loading import StrictLoading
 
 # Rows of the stages of B0: repeats, kernel, stride, expansion, channels.
@@ -228,7 +228,7 @@ class EfficientNet(StrictLoading, BaseModule):
         outs = {}
         for i, block in enumerate(self.blocks):
             with_cp = self.with_cp and self.training
-            x = checkpoint(block, x) if with_cp else block(x)
+            x = recompute(block, x) if with_cp else block(x)
             outs[i] = x
         return tuple(outs[self.level_ends[i]] for i in self.out_indices)
 

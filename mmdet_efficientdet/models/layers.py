@@ -4,10 +4,10 @@ from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from mmcv.cnn import build_norm_layer
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
-from torch.utils import checkpoint as torch_checkpoint
 
 # TensorFlow's decay 0.99 is PyTorch's momentum 0.01; eps 1e-3 is ten to a
 # hundred times the usual value, and converted weights need it.
@@ -123,7 +123,7 @@ def _spare_statistics(module: nn.Module):
 
 
 @torch.compiler.disable
-def checkpoint(function: Callable, *args, norms: Optional[nn.Module] = None):
+def recompute(function: Callable, *args, norms: Optional[nn.Module] = None):
     """Runs ``function`` without keeping activations for the backward pass.
 
     The second forward pass, which recomputes them, leaves the statistics of
@@ -137,7 +137,7 @@ def checkpoint(function: Callable, *args, norms: Optional[nn.Module] = None):
             to ``function``.
     """
     norms = function if norms is None else norms
-    return torch_checkpoint.checkpoint(
+    return torch.utils.checkpoint.checkpoint(
         function,
         *args,
         use_reentrant=False,

@@ -11,6 +11,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..scaling import MAX_PER_IMG
+
 METHODS = ('soft_nms', 'nms')
 
 
@@ -63,7 +65,7 @@ def decode(bbox_preds: Tensor, anchors: Tensor, index: Tensor,
 def suppress(bboxes: Tensor,
              scores: Tensor,
              labels: Tensor,
-             max_per_img: int = 100,
+             max_per_img: int = MAX_PER_IMG,
              type: str = 'soft_nms',
              sigma: float = 0.5,
              iou_threshold: float = 0.5,

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import nn
 
-from mmdet_efficientdet.models.layers import (SeparableConv2d, checkpoint,
-                                              max_pool_same, resize_to)
+from mmdet_efficientdet.models.layers import (SeparableConv2d, max_pool_same,
+                                              recompute, resize_to)
 
 
 def same_pool_1d(x, stride):
@@ -164,7 +164,7 @@ def test_checkpoint_changes_nothing():
     image = torch.randn(16, 3, 6, 6)
     losses = []
     for block, run in ((plain, plain), (saving,
-                                        lambda x: checkpoint(saving, x))):
+                                        lambda x: recompute(saving, x))):
         torch.manual_seed(1)
         x = image.clone().requires_grad_()
         loss = run(x).square().mean()

@@ -15,7 +15,7 @@ from verify_parity import BOUND, PARTS, SIDES, compare, verify
 
 from mmdet_efficientdet.models.bifpn import FusionNode
 from mmdet_efficientdet.weights.layouts import LAYOUTS
-from mmdet_efficientdet.weights.matching import convert
+from mmdet_efficientdet.weights.matching import match
 
 BRIDGE = Path(verify_parity.__file__).with_name('effdet_bridge.py')
 
@@ -211,18 +211,14 @@ def test_gradients():
         total.backward()
     got = {key: value.grad for key, value in ours.named_parameters()}
     gradients = {k: p.grad for k, p in theirs.named_parameters()}
-    expected, _ = convert(gradients, {
-        k: v.shape
-        for k, v in got.items()
-    }, 'b0', 5)
+    shapes = {key: grad.shape for key, grad in got.items()}
+    expected = match(gradients, shapes, 'b0', 5).state_dict()
     scale = max(grad.abs().max() for grad in expected.values())
     for key, value in got.items():
         assert (value - expected[key]).abs().max() < 1e-6 * scale, key
     # The norms have counted the batch alike, too.
-    state, _ = convert(theirs.state_dict(), {
-        k: v.shape
-        for k, v in ours.state_dict().items()
-    }, 'b0', 5)
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    state = match(theirs.state_dict(), shapes, 'b0', 5).state_dict()
     for key, buffer in ours.named_buffers():
         if key.endswith('running_mean') and not key.startswith('backbone'):
             torch.testing.assert_close(buffer.float(), state[key], msg=key)

@@ -21,7 +21,7 @@ from mmengine.dataset import ConcatDataset
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from mmdet_efficientdet import ClassCheckHook
+from mmdet_efficientdet import PreflightHook
 
 
 @pytest.fixture(scope='module')
@@ -312,14 +312,16 @@ def test_part_without_objects(tmp_path):
     ]
     loader = SimpleNamespace(dataset=ConcatDataset(parts))
     head = SimpleNamespace(num_classes=3)
+    hook = PreflightHook(enabled=False)
     runner = SimpleNamespace(
+        hooks=[hook],
         train_dataloader=loader,
         val_loop=None,
         model=SimpleNamespace(bbox_head=head))
-    ClassCheckHook().before_train(runner)
+    hook.before_train(runner)
     loader.dataset = parts[0]
     with pytest.raises(ValueError, match='negatives.txt has no object'):
-        ClassCheckHook().before_train(runner)
+        hook.before_train(runner)
 
 
 @pytest.mark.parametrize('kind, stops', [('CocoDataset', True),
@@ -338,13 +340,15 @@ def test_order_in_the_file(kind, stops, tmp_path):
             data_root=str(root),
             ann_file='coco.json',
             data_prefix=dict(img='JPEGImages/')))
+    hook = PreflightHook(enabled=False)
     runner = SimpleNamespace(
+        hooks=[hook],
         train_dataloader=SimpleNamespace(dataset=dataset),
         val_loop=None,
         model=SimpleNamespace(bbox_head=SimpleNamespace(num_classes=3)))
     with pytest.raises(ValueError, match='in the same order') if stops \
             else nullcontext():
-        ClassCheckHook().before_train(runner)
+        hook.before_train(runner)
 
 
 def test_wrong_class_count_stops_testing(run, weights, tmp_path):

@@ -8,9 +8,9 @@ from mmengine.config import Config
 
 from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
-from mmdet_efficientdet.weights.convert import build_on_meta, outline
+from mmdet_efficientdet.weights.convert import build_on_meta, model_signature
 from mmdet_efficientdet.weights.layouts import LAYOUTS
-from mmdet_efficientdet.weights.matching import convert
+from mmdet_efficientdet.weights.matching import match
 
 try:
     import effdet
@@ -84,7 +84,7 @@ def our_network(weights, size, num_classes=90, side=None):
     cfg.model.backbone.init_cfg = None
     cfg.model.bbox_head.num_classes = num_classes
     model = build_on_meta(cfg).eval()
-    state_dict, _ = convert(weights, *outline(model))
+    state_dict = match(weights, *model_signature(model)).state_dict()
     model.load_state_dict(state_dict, assign=True)
     # Mean and deviation are in no checkpoint.
     model.data_preprocessor = MODELS.build(cfg.model.data_preprocessor)

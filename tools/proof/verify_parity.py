@@ -49,9 +49,9 @@ from mmdet.utils import register_all_modules
 from mmengine import ProgressBar
 from terminaltables import GithubFlavoredMarkdownTable
 
-from mmdet_efficientdet.weights.convert import outline
+from mmdet_efficientdet.weights.convert import model_signature
 from mmdet_efficientdet.weights.layouts import LAYOUTS
-from mmdet_efficientdet.weights.matching import convert
+from mmdet_efficientdet.weights.matching import match
 
 BOUND = 1e-5
 VERDICTS = ('DIFFERENT', 'equal')
@@ -97,13 +97,14 @@ def difference(maps, expected):
 
 def source_difference(model, layout):
     """What changes when the weights go through a layout and back."""
-    shapes, *numbers = outline(model)
+    shapes, *numbers = model_signature(model)
     own = {
         k: v
         for k, v in model.state_dict().items()
         if not k.endswith('num_batches_tracked')
     }
-    again, _ = convert(in_layout(own, layout, *numbers), shapes, *numbers)
+    again = match(in_layout(own, layout, *numbers), shapes,
+                  *numbers).state_dict()
     return max((again[k] - v).abs().max().item() for k, v in own.items())
 
 
