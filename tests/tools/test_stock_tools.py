@@ -65,6 +65,7 @@ def check_results(path, num_classes=3):
     return results
 
 
+@pytest.mark.slow
 def test_train_script_as_a_user_calls_it(tmp_path):
     """By name, and resumed by path, an own process trains.
 
@@ -133,6 +134,7 @@ def test_test_script(run, weights, tmp_path):
     assert len(drawn) == len(IMAGES)
 
 
+@pytest.mark.slow
 def test_test_time_augmentation(run, weights, tmp_path):
     """test.py --tta works with no entry for it in the config."""
     done = run_tool(
@@ -148,6 +150,7 @@ def test_test_time_augmentation(run, weights, tmp_path):
     check_results(tmp_path / 'dump.pkl')
 
 
+@pytest.mark.slow
 def test_flops_script(tmp_path):
     """get_flops.py gives the official cost of D0, 2,550,618,821.
 
@@ -235,6 +238,7 @@ default_hooks = dict(
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dataset', ['XMLDataset', 'VOCDataset'])
 def test_voc_data(dataset, tmp_path):
     """Annotations as of VOC train, and the best checkpoint is data only."""
@@ -272,6 +276,7 @@ WRONG = dict(
          ['ids.txt', "('cat', 'dog', 'cow')"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', WRONG)
 def test_wrong_classes_stop_training(name, tmp_path):
     """train.py stops before the first step and says what to write."""
@@ -360,6 +365,7 @@ def test_wrong_class_count_stops_testing(run, weights, tmp_path):
     assert 'Epoch(test)' not in done.output
 
 
+@pytest.mark.slow
 def test_one_class(tmp_path):
     """A single class trains and is evaluated, as the other boxes vanish."""
     root = make_dataset(tmp_path / 'data')
