@@ -1,0 +1,149 @@
+"""The recipes of the shipped configs: averages, norms and rates."""
+import pytest
+import torch
+from helpers.models import SIZES, batch, new_model
+from helpers.tiny_data import CONFIGS, D0, LITE0
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS as ENGINE_MODELS
+from mmengine.registry import init_default_scope
+
+GN, FINETUNE, ADVPROP = (
+    CONFIGS / f'efficientdet_d0_{name}_coco.py'
+    for name in ('1xb8-gn-300e', '1xb8-finetune-50e', '8xb16-advprop-300e'))
+
+
+def averages_of(model):
+    """The averaged copy of a model that the configs ask for."""
+    config = dict(Config.fromfile(D0).default_hooks.ema)
+    assert config.pop('type') == 'EMAHook' and config.pop('priority') == 49
+    assert config['strict_load']
+    hook = EMAHook(**config)
+    return ENGINE_MODELS.build(
+        dict(hook.ema_cfg), default_args=dict(model=model))
+
+
+def test_averages_follow_the_official_ramp():
+    """Decay min(0.9998, (1 + n) / (10 + n)), two updates late.
+
+    The official counter n is 1 at the first update. At its first the host
+    copies the weights, and then has n = 0 at the second.
+    """
+    model = torch.nn.BatchNorm1d(1)
+    averaged = averages_of(model)
+
+    def decay_at(steps):
+        """How much of the average stays in the update after ``steps``."""
+        averaged.steps.fill_(steps)
+        with torch.no_grad():
+            averaged.module.weight.fill_(1)
+            model.weight.fill_(0)
+            averaged.module.running_mean.fill_(1)
+            model.running_mean.fill_(0)
+        averaged.update_parameters(model)
+        kept = averaged.module.weight.item()
+        # Statistics of norms are averaged, not copied.
+        assert averaged.module.running_mean.item() == pytest.approx(kept)
+        return kept
+
+    assert decay_at(0) == 0
+    for steps, n in ((1, 0), (2, 1), (1001, 1000), (44_000, 43_999)):
+        assert decay_at(steps) == pytest.approx((1 + n) / (10 + n), abs=2e-7)
+    for steps in (44_991, 300_000):
+        assert decay_at(steps) == pytest.approx(0.9998, abs=2e-7)
+
+
+def test_averages_agree_within_50_steps():
+    """What two updates of delay do to the average of a training's weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(100, generator=generator).cumsum(0).tolist()
+    model = torch.nn.Linear(1, 1)
+    averaged = averages_of(model)
+    official, differences = weights[0], []
+    for n, now in enumerate(weights, 1):
+        official += (1 - min(0.9998, (1 + n) / (10 + n))) * (now - official)
+        torch.nn.init.constant_(model.bias, now)
+        averaged.update_parameters(model)
+        differences.append(abs(official - averaged.module.bias.item()))
+    spread = max(weights) - min(weights)
+    assert max(differences) > 0.01 * spread
+    assert max(differences[50:]) < 0.005 * spread
+
+
+def train_briefly(path, **options):
+    """Three steps with the optimizer of a config; returns model and log."""
+    config = Config.fromfile(path)
+    config.merge_from_dict(options)
+    model = new_model(config)
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    data = batch((128, 128), (96, 128), num_classes=2)
+    before = {key: b.clone() for key, b in model.named_buffers()}
+    log = [model.train_step(data, wrapper) for _ in range(3)]
+    changed = {
+        key.split('.')[0]
+        for key, b in model.named_buffers() if not torch.equal(b, before[key])
+    }
+    return model, log, changed
+
+
+def test_recipe_with_group_norm():
+    """Neck and head have no batch norms; the backbone's stay as they are."""
+    model, log, changed = train_briefly(GN)
+    assert not changed
+    assert all(step['loss'].isfinite() for step in log)
+    for part in (model.neck, model.bbox_head):
+        norms = [
+            m for m in part.modules() if isinstance(m, torch.nn.GroupNorm)
+        ]
+        assert norms and all(norm.num_groups == 8 for norm in norms)
+        assert not any('running_mean' in key for key in part.state_dict())
+
+
+def test_recipe_of_fine_tuning():
+    """No statistics change, but scales and offsets are learned."""
+    config = Config.fromfile(FINETUNE)
+    assert (config.transfer_classes, config.train_cfg.max_epochs,
+            config.load_from) == (True, 50, 'effdet://tf_efficientdet_d0')
+    crop = config.train_dataloader.dataset.pipeline[-2]
+    assert crop.type == 'mmdet_efficientdet.ResizeCrop'
+    assert crop.ratio_range == (0.5, 1.5)
+    model, log, changed = train_briefly(FINETUNE)
+    assert not changed
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert log[-1]['loss'] < log[0]['loss']
+
+
+def test_ordinary_training_changes_statistics():
+    """The two recipes above differ from this."""
+    assert train_briefly(LITE0)[2] == {'backbone', 'neck', 'bbox_head'}
+
+
+@pytest.mark.parametrize('path, rate', [(GN, 0.01), (FINETUNE, 0.005)])
+def test_rate_fits_the_batch(path, rate):
+    """Each rate stands beside the batch that it is for."""
+    config = Config.fromfile(path)
+    assert config.auto_scale_lr.base_batch_size == 8
+    assert config.train_dataloader.batch_size == 8
+    assert config.optim_wrapper.optimizer.lr == rate
+
+
+def test_group_norm_fits_every_size():
+    """The kind of a width that 8 groups do not divide would raise."""
+    assert all(
+        Config.fromfile(path).model.neck.out_channels % 8 == 0
+        for path in SIZES.values())
+
+
+def test_inputs_of_advprop():
+    """Black is -1, also where the image is padded."""
+    config = Config.fromfile(ADVPROP)
+    config.model.data_preprocessor.pad_size_divisor = 8
+    init_default_scope('mmdet')
+    preprocessor = MODELS.build(config.model.data_preprocessor)
+    image = torch.tensor([0, 255, 0], dtype=torch.uint8).view(3, 1, 1)
+    inputs = preprocessor(
+        dict(inputs=[image.expand(3, 4, 8)], data_samples=None))['inputs']
+    assert inputs[0, :, 0, 0].tolist() == [-1, 1, -1]
+    assert (inputs[0, :, 4:] == -1).all()
