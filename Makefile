@@ -1,10 +1,9 @@
 # Every target prepares .venv by itself; a finished set-up costs nothing.
-#   make PYTHON=... setup  another interpreter     make V=1 setup  full output
+#   make PYTHON=... setup  another interpreter
 
 PYTHON ?= python3.11
 # One compiler per core: compiling mmcv is the long part of the set-up.
 MAX_JOBS ?= $(shell nproc)
-V ?=
 # Small tensors gain nothing from a second OpenMP thread, and a waiting thread
 # spins in the way of the data loaders: tests and demo are faster with one.
 export OMP_NUM_THREADS ?= 1
@@ -14,7 +13,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 # Written last, and only when tools/check_env.py has passed.
 STAMP := $(VENV)/.ready
-MMCV := $(shell sed -n 's/^\# *\(mmcv==[0-9.]*\)$$/\1/p' requirements.txt)
+pin = $(shell grep -o '^[\# ]*$(1)==[0-9.]*' requirements.txt | tr -d '\# ')
+MMCV := $(call pin,mmcv)
+MMCV_SRC := $(VENV)/$(MMCV)-$(call pin,torch)
+MMCV_LOG := $(VENV)/mmcv-build.log
 SOURCES := $(wildcard mmdet_efficientdet configs tools tests setup.py)
 
 SHELL := /bin/bash
@@ -22,7 +24,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test lint format clean
+.PHONY: help setup demo quick test docs lint format clean
 
 # A checkout that was moved, or whose Python went away, is set up again.
 ifneq "$(shell test -x $(PY) && cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
@@ -43,6 +45,9 @@ quick: $(STAMP)  ## run the tests that take seconds
 test: $(STAMP)  ## run all tests and list the slowest
 	@$(PY) -m pytest -q --durations=15 tests
 
+docs: $(STAMP)  ## render docs/ into build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir build/site
+
 lint: $(STAMP)  ## flake8, isort and yapf; changes nothing
 	@status=0
 	$(PY) -m flake8 $(SOURCES) || status=1
@@ -58,30 +63,71 @@ clean:  ## remove .venv and whatever was built in the tree
 	@rm -rf $(VENV) build dist *.egg-info mmdet_efficientdet/.mim .pytest_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
 
-# Each step may be interrupted and repeated. pip reads the user's own PIP_*
-# variables, so a wheel of mmcv under PIP_FIND_LINKS is found.
+# Each step may be interrupted and repeated.
 $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	@rm -f $(STAMP)
 	export PATH="$(CURDIR)/$(VENV)/bin:$$PATH" MAX_JOBS="$(MAX_JOBS)"
+	trap 'exit 130' INT
 	die() { echo "make: $$*" >&2; exit 1; }
+	compiled() {
+	    sed -n 's|^\[\([0-9]*\)/\([0-9]*\)\].*|, compiled \1 of \2 files|p' \
+	        $(MMCV_LOG) 2>/dev/null | tail -n 1
+	}
+	alive() {  # runs a command; a line every 10 seconds says that it runs
+	    while sleep 10 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do
+	        printf '  %d:%02d min%s\n' $$((SECONDS / 60)) $$((SECONDS % 60)) \
+	            "$$(compiled)"
+	    done &
+	    local beat=$$! status=0
+	    "$$@" || status=$$?
+	    kill $$beat
+	    return $$status
+	}
 
 	# 1. The environment.
+	echo "Set-up: the first time 4 GB to download, 8 GB on disk"
+	rm -f $(MMCV_LOG)
 	if ! $(PIP) --version >/dev/null 2>&1; then
 	    rm -rf $(VENV)
 	    command -v $(PYTHON) >/dev/null || die "$(PYTHON) is not installed;" \
 	        "install Python 3.11, or name yours: make setup PYTHON=..."
-	    $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || die "$(PYTHON) cannot" \
+	    alive $(PYTHON) -m venv $(VENV) 2>/dev/null || die "$(PYTHON) cannot" \
 	        "create a virtual environment; on Debian run:" \
 	        "apt-get install $(notdir $(PYTHON))-venv"
 	fi
-	# pip takes a package without RECORD for a complete one, but its installation
-	# was cut off.
-	for info in $(VENV)/lib/python*/site-packages/*.dist-info; do
-	    test -e "$$info/RECORD" || rm -rf "$$info"
-	done
+	# A package whose installation was interrupted looks installed to pip and uv.
+	$(PY) -c 'import pathlib, shutil, sysconfig
+	from importlib.metadata import PathDistribution
+	intact = lambda file, path: file.suffix == ".pyc" or (
+	path.is_file() and file.size in (None, path.stat().st_size))
+	for info in pathlib.Path(sysconfig.get_path("purelib")).glob("*.dist-info"):\
+	files = PathDistribution(info).files or [];\
+	files and all(intact(f, f.locate()) for f in files) or shutil.rmtree(info)'
 
-	# 2. A ready wheel of mmcv, else one that pip compiled for another clone and
-	# kept in its cache, else the compiler: see to it before the long download.
+	# 2. uv downloads in parallel and takes a quarter of the time of pip. It has
+	# to be told the settings of pip; where it fails, pip does the work.
+	alive $(PIP) install -q --no-deps $(call pin,uv) || true
+	settings=$$($(PIP) config list)
+	setting() {  # the environment overrides [install], which overrides [global]
+	    for section in global install :env:; do
+	        sed -n "s/^$$section\.$$1='\(.*\)'$$/\1/p" <<< "$$settings"
+	    done | tail -n 1 | sed 's/\\n/ /g'
+	}
+	options=(--python $(PY) --index-strategy unsafe-best-match)
+	for name in index-url extra-index-url find-links; do
+	    for word in $$(setting $$name); do options+=("--$$name=$$word"); done
+	done
+	test -z "$$(setting no-index)" || options+=(--no-index)
+	bars=; test -t 2 || bars=alive
+	install() {
+	    $$bars uv pip install "$${options[@]}" --no-deps "$$@" || {
+	        echo "uv has failed; pip takes over and needs some minutes more"
+	        alive $(PIP) install --no-deps "$$@"
+	    }
+	}
+
+	# 3. A wheel of mmcv, else the compiler: see to it before the long download.
+	has_ops() { $(PY) -c 'import torch, mmcv._ext' >/dev/null 2>&1; }
 	need_compiler() {
 	    command -v "$${CXX:-c++}" >/dev/null ||
 	        die "no C++ compiler to compile mmcv with; on Debian run:" \
@@ -92,59 +138,44 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	        die "Python.h is missing, mmcv cannot be compiled; on Debian run:" \
 	            "apt-get install $(notdir $(PYTHON))-dev"
 	}
-	$(PIP) install -q --no-deps --only-binary mmcv $(MMCV) >/dev/null 2>&1 ||
-	    [[ $$($(PIP) cache list $(subst ==,-,$(MMCV)) 2>&1) == *mmcv-*.whl* ]] ||
-	    need_compiler
+	install --only-binary mmcv $(MMCV) >/dev/null 2>&1 || need_compiler
 
-	# 3. All but mmcv.
-	echo "Set-up: pinned packages (the first time 4 GB to download, 8 GB on disk)"
-	$(PIP) install --no-deps -r requirements.txt |
-	    { trap '' INT; grep --line-buffered -v '^Requirement already' || :; }
+	# 4. All but mmcv.
+	install -r requirements.txt
 
-	# 4. mmcv, unless it came in step 2 and fits this torch.
-	log=$(VENV)/mmcv-build.log
-	has_ops() { $(PY) -c 'import torch, mmcv._ext' >/dev/null 2>&1; }
-	minutes() { printf '%d:%02d min' $$((SECONDS / 60)) $$((SECONDS % 60)); }
-	progress() {  # one counter instead of ninja's commands of 3 kB each
-	    local line done=0 back=; test -t 1 && back=$$'\r\e[K'
-	    while IFS= read -r line; do
-	        if [[ $$line == *'Building wheel for mmcv'*'started'* ||
-	              ( $$done == 0 && $$line == *'running bdist_wheel'* ) ]]; then
-	            SECONDS=0
-	            echo "Compiling the operators of mmcv, once: about 17 minutes" \
-	                "on 2 cores, here $$MAX_JOBS at a time. Log: $$log"
-	            done=1
-	        elif [[ $$line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]]; then
-	            printf '%s  mmcv: %s of %s files, %s' "$$back" \
-	                "$${BASH_REMATCH[@]:1:2}" "$$(minutes)"
-	            test -n "$$back" || echo
-	        fi
-	    done
-	    test -z "$$back" || echo
-	}
-	test -z "$(V)" && ninja --version >/dev/null 2>&1 || progress() { cat; }
+	# 5. mmcv, unless it came in step 3 and fits this torch. The sources stay
+	# where they are unpacked, so that ninja keeps what is compiled.
 	gpu_has_nvcc='import sys, torch, torch.utils.cpp_extension as cpp
 	sys.exit(torch.cuda.is_available() and cpp.CUDA_HOME is None)'
-	compile_mmcv() {
+	build_mmcv() (
+	    exec > $(MMCV_LOG) 2>&1
+	    test -e $(MMCV_SRC) || {
+	        rm -rf $(MMCV_SRC).part && mkdir $(MMCV_SRC).part &&
+	            $(PIP) download --no-deps --no-build-isolation \
+	                --no-binary mmcv -d $(MMCV_SRC).part $(MMCV) &&
+	            tar -xzf $(MMCV_SRC).part/*.gz -C $(MMCV_SRC).part \
+	                --strip-components 1 && mv $(MMCV_SRC).part $(MMCV_SRC)
+	    } && cd $(MMCV_SRC) && python -u setup.py build_ext --force bdist_wheel
+	)
+	if ! alive has_ops; then
+	    need_compiler
 	    # With a GPU mmcv insists on nvcc, which a driver alone does not bring.
-	    if ! $(PY) -c "$$gpu_has_nvcc" 2>/dev/null; then
+	    if ! alive $(PY) -c "$$gpu_has_nvcc" 2>/dev/null; then
 	        echo "A GPU but no CUDA toolkit (nvcc): mmcv gets operators for the" \
 	            "CPU only. For the GPU install the toolkit, then: make clean setup"
-	        local -x CUDA_VISIBLE_DEVICES=
+	        export CUDA_VISIBLE_DEVICES=
 	    fi
-	    MMCV_WITH_OPS=1 $(PIP) install -v --no-deps --no-build-isolation \
-	        --force-reinstall "$$@" $(MMCV) 2>&1 | tee -i $$log | progress ||
-	        { tail -n 30 $$log; die "mmcv did not compile; see $$log"; }
-	}
-	has_ops || compile_mmcv
-	if ! has_ops; then
-	    echo "pip kept an mmcv that was compiled without or for another torch."
-	    need_compiler
-	    $(PIP) cache remove $(subst ==,-,$(MMCV)) >/dev/null 2>&1 || true
-	    compile_mmcv --no-binary mmcv
+	    echo "Compiling mmcv, once: about 17 minutes on 2 cores," \
+	        "here $$MAX_JOBS files at a time. Log: $(MMCV_LOG)"
+	    SECONDS=0
+	    alive build_mmcv && install --force-reinstall $(MMCV_SRC)/dist/*.whl &&
+	        has_ops || { tail -n 30 $(MMCV_LOG); die "mmcv did not compile"; }
+	    rm -rf $(MMCV_LOG) $(MMCV_SRC)/build
+	    echo "To spare other checkouts this, keep $(MMCV_SRC)/dist/*.whl in a" \
+	        "folder that PIP_FIND_LINKS names."
 	fi
 
-	# 5. The package itself, then the proof.
-	$(PIP) install -q --no-deps --no-build-isolation -e .
-	$(PY) tools/check_env.py
+	# 6. The package itself, then the proof.
+	alive $(PIP) install -q --no-deps --no-build-isolation -e .
+	alive $(PY) tools/check_env.py
 	echo "$(CURDIR)" > $(STAMP)

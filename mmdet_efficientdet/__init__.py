@@ -8,16 +8,7 @@ mmengine can load a checkpoint.
 """
 from importlib import import_module
 
-import wrapt
-
 from . import scaling
-
-try:  # lets mmengine resolve 'mmdet_efficientdet::...' configs and models
-    from mmengine.config.utils import MODULE2PACKAGE
-except ImportError:  # scaling and its table need no mmengine
-    pass
-else:
-    MODULE2PACKAGE.setdefault(__name__, __name__)
 
 __version__ = '0.1.0'
 
@@ -28,21 +19,32 @@ SCHEMES = {
     'timm://': 'load_from_timm'
 }
 
+try:
+    import wrapt
+    from mmengine.config.utils import MODULE2PACKAGE
+except ImportError:  # scaling and its table need neither
+    pass
+else:
+    # Lets mmengine resolve 'mmdet_efficientdet::...' configs and models. The
+    # value names a module, whose folder mmengine takes. It cannot find the
+    # folder of a distribution that was installed with pip install -e.
+    MODULE2PACKAGE.setdefault(__name__, f'{__name__}.utils')
 
-@wrapt.when_imported('mmengine.runner.checkpoint')
-def _register_schemes(module) -> None:
-    """Makes the names of published weights known to mmengine."""
+    @wrapt.when_imported('mmengine.runner.checkpoint')
+    def _register_schemes(module) -> None:
+        """Registers the names of published weights in mmengine."""
 
-    def loader(function: str):
+        def loader(function: str):
 
-        def load(filename, map_location=None):
-            schemes = import_module('.weights.schemes', __name__)
-            return getattr(schemes, function)(filename, map_location)
+            def load(filename, map_location=None):
+                schemes = import_module('.weights.schemes', __name__)
+                return getattr(schemes, function)(filename, map_location)
 
-        return load
+            load.__name__ = function  # mmengine logs it
+            return load
 
-    for prefix, function in SCHEMES.items():
-        module.CheckpointLoader.register_scheme(prefix, loader(function))
+        for prefix, function in SCHEMES.items():
+            module.CheckpointLoader.register_scheme(prefix, loader(function))
 
 
 def __getattr__(name: str):

@@ -14,11 +14,13 @@ from mmengine.registry import Registry
 
 from .utils import WINGS
 
-if not ((3, 10) <= sys.version_info[:2] <=
-        (3, 12) and sys.platform == 'linux'):
+PYTHONS = ('3.10', '3.11', '3.12')  # as the classifiers in setup.cfg
+
+if '{}.{}'.format(*sys.version_info) not in PYTHONS or \
+        sys.platform != 'linux':
     warnings.warn(
-        'mmdet_efficientdet is meant for Python 3.10-3.12 on Linux; this '
-        'environment is untested',
+        f'mmdet_efficientdet is meant for Python {PYTHONS[0]}-{PYTHONS[-1]} '
+        'on Linux; this environment is untested',
         stacklevel=2)
 
 

@@ -103,8 +103,9 @@ def scale_config(base: dict,
         scale_config(_base_, 'd3', image_size=640, classes=['tree'])
 
     Sets backbone, neck, head and preprocessor, the image size of every
-    pipeline, the number of epochs, and with ``classes`` the head's width and
-    the ``metainfo`` of every dataset.
+    pipeline, the pretrained weights and the number of epochs. ``classes``
+    sets the number of classes of the head and the ``metainfo`` of every
+    dataset. After an error ``base`` is unchanged.
 
     Args:
         base (dict): A config of this family, of any size.
@@ -132,30 +133,26 @@ def scale_config(base: dict,
         image_size = row.image_size
     image_size = _check_image_size(image_size)
     if classes is not None:
-        set_classes(base, classes)
-    channels, checkpoint = BACKBONES[row.backbone]
+        set_classes(base, classes)  # from here on nothing is refused
+    _scale_model(base, row)
+    _scale_data(base, row, image_size)
+    _scale_weights(base, name)
+    # A training length that the user has set stays.
+    if base.get('train_cfg', {}).get('max_epochs') in _column('epochs'):
+        base['train_cfg']['max_epochs'] = row.epochs
+
+
+def _scale_model(base: dict, row: CompoundScaling) -> None:
+    """Sets backbone, neck and head."""
     model = base['model']
-    model['data_preprocessor'].update(
-        pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
-            *image_size))
-    # A convention of the user's own, such as Det-AdvProp's, stays.
-    if tuple(model['data_preprocessor'].get('mean') or ()) in _column('mean'):
-        model['data_preprocessor'].update(
-            mean=list(row.mean), std=list(row.std))
+    act_cfg = dict(type=row.activation)
+    if 'act_cfg' in base:  # a variable of D0's config
+        base['act_cfg'] = act_cfg
+    for part in ('backbone', 'neck', 'bbox_head'):
+        model[part]['act_cfg'] = dict(act_cfg)
     model['backbone'].update(arch=row.backbone)
-    advprop = {_ADVPROP.format(arch) for arch in BACKBONES}
-    ordinary = {path for _, path in BACKBONES.values()}
-    init_cfg = model['backbone'].get('init_cfg')
-    if isinstance(init_cfg, dict):  # weights of the user's own stay
-        if init_cfg.get('checkpoint') in advprop and name.startswith('d'):
-            init_cfg['checkpoint'] = _ADVPROP.format(row.backbone)
-        elif init_cfg.get('checkpoint') in ordinary | advprop:
-            init_cfg['checkpoint'] = checkpoint
-    published = 'effdet://tf_efficientdet_{}'.format
-    if base.get('load_from') in map(published, SCALING):
-        base['load_from'] = published(name)
     model['neck'].update(
-        in_channels=list(channels),
+        in_channels=list(BACKBONES[row.backbone][0]),
         out_channels=row.bifpn_channels,
         num_outs=row.num_levels,
         stack_times=row.bifpn_layers,
@@ -166,18 +163,38 @@ def scale_config(base: dict,
         num_levels=row.num_levels)
     model['bbox_head']['anchor_generator'].update(
         octave_base_scale=row.anchor_scale)
-    for part in ('backbone', 'neck', 'bbox_head'):
-        model[part]['act_cfg'] = dict(type=row.activation)
-    # D0's config has two names which the values above do not follow.
-    names = dict(image_size=image_size, act_cfg=dict(type=row.activation))
-    for key in names.keys() & base.keys():
-        base[key] = names[key]
+
+
+def _scale_data(base: dict, row: CompoundScaling, image_size) -> None:
+    """Sets image size, padding and normalization."""
+    if 'image_size' in base:  # a variable of D0's config
+        base['image_size'] = image_size
     for transform in _dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
-    # A length of the user's own stays.
-    if base.get('train_cfg', {}).get('max_epochs') in _column('epochs'):
-        base['train_cfg']['max_epochs'] = row.epochs
+    preprocessor = base['model']['data_preprocessor']
+    preprocessor.update(
+        pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
+            *image_size))
+    # Values that are not in the table, such as Det-AdvProp's, stay.
+    if tuple(preprocessor.get('mean') or ()) in _column('mean'):
+        preprocessor.update(mean=list(row.mean), std=list(row.std))
+
+
+def _scale_weights(base: dict, name: str) -> None:
+    """Sets the names of pretrained weights; files of the user stay."""
+    backbone = SCALING[name].backbone
+    advprop = {_ADVPROP.format(arch) for arch in BACKBONES}
+    ordinary = {path for _, path in BACKBONES.values()}
+    init_cfg = base['model']['backbone'].get('init_cfg')
+    if isinstance(init_cfg, dict):
+        if init_cfg.get('checkpoint') in advprop and name.startswith('d'):
+            init_cfg['checkpoint'] = _ADVPROP.format(backbone)
+        elif init_cfg.get('checkpoint') in ordinary | advprop:
+            init_cfg['checkpoint'] = BACKBONES[backbone][1]
+    published = 'effdet://tf_efficientdet_{}'.format
+    if base.get('load_from') in map(published, SCALING):
+        base['load_from'] = published(name)
 
 
 def _column(name: str) -> set:
@@ -208,14 +225,14 @@ def _check_classes(classes: Sequence[str]) -> None:
 
 
 def set_classes(base: dict, classes: Sequence[str]) -> None:
-    """Sets the head's width and the ``metainfo`` of every dataset.
+    """Sets the head's classes and the ``metainfo`` of every dataset.
 
     Args:
         base (dict): A config of this family, changed in place.
         classes (Sequence[str]): Class names.
 
     Raises:
-        ValueError: If these are no different names.
+        ValueError: If ``classes`` is not a list of different names.
     """
     base = getattr(base, '_cfg_dict', base)  # of a Config outside of a file
     _check_classes(classes)

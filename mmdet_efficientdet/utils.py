@@ -49,6 +49,24 @@ def config_file(size: str) -> Path:
     return folder / f'efficientdet_{size}_8xb16-{epochs}e_coco.py'
 
 
+def import_package(name: str, needed_by: str, hint: str = ''):
+    """Imports an optional package.
+
+    Args:
+        name (str): Name of the module and of the package.
+        needed_by (str): What needs it, for the error message.
+        hint (str): The end of that message. Defaults to ''.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ValueError(f'{needed_by} needs the package {name}: pip install '
+                         f'{name}. {hint}'.rstrip()) from error
+
+
 def write_file(path: str, data: Union[bytes, Callable[[BinaryIO],
                                                       None]]) -> None:
     """Writes a file under a temporary name and then renames it.

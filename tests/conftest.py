@@ -1,10 +1,13 @@
 """What several test files share."""
+import logging
+
 import numpy as np
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from mmdet_efficientdet.utils import config_file
 
@@ -15,6 +18,18 @@ def _reproducible():
     register_all_modules()
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def logged():
+    """Messages that mmengine's current logger gets."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -1,53 +1,126 @@
-"""Find what would make a training fail, before it starts.
+"""Check the data and the recipe of a config before you train with it.
 
-Checks the data sets and the recipe of a config, reads all images, compares
-the boxes with the anchors at the network's input size, and proposes anchors
-where others would fit noticeably better. Exit status 1 if the training will
-surely fail.
+Example:
+    python -m mmdet_efficientdet check_dataset my_config.py --samples sheet.jpg
+
+Reads the annotations, decodes all images, and compares the settings of the
+config with the data. Every finding is an ERROR or a WARNING and says how to
+fix it. For an EfficientDet it also prints how well the anchors fit the boxes
+at the network's input size, and proposes anchors that fit noticeably better.
+The last line is the verdict; the exit status is 1 if the training will fail.
 """
 import argparse
 import os
 import sys
 from typing import Optional, Sequence
 
+from mmengine.config import Config, DictAction
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config that you want to train with')
+    parser.add_argument(
+        '--gpus',
+        type=int,
+        default=1,
+        help='number of GPUs that will train (default: %(default)s)')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='give it if you will call train.py with --auto-scale-lr')
+    parser.add_argument(
+        '--no-images',
+        action='store_true',
+        help='do not decode the images, which takes most of the time')
+    parser.add_argument(
+        '--samples',
+        metavar='PICTURE',
+        help='also draw 16 training samples with their boxes into this file, '
+        'such as sheet.jpg, unless there are errors')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings of the config to replace, as for train.py')
+    return parser
+
+
+if __name__ == '__main__':
+    # Answers --help before the libraries are imported
+    make_parser().parse_args()
+
 import cv2
 import mmcv
 import numpy as np
+import torch
 from mmdet.registry import DATASETS, MODELS
-from mmdet.structures.bbox import get_box_tensor
 from mmdet.visualization import DetLocalVisualizer
-from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
 
 from mmdet_efficientdet.datasets.anchor_fit import (advise, best_iou,
                                                     recall_table, snippet)
-from mmdet_efficientdet.datasets.annotation_checks import (Finding,
-                                                           check_images,
-                                                           verdict)
+from mmdet_efficientdet.datasets.annotation_checks import check_images
+from mmdet_efficientdet.datasets.findings import Finding, verdict
 from mmdet_efficientdet.engine.preflight import (check_training, input_boxes,
                                                  read_all)
 from mmdet_efficientdet.models import EfficientDetHead
 from mmdet_efficientdet.utils import register_all_modules, write_file
 
-CELL = 320  # pixels of a sample in the picture
+CELL = 480  # pixels of a sample in the picture, with the white gap
+GAP = 8
 
 
-def draw_samples(cfg: Config, path: str, number: int = 16) -> None:
+def network_input(data_preprocessor: torch.nn.Module, settings: dict,
+                  item: dict) -> tuple:
+    """A sample as the network gets it, made visible.
+
+    Args:
+        data_preprocessor (nn.Module): Normalises and pads the image.
+        settings (dict): Its config.
+        item (dict): One sample of a dataset.
+
+    Returns:
+        tuple: The RGB image ``(H, W, 3)`` in 8 bits, whose padding has the
+        colour that is zero to the network, and the sample with its boxes.
+    """
+    data = data_preprocessor(pseudo_collate([item]), training=True)
+    image = data['inputs'][0].permute(1, 2, 0).numpy()
+    image = image * settings.get('std', 1) + settings.get('mean', 0)
+    if not settings.get('bgr_to_rgb'):
+        image = image[..., ::-1]
+    return image.round().clip(0, 255).astype(np.uint8), data['data_samples'][0]
+
+
+def draw_samples(cfg: Config,
+                 data_preprocessor: torch.nn.Module,
+                 path: str,
+                 number: int = 16) -> None:
     """Writes a grid of samples as the network is trained on them."""
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    visualizer = DetLocalVisualizer()
+    visualizer = DetLocalVisualizer(line_width=2)
     visualizer.dataset_meta = dataset.metainfo
+    settings = cfg.model.data_preprocessor
     cells = []
     # Evenly spread, since neighbours in a file are often alike.
     count = min(number, len(dataset))
     for index in np.linspace(0, len(dataset) - 1, count).astype(int):
-        item = dataset[int(index)]
-        image = item['inputs'].permute(1, 2, 0).numpy()[..., ::-1]
-        image = image.clip(0, 255).astype(np.uint8)
-        sample = item['data_samples']
-        sample.gt_instances.bboxes = get_box_tensor(sample.gt_instances.bboxes)
+        image, sample = network_input(data_preprocessor, settings,
+                                      dataset[int(index)])
+        # Drawn after the image is resized, lines and names stay readable.
+        image, scale = mmcv.imrescale(
+            image, (CELL - GAP, CELL - GAP), return_scale=True)
+        sample.gt_instances.bboxes *= scale
         visualizer.add_datasample('sample', image, sample, draw_pred=False)
-        image = mmcv.imrescale(visualizer.get_image(), (CELL, CELL))
-        cells.append(mmcv.impad(image, shape=(CELL, CELL), pad_val=255))
+        cells.append(
+            mmcv.impad(
+                visualizer.get_image(),
+                shape=(CELL, CELL),
+                pad_val=(255, 255, 255)))
     columns = int(np.ceil(np.sqrt(len(cells))))
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
     grid = np.concatenate([
@@ -82,16 +155,7 @@ def print_anchors(cfg: Config, head: EfficientDetHead, train: list) -> None:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Prints the report; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config')
-    parser.add_argument(
-        '--gpus', type=int, default=1, help='that will train; default 1')
-    parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='as you call train.py')
-    parser.add_argument(
-        '--no-images', action='store_true', help='skip reading the images')
-    parser.add_argument('--samples', help='picture to draw, such as sheet.jpg')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    parser = make_parser()
     args = parser.parse_args(arguments)
     register_all_modules()
     cfg = Config.fromfile(args.config)
@@ -107,9 +171,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         val = cfg.get('val_dataloader')
         val = read_all(val.dataset) if val else []
     except (OSError, KeyError, TypeError, ValueError) as error:
-        finding = Finding(True, 'annotation_file', 1,
-                          f'{type(error).__name__}: {error}',
-                          'compare data_root, ann_file and the type of data')
+        finding = Finding(
+            'annotation_file', problem=f'{type(error).__name__}: {error}')
         print(f'{finding}\n\n{verdict([finding])}')
         return 1
     for key, parts in (('train', train), ('val', val)):
@@ -128,7 +191,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print_anchors(cfg, model.bbox_head, train)
     failed = any(finding.error for finding in findings)
     if args.samples and not failed:
-        draw_samples(cfg, args.samples)
+        draw_samples(cfg, model.data_preprocessor, args.samples)
     print(f'\n{verdict(findings)}')
     return int(failed)
 

@@ -1,8 +1,13 @@
-"""Prove that the installed stack works, or say how to mend it.
+"""Check that the installed libraries work together, or say how to fix them.
 
-Prints one table of versions. What cannot work ends in exit status 1; a
-version that the tests did not run with is only a warning.
+Example:
+    python -m mmdet_efficientdet check_env
+
+Prints one table of versions, runs an operator of mmcv, and prints a command
+for each problem. A version that the tests did not run with is only a warning.
+The exit status is 1 if there is a problem.
 """
+import argparse
 import importlib
 import platform
 import sys
@@ -11,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 PIP = f'{sys.executable} -m pip'
+PYTHONS = ('3.10', '3.11', '3.12')
 # What the tests ran with: the pins of requirements.txt, then the onedl-* ones.
 TESTED = dict(
     setuptools=['80.9.0'],
@@ -48,7 +54,7 @@ def reason(error):
 
 
 def load(module):
-    """Imports a module; whatever goes wrong there is one more problem."""
+    """Imports a module; an error becomes one of the problems."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # a broken library may raise anything
@@ -57,7 +63,7 @@ def load(module):
 
 
 def check_distributions():
-    """Finds what pip lets happen although it cannot work."""
+    """Finds combinations that pip installs although they cannot work."""
     mmcv = dist('mmcv')
     if dist('mmcv-lite'):
         problems.append('mmcv-lite has no compiled operators. Fix: '
@@ -86,12 +92,17 @@ def check_nms(torch, device):
 
 
 def main():
+    """Prints the table; returns the exit status."""
+    argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter('ignore')  # those of other projects
     check_distributions()
     table = dict(python=platform.python_version())
-    if not ((3, 10) <= sys.version_info < (3, 13) and sys.platform == 'linux'):
-        cautions.append('meant is Python 3.10-3.12 on Linux; the tests ran '
-                        'with 3.11')
+    python = '.'.join(platform.python_version_tuple()[:2])
+    if python not in PYTHONS or sys.platform != 'linux':
+        cautions.append(f'Python {PYTHONS[0]} to {PYTHONS[-1]} on Linux is '
+                        'supported; the tests ran with 3.11')
     if dist('mmengine').startswith('0.10.'):
         load('pkg_resources')  # mmengine does, at a `package::` base config
     for name, tested in TESTED.items():

@@ -1,13 +1,60 @@
-"""Convert published weights of an EfficientDet to a checkpoint of ours.
+"""Convert the published weights of an EfficientDet for this package.
 
-SRC may be a checkpoint of google/automl (its prefix, its folder or the packed
-folder), a Keras .h5, or a .pth of effdet, of Yet-Another-EfficientDet-Pytorch,
-of mmdet's projects/EfficientDet or of ours; its format is found out. Of an
-ImageNet EfficientNet alone (timm, efficientnet_pytorch, MMPretrain,
-TensorFlow) DST becomes a file for model.backbone.init_cfg.
+Example:
+    python -m mmdet_efficientdet convert_checkpoint \\
+        effdet://tf_efficientdet_d0 cats.pth --classes cat dog
+
+SRC is the name of published weights, such as effdet://tf_efficientdet_d0, or
+a file whose format is recognised: a checkpoint of google/automl (its prefix,
+its folder or the packed folder), a Keras .h5, or a .pth of effdet, of
+Yet-Another-EfficientDet-Pytorch, of MMDetection's projects/EfficientDet or of
+this package. If SRC is an EfficientNet trained on ImageNet (timm,
+efficientnet_pytorch, MMPretrain, TensorFlow), DST is a file for
+model.backbone.init_cfg.
+
+Writes DST, and prints what was converted and the checksum of the source.
 """
 import argparse
 import os
+
+
+def parse_args():
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'src',
+        metavar='SRC',
+        help='published weights: a name, or a file in any known format')
+    parser.add_argument('dst', metavar='DST', help='checkpoint to write')
+    parser.add_argument(
+        '--config',
+        help='config of the size of SRC (default: the one of the published '
+        'weights; other files need it)')
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument(
+        '--num-classes',
+        type=int,
+        default=80,
+        choices=(80, 90),
+        help='class outputs to keep: 80, or 90 with those of the COCO ids '
+        'that no object has (default: %(default)s)')
+    outputs.add_argument(
+        '--classes',
+        nargs='+',
+        metavar='NAME',
+        help='names of your own classes: a class that SRC knows by the same '
+        'name keeps its weights, all others start anew')
+    parser.add_argument(
+        '--raw',
+        action='store_true',
+        help='take the raw weights even if SRC has EMA weights')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
 
 from mmengine.config import Config
 
@@ -19,6 +66,7 @@ from mmdet_efficientdet.weights.sources import PART
 
 
 def read_config(path):
+    """The config, or a ValueError that names its file."""
     try:
         return Config.fromfile(path)
     except (OSError, SyntaxError, KeyError) as error:
@@ -27,33 +75,8 @@ def read_config(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('src', help='published weights, in any known format')
-    parser.add_argument('dst', help='the checkpoint to write')
-    parser.add_argument(
-        '--config',
-        help='config of the size; needless for a published file, whose own '
-        'conventions are taken')
-    outputs = parser.add_mutually_exclusive_group()
-    outputs.add_argument(
-        '--num-classes',
-        type=int,
-        default=80,
-        choices=(80, 90),
-        help='90 keeps the slots of COCO ids that no object has')
-    outputs.add_argument(
-        '--classes',
-        nargs='+',
-        metavar='NAME',
-        help='classes of your own: what was learned is kept for those of '
-        'equal names, others start anew')
-    parser.add_argument(
-        '--raw',
-        action='store_true',
-        help='take raw weights, even where there are moving averages')
-    args = parser.parse_args()
+    """Converts, writes and prints the receipt."""
+    args = parse_args()
     try:
         src, dst = (os.path.realpath(name) for name in (args.src, args.dst))
         # A TensorFlow checkpoint is a prefix of several files, or a folder.

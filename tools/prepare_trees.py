@@ -1,8 +1,11 @@
-"""Make COCO data sets of tree crowns from the deepforest wheel on PyPI.
+"""Make data sets of tree crowns in COCO's format, from a package on PyPI.
 
-The wheel holds aerial pictures of NEON with a box around every tree; it is
-read, never installed. Below ``--out`` come one file for each of ``SETS``, the
-pictures in ``images/`` and ``receipt.json`` with settings and counts.
+Example:
+    python -m mmdet_efficientdet prepare_trees --out data/trees
+
+The wheel of the package deepforest holds aerial photographs of NEON with a
+box around every tree. It is downloaded and read, never installed. Writes an
+annotation file for each set, images/, and receipt.json with settings, counts.
 """
 import argparse
 import hashlib
@@ -208,7 +211,7 @@ def digest_files(out):
     """Return one sha256 over the names and bytes of all sets in ``out``."""
     digest = hashlib.sha256()
     files = [out / f'{name}.json' for name in SETS]
-    for path in files + sorted((out / 'images').iterdir()):
+    for path in (*files, *sorted((out / 'images').iterdir())):
         digest.update(f'{path.name} {path.stat().st_size}\n'.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -268,12 +271,24 @@ def prepare(out, wheel=None, window=400, stride=None):
 
 
 def main():
-    """Run the tool; what is wrong with the input is said in one message."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', default='data/trees', help='folder to make')
-    parser.add_argument('--wheel', help=f'{WHEEL}; default: download it')
-    parser.add_argument('--window', type=int, default=400, help='side in px')
-    parser.add_argument('--stride', type=int, help='px; default: half of it')
+    """Runs the tool; an error in the input is one message."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--out',
+        default='data/trees',
+        help='folder to write (default: %(default)s)')
+    parser.add_argument('--wheel', help=f'{WHEEL} (default: download it)')
+    parser.add_argument(
+        '--window',
+        type=int,
+        default=400,
+        help='side of training images in pixels (default: %(default)s)')
+    parser.add_argument(
+        '--stride',
+        type=int,
+        help='pixels from one window to the next (default: half of it)')
     args = parser.parse_args()
     try:
         prepare(args.out, args.wheel, args.window, args.stride)

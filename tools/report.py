@@ -1,15 +1,17 @@
-"""Show how a training went and where the detector fails, in one page.
+"""Show in one page how a training went and where the detector fails.
 
-    python tools/report.py CONFIG WORK_DIR [--results NAME.bbox.json]
+Example:
+    python -m mmdet_efficientdet report my_config.py work_dirs/my_config \\
+        --results results.bbox.json
 
-draws the losses, the learning rate and the AP that train.py has logged in
-WORK_DIR. With results, the page also has the AP of each class and the worst
-images, with ground truth at the left and predictions at the right. Results
-are a JSON file in COCO's format, of any detector. MMDetection writes it by
+Draws the losses, the learning rate and the AP that train.py has logged in the
+work directory. With --results, the page also has the AP of each class, and
+the worst images with the ground truth at the left and the predictions at the
+right. Results are detections of any detector as a JSON file in COCO's format.
+MMDetection's test.py writes results.bbox.json if you add
+    --cfg-options test_evaluator.outfile_prefix=results
 
-    test.py CONFIG CHECKPOINT --cfg-options test_evaluator.outfile_prefix=NAME
-
-The page is one file and opens without a network.
+The page is one HTML file, which needs no network.
 """
 import argparse
 import base64
@@ -19,16 +21,55 @@ import json
 import math
 from pathlib import Path
 
+from mmengine.config import Config, DictAction
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the training')
+    parser.add_argument(
+        'work_dir', type=Path, help='the --work-dir of train.py')
+    parser.add_argument(
+        '--results',
+        type=Path,
+        metavar='NAME.bbox.json',
+        help="detections in COCO's format (default: only the curves)")
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='PAGE',
+        help='page to write; the curves are also written beside it, as .png '
+        '(default: WORK_DIR/report.html)')
+    parser.add_argument(
+        '--num-worst',
+        type=int,
+        default=20,
+        help='number of the worst images to show (default: %(default)s)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings of the config to replace, as for test.py')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 import cv2
 import mmcv
 import numpy as np
-from detection_errors import class_rows, count_boxes, draw_image, evaluate
 from matplotlib.figure import Figure
 from mmdet.datasets.api_wrappers import COCOeval
 from mmdet.utils import register_all_modules
-from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.utils import track_iter_progress
+from report_parts.detection_errors import (class_rows, count_boxes, draw_image,
+                                           evaluate)
 
 from mmdet_efficientdet.utils import write_file
 
@@ -124,7 +165,7 @@ def draw_curves(records: list) -> bytes:
     return file.getvalue()
 
 
-def table(rows: list) -> str:
+def html_table(rows: list) -> str:
     """Rows of texts, counts and values of AP as HTML."""
     lines = []
     for row in rows:
@@ -155,9 +196,10 @@ def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
     seen = len(evaluation.cocoDt.imgToAnns)
     parts = [
         f'<h2>AP of {html.escape(name)}</h2>',
-        table([SUMMARY, evaluation.stats[:6].tolist()]),
+        html_table([SUMMARY, evaluation.stats[:6].tolist()]),
         '<h2>AP of each class</h2>',
-        table([('class', 'boxes', 'AP', 'AP50'), *class_rows(evaluation)]),
+        html_table([('class', 'boxes', 'AP', 'AP50'),
+                    *class_rows(evaluation)]),
         ABOUT.format(
             images=len(found),
             seen=seen,
@@ -183,20 +225,7 @@ def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
 
 def main() -> None:
     """Writes the page and the curves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('config')
-    parser.add_argument('work_dir', type=Path, help="train.py's --work-dir")
-    parser.add_argument('--results', type=Path, help='NAME.bbox.json')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        help='page, with the curves beside it as .png; '
-        'default: WORK_DIR/report.html')
-    parser.add_argument('--num-worst', type=int, default=20, help='images')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='as of test.py')
-    args = parser.parse_args()
+    args = parse_args()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     register_all_modules(init_default_scope=False)

@@ -58,7 +58,6 @@ default_hooks = dict(
         strict_load=True,
         priority=49),
     batch_scale=dict(type='mmdet_efficientdet.BatchScaleHook'),
-    class_check=dict(type='mmdet_efficientdet.ClassCheckHook'),
     # Off: --cfg-options default_hooks.preflight.enabled=False
     preflight=dict(type='mmdet_efficientdet.PreflightHook'),
     class_transfer=dict(type='mmdet_efficientdet.ClassTransferHook'))

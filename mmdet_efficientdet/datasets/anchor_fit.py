@@ -4,12 +4,18 @@ from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import mmcv
 import numpy as np
+import torch
 from mmcv.transforms import Resize
+from mmdet.structures.bbox import bbox_overlaps
+from torch import nn
 
 from ..models.anchors import AnchorGenerator
+from ..scaling import FIRST_LEVEL
+from .findings import Finding, find
 from .transforms import ResizeCrop, scaled_size
 
 BANDS = (0, 16, 32, 64, 128, 256, 1e9)  # square root of the area, in pixels
+MIN_RECALL = 0.3  # below which training suffers
 NOTICEABLE = 0.03  # gain in recall below which anchors are kept
 
 
@@ -24,7 +30,7 @@ class InputBoxes(NamedTuple):
 
 
 def resized(transforms: Sequence, size: Tuple[int, int]) -> Tuple[int, int]:
-    """Height and width of an image after the resizing of a test pipeline."""
+    """Returns an image's height and width after a test pipeline."""
     height, width = (int(n) for n in size)
     for transform in transforms:
         if isinstance(transform, ResizeCrop):
@@ -45,12 +51,12 @@ def resized(transforms: Sequence, size: Tuple[int, int]) -> Tuple[int, int]:
 
 def to_input(boxes: np.ndarray, sizes: np.ndarray, transforms: Sequence,
              divisor: int) -> InputBoxes:
-    """Scales boxes as the test pipeline and the preprocessor would.
+    """Scales boxes as the test pipeline and the preprocessor do.
 
     Args:
         boxes (np.ndarray): ``(M, 4)``, xyxy in the original image.
         sizes (np.ndarray): ``(M, 2)``, height and width of their images.
-        transforms (Sequence): Of the test pipeline, built.
+        transforms (Sequence): The built transforms of the test pipeline.
         divisor (int): Inputs are padded to multiples of it.
     """
     unique, inverse = np.unique(sizes, axis=0, return_inverse=True)
@@ -63,37 +69,37 @@ def to_input(boxes: np.ndarray, sizes: np.ndarray, transforms: Sequence,
 
 def best_iou(generator: AnchorGenerator, data: InputBoxes,
              num_levels: int) -> np.ndarray:
-    """The IoU ``(M, )`` of each box with its best anchor, exactly.
+    """Returns the exact IoU ``(M, )`` of each box with its best anchor.
 
-    Of the anchors of one shape, that of the nearest cell overlaps most, so
-    only one cell of each level is looked at.
+    Among anchors of one shape, the one in the nearest cell has the largest
+    overlap, so that one cell of each level is enough.
     """
     best = np.zeros(len(data.boxes))
     for size in np.unique(data.inputs, axis=0).astype(int).tolist():
         mine = (data.inputs == size).all(1)
-        boxes = data.boxes[mine, None]  # (m, 1, 4)
-        cells = [[-(-n // 2**(3 + level)) for n in size]
+        boxes = torch.from_numpy(data.boxes[mine, None])  # (m, 1, 4)
+        x, y = (boxes[:, 0, :2] + boxes[:, 0, 2:]).T / 2
+        grids = [[-(-n // 2**(FIRST_LEVEL + level)) for n in size]
                  for level in range(num_levels)]
-        found = []
-        for (rows, columns), anchors in zip(cells,
-                                            generator.grid_priors(cells,
+        for (rows, columns), anchors in zip(grids,
+                                            generator.grid_priors(grids,
                                                                   size)):
-            anchors = anchors.numpy().astype(float).reshape(
-                rows * columns, -1, 4)
-            stride = np.array([size[1] / columns, size[0] / rows])
-            center = (boxes[..., :2] + boxes[..., 2:]) / 2  # (m, 1, 2)
-            cell = np.floor(center / stride).astype(int)
-            cell = cell.clip(0, np.array([columns, rows]) - 1)
-            # (m, A, 4)
-            near = anchors[cell[:, 0, 1] * columns + cell[:, 0, 0]]
-            inter = (np.minimum(near[..., 2:], boxes[..., 2:]) -
-                     np.maximum(near[..., :2], boxes[..., :2])).clip(0)
-            inter = inter.prod(-1)
-            union = (near[..., 2:] - near[..., :2]).prod(-1) + (
-                boxes[..., 2:] - boxes[..., :2]).prod(-1) - inter
-            found.append((inter / union).max(1))
-        best[mine] = np.max(found, axis=0)
+            row = (y * rows / size[0]).floor().long().clip(0, rows - 1)
+            column = (x * columns / size[1]).floor().long().clip(
+                0, columns - 1)
+            near = anchors.double().view(rows, columns, -1, 4)[row, column]
+            iou = bbox_overlaps(boxes, near).amax((1, 2))  # of (m, 1, A)
+            best[mine] = np.maximum(best[mine], iou.numpy())
     return best
+
+
+def check_anchors(head: nn.Module, data: InputBoxes) -> List[Finding]:
+    """Checks that enough boxes have an anchor with an IoU of 0.5."""
+    hit = best_iou(head.prior_generator, data, head.num_levels) >= 0.5
+    if hit.sum() >= MIN_RECALL * len(hit):
+        return []
+    missed = np.flatnonzero(~hit)
+    return find('anchors', missed, lambda _: '', total=len(hit))
 
 
 class Recall(NamedTuple):
@@ -107,11 +113,12 @@ class Recall(NamedTuple):
 
 
 def recall_table(data: InputBoxes, *ious: np.ndarray) -> List[str]:
-    """Lines of recall and mean best IoU per size band.
+    """Returns lines of recall and mean best IoU by size of the boxes.
 
     Args:
         data (InputBoxes): The boxes.
-        ious (np.ndarray): Of the anchors now and, optionally, proposed.
+        ious (np.ndarray): ``(M, )`` of the current anchors and, optionally,
+            of the proposed ones.
     """
     side = np.sqrt((data.boxes[:, 2:] - data.boxes[:, :2]).prod(1))
     titles = ('recall now', 'mean IoU', 'proposed', 'mean IoU')
@@ -154,10 +161,11 @@ def advise(generator: AnchorGenerator,
     The scale alone is preferred where more gains little.
 
     Args:
-        generator (AnchorGenerator): Of today.
+        generator (AnchorGenerator): The current anchors.
         data (InputBoxes): Boxes at the network's input size.
-        num_levels (int): Number of levels, from stride 8.
-        max_boxes (int): So many, drawn at random, are looked at.
+        num_levels (int): Number of levels, starting at stride 8.
+        max_boxes (int): A random sample of so many boxes is used. Defaults
+            to 2000.
 
     Returns:
         AnchorGenerator: None if the anchors should be kept.
@@ -190,7 +198,7 @@ def advise(generator: AnchorGenerator,
 
 def _search(scale: float, shapes: list,
             score: Callable[[AnchorGenerator], float]) -> AnchorGenerator:
-    """The best of a small grid of scales and the given shapes."""
+    """Returns the best of a small grid of scales and the given shapes."""
     candidates = [
         AnchorGenerator(round(scale * 2**power, 2), number, pairs)
         for number, pairs in shapes for power in np.arange(-3, 2.01, 0.25)
@@ -199,7 +207,7 @@ def _search(scale: float, shapes: list,
 
 
 def snippet(generator: AnchorGenerator) -> str:
-    """The lines for a config."""
+    """Returns the lines for a config."""
     return (
         f'model = dict(\n    bbox_head=dict(\n        anchor_generator=dict'
         f'(\n            octave_base_scale={generator.octave_base_scale},'

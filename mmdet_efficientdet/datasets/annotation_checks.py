@@ -1,238 +1,152 @@
 """Checks of annotation files and images; each returns findings."""
 import os.path as osp
 import sys
-from typing import Iterable, List, NamedTuple, Sequence, Tuple
+from functools import partial
+from typing import Iterable, List, Sequence
 
 import mmcv
 import numpy as np
 from mmengine.fileio import get
-from mmengine.utils import ProgressBar
+from mmengine.utils import track_iter_progress
 
+from ..scaling import MAX_PER_IMG
 from ..utils import shorten
 from .annotations import NOT_IN_FILE, Annotations
-from .class_names import check_class_names
+from .findings import Finding, find
 
 MIN_FAULTS = 10  # below which a fault does not spoil a whole training
 # Checks that matter only where the evaluation reads the file by itself
 OF_EVALUATION = ('iscrowd', 'zero_id')
 
 
-class Finding(NamedTuple):
-    """One kind of fault.
-
-    ``error`` is True for what will surely fail or train to nothing; other
-    findings are warnings. ``name`` is the name of the check, ``count`` tells
-    how often it was found.
-    """
-    error: bool
-    name: str
-    count: int
-    text: str
-    fix: str
-    examples: Tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        level = 'ERROR' if self.error else 'WARNING'
-        return '\n'.join([
-            f'{level} {self.name}: {self.text}',
-            *(f'    {example}' for example in self.examples),
-            f'  fix: {self.fix}'
-        ])
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """The last line of a report."""
-    errors = sum(finding.error for finding in findings)
-    if errors:
-        return (f'VERDICT: this training will fail (errors: {errors}, '
-                f'warnings: {len(findings) - errors})')
-    if findings:
-        return f'VERDICT: it can train (warnings: {len(findings)})'
-    return 'VERDICT: nothing was found'
+def check_class_names(classes: Sequence[str], names: Sequence[str],
+                      file: str) -> List[Finding]:
+    """Checks that the categories of a file are the classes of a config."""
+    # MMDetection numbers classes in the order of the file.
+    if list(classes) == [name for name in names if name in classes]:
+        return []
+    values = dict(classes=shorten(classes), names=shorten(names))
+    return [Finding('class_names', file=file, **values)]
 
 
 def check_file(data: Annotations) -> List[Finding]:
-    """Checks names, ids and fields of one annotation file."""
-    found = []
-
-    def add(error, name, faults, text, fix, show=str):
-        if len(faults):
-            found.append(
-                Finding(error, name, len(faults),
-                        f'{data.file}: {len(faults)} {text}', fix,
-                        tuple(show(fault) for fault in faults[:3])))
-
-    if data.names is not None:
-        try:
-            check_class_names(data.classes, data.names, data.file)
-        except ValueError as error:
-            found.append(
-                Finding(
-                    True, 'class_names', 1, str(error),
-                    f'scale_config(..., classes=...) of {shorten(data.names)}')
-            )
+    """Checks the names, ids and fields of one annotation file."""
+    find_here = partial(find, file=data.file)
     unlisted = np.flatnonzero(data.labels == NOT_IN_FILE)
-    # A few may be meant to be ignored.
-    add(
-        len(unlisted) > len(data.labels) / 2, 'category_id', unlisted,
-        'boxes have a category_id that the file does not list, and are '
-        'dropped', 'write the ids of "categories", which may begin at 0 or at '
-        '1', data.example)
-    add(True, 'fields', data.incomplete, 'entries lack a field',
-        'write the field; area is width x height')
-    if data.names is not None:  # files of VOC have no ids, but names
-        # An image that is listed twice is read once.
-        images = dict.fromkeys(zip(data.image_ids, data.paths))
-        add(
-            True, 'image_id', _repeated(f'id {id_}' for id_, _ in images),
-            'images have the id of another one, so that their boxes are mixed '
-            'up', 'number the images anew')
-        add(
-            False, 'same_image', _repeated(path for _, path in images),
-            'images are listed again with another id, without the boxes of '
-            'the first', 'give each image one id, and its boxes that id')
-        add(
-            True, 'annotation_id', _repeated(f'id {id_}' for id_ in data.ids),
-            'annotations have the id of another one, which MMDetection '
-            'refuses', 'number the annotations anew, from 1')
-    add(False, 'no_image', np.flatnonzero(data.image < 0),
-        'boxes are of an image that the file does not list',
-        'list the images, or remove the boxes', data.example)
-    if data.test_mode and data.names is not None:
-        add(True, 'iscrowd', data.no_crowd_flag,
-            'annotations have no iscrowd, without which evaluation stops',
-            'write "iscrowd": 0')
-        add(
-            False, 'zero_id', [0] * data.ids.count(0),
-            "annotation has the id 0, with which COCO's evaluation counts "
-            'its box as not found', 'number the annotations from 1',
-            'id {}'.format)
+    found = [
+        # A few boxes may be meant to be ignored.
+        *find_here('category_id', unlisted, data.example,
+                   len(unlisted) > len(data.labels) / 2),
+        *find_here('fields', data.incomplete),
+        *find_here('no_image', np.flatnonzero(data.image < 0), data.example)
+    ]
+    if data.names is None:  # files of VOC have names, but no ids
+        return found
+    found += check_class_names(data.classes, data.names, data.file)
+    # MMDetection reads an image once that is listed twice.
+    images = dict.fromkeys(zip(data.image_ids, data.paths))
+    show_id = 'id {}'.format
+    found += find_here('image_id', _repeated(i for i, _ in images), show_id)
+    found += find_here('same_image', _repeated(path for _, path in images))
+    found += find_here('annotation_id', _repeated(data.ids), show_id)
+    if data.test_mode:
+        unflagged = data.no_crowd_flag & (data.labels >= 0)
+        found += find_here('iscrowd', data.ids[unflagged])
+        found += find_here('zero_id', data.ids[data.ids == 0], show_id)
     return found
 
 
-def _repeated(names: Iterable[str]) -> List[str]:
+def _repeated(values: Iterable) -> list:
     seen = set()
-    return [name for name in names if name in seen or seen.add(name)]
+    return [value for value in values if value in seen or seen.add(value)]
 
 
-def check_boxes(data: Annotations, max_per_img: int = 100) -> List[Finding]:
+def check_boxes(data: Annotations,
+                max_per_img: int = MAX_PER_IMG) -> List[Finding]:
     """Checks the boxes of one annotation file.
 
-    Findings are warnings, since the other boxes can be learned from, but for
-    boxes of another format.
+    All findings are warnings, because the other boxes can be trained on,
+    except for boxes in another format.
     """
-    found = []
-    total = max(1, int(data.wanted.sum()))
+    wanted, sides, limits = data.wanted, data.sides, data.limits
+    total = max(1, int(wanted.sum()))
 
-    def add(name, mask, text, fix, least=0.0):
-        index = np.flatnonzero(mask & data.wanted)
-        if len(index) > least * total:
-            found.append(
-                Finding(False, name, len(index),
-                        f'{data.file}: {len(index)} of {total} boxes {text}',
-                        fix, tuple(data.example(i) for i in index[:3])))
+    def find_boxes(name: str, mask: np.ndarray, least: float = 0) -> list:
+        boxes = np.flatnonzero(mask & wanted)
+        return find(
+            name,
+            boxes if len(boxes) > least else (),
+            data.example,
+            file=data.file,
+            total=total)
 
-    boxes, sides, limits = data.boxes, data.sides, data.limits
-    over = np.maximum(-boxes[:, :2], boxes[:, 2:] - limits).max(
-        1, initial=-np.inf)
-    # Taken for (x1, y1, x2, y2), the third and fourth number are corners.
-    as_corners = (sides > boxes[:, :2]).all(1) & (sides <= limits + 1).all(1)
+    beyond = np.maximum(-data.boxes[:, :2], data.boxes[:, 2:] - limits)
+    outside = (beyond > 1).any(1)
+    # The third and fourth number, if they are taken for a corner
+    corners = (sides > data.boxes[:, :2]).all(1) & (sides <= limits + 1).all(1)
+    if data.names is not None and corners[wanted].sum() > 0.99 * total:
+        found = find_boxes('box_format', outside, max(total / 5, MIN_FAULTS))
+        if found:
+            return found
     sound = (sides >= 1).all(1)
-    reaching_out = int((over > 1)[data.wanted].sum())
-    if (data.names is not None and reaching_out > max(total / 5, MIN_FAULTS)
-            and as_corners[data.wanted].mean() > 0.99):
-        found.append(
-            Finding(
-                True, 'box_format', reaching_out,
-                f'{data.file}: the boxes seem to be (x1, y1, x2, y2); COCO '
-                'has (x1, y1, width, height)', 'subtract x1 and y1 from the '
-                'last two numbers',
-                tuple(data.example(i) for i in np.flatnonzero(over > 1)[:3])))
-        return found
-    add('inverted', (sides < 0).any(1), 'have a negative side',
-        'order the corners: x1 < x2, y1 < y2')
-    add('empty', (sides >= 0).all(1) & ~sound,
-        'are thinner than 1 pixel, and dropped', 'remove or correct them')
-    add('area', sound & (data.area <= 0),
-        'have no area in the file, and are dropped',
-        'write area = width x height')
-    inside = np.minimum(boxes[:, 2:], limits) - np.maximum(boxes[:, :2], 0)
-    huge = sound & (inside >= 0.95 * limits).all(1)
-    add(
-        'outside', sound & ~huge & (over > 1), 'reach out of their image',
-        'clip them; if they are many, compare sizes, order of coordinates, '
-        'and whether the first two are a corner, not the centre')
-    # Close-ups are common in photographs of things.
-    add('huge', huge, 'cover all of their image',
-        'correct them, if these are no close-ups', 0.02)
-    rows = np.column_stack([data.image, data.labels, boxes])
-    rows = rows[sound & data.wanted]
-    order = np.lexsort(rows.T) if len(rows) else []
-    same = np.zeros(len(rows), bool)
-    same[order[1:]] = (rows[order[1:]] == rows[order[:-1]]).all(1)
-    twice = np.zeros(len(boxes), bool)
-    twice[np.flatnonzero(sound & data.wanted)[same]] = True
-    add('duplicate', twice, 'stand in the file already, with the same class',
-        'remove them')
-    per_image = np.bincount(data.image[data.usable], minlength=len(data.paths))
-    many = np.flatnonzero(per_image > max_per_img)
-    if len(many):
-        found.append(
-            Finding(
-                False, 'max_per_img', len(many),
-                f'{data.file}: {len(many)} images have more than {max_per_img}'
-                ' boxes, the most that are detected',
-                f'model.test_cfg.max_per_img={per_image.max()}; AP of COCO '
-                'counts the best 100 nevertheless',
-                tuple(f'{osp.basename(data.paths[i])}: {per_image[i]} boxes'
-                      for i in many[:3])))
-    return found
+    huge = sound & (data.visible >= 0.95 * limits).all(1)
+    per_image = data.usable_per_image
+    return [
+        *find_boxes('inverted', (sides < 0).any(1)),
+        *find_boxes('empty', (sides >= 0).all(1) & ~sound),
+        *find_boxes('area', sound & (data.area <= 0)),
+        *find_boxes('outside', sound & ~huge & outside),
+        # Close-ups are common in photographs of products.
+        *find_boxes('huge', huge, 0.02 * total),
+        *find_boxes('duplicate', _duplicates(data, sound & wanted)),
+        *find(
+            'max_per_img',
+            np.flatnonzero(per_image > max_per_img),
+            lambda i: f'{osp.basename(data.paths[i])}: {per_image[i]} boxes',
+            file=data.file,
+            limit=max_per_img,
+            most=per_image.max(initial=0))
+    ]
+
+
+def _duplicates(data: Annotations, mask: np.ndarray) -> np.ndarray:
+    """Mask ``(M, )`` of boxes that repeat an earlier one of the mask."""
+    index = np.flatnonzero(mask)
+    rows = np.column_stack([data.image, data.labels, data.boxes])[index]
+    order = np.lexsort(rows.T)  # keeps the order of equal rows
+    rows, same = rows[order], np.zeros(len(mask), bool)
+    same[index[order[1:]]] = (rows[1:] == rows[:-1]).all(1)
+    return same
 
 
 def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
     """Reads all images that are not left out; this is the slow part."""
-    lists = dict(missing=[], unreadable=[], image_size=[])
-    needed = np.ones(len(data.paths), bool)
+    needed = list(range(len(data.paths)))
     if data.filter_empty and not data.test_mode:
-        needed = np.bincount(
-            data.image[data.wanted], minlength=len(data.paths)) > 0
-    bar = None
-    if progress and needed.any():
-        bar = ProgressBar(int(needed.sum()), file=sys.stderr)
-    for i in np.flatnonzero(needed):
-        path, size = data.paths[i], data.sizes[i]
+        needed = np.unique(data.image[data.wanted]).tolist()
+    lists = dict(missing=[], unreadable=[], image_size=[])
+    for i in (track_iter_progress(needed, file=sys.stderr)
+              if progress and needed else needed):
+        path, (height, width) = data.paths[i], data.sizes[i]
         try:
             image = mmcv.imfrombytes(get(path, data.backend_args))
         except FileNotFoundError:
             lists['missing'].append(path)
-        except Exception:  # every library has its own for what is no image
+            continue
+        except Exception:  # every library raises its own
+            image = None
+        if image is None:
             lists['unreadable'].append(path)
-        else:
-            if image is None:
-                lists['unreadable'].append(path)
-            elif image.shape[:2] != tuple(size):
-                height, width = image.shape[:2]
-                lists['image_size'].append(
-                    f'{path}: {width}x{height}, the file says '
-                    f'{size[1]:g}x{size[0]:g}')
-        if bar:
-            bar.update()
-    if bar:
-        print(file=sys.stderr)
-    # Of COCO's files, indices may leave these very images out.
-    fatal = data.names is None or not data.partial
-    words = dict(
-        missing=(fatal, 'are missing', 'correct data_root or data_prefix.img'),
-        unreadable=(fatal, 'cannot be read', 'replace or leave them out'),
-        image_size=(len(lists['image_size']) > max(needed.sum() / 2,
-                                                   MIN_FAULTS),
-                    'are of another size than the file says',
-                    'correct width and height, and boxes; a camera may have '
-                    'turned the image by its EXIF tag'))
+        elif image.shape[:2] != (height, width):
+            lists['image_size'].append(
+                f'{path}: {image.shape[1]}x{image.shape[0]}, the file says '
+                f'{width:g}x{height:g}')
+    # Of COCO's files, indices may leave out these very images.
+    fatal = dict.fromkeys(lists, data.names is None or not data.partial)
+    fatal['image_size'] = len(lists['image_size']) > max(
+        len(needed) / 2, MIN_FAULTS)
+    values = dict(file=data.file, total=len(needed))
     return [
-        Finding(
-            words[name][0], name, len(paths),
-            f'{data.file}: {len(paths)} of {needed.sum()} images '
-            f'{words[name][1]}', words[name][2], tuple(paths[:3]))
-        for name, paths in lists.items() if paths
+        finding for name, faults in lists.items()
+        for finding in find(name, faults, error=fatal[name], **values)
     ]

@@ -1,20 +1,62 @@
-"""Annotation files as arrays, with what MMDetection would drop silently."""
+"""Annotation files as arrays, with what MMDetection drops silently."""
 import os.path as osp
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from numbers import Real
-from typing import List, Optional, Sequence, Tuple
+from mmap import ACCESS_READ, mmap
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
+import msgspec
 import numpy as np
 from mmdet.datasets import CocoDataset, XMLDataset
-from mmengine.fileio import load
+from mmengine.fileio import get_local_path, load
+from msgspec import json
 
 from .class_names import reads_like
 
 NOT_WANTED, NOT_IN_FILE = -1, -2  # labels of boxes of other categories
-IMAGE_FIELDS = ('id', 'file_name', 'height', 'width')
-BOX_FIELDS = ('id', 'image_id', 'category_id', 'bbox', 'area')
+
+
+class Category(msgspec.Struct):
+    """The fields of a category that are read."""
+    id: Any
+    name: str
+
+
+class Image(msgspec.Struct, gc=False):
+    """The fields of an image that are read."""
+    id: Any
+    file_name: str
+    height: float
+    width: float
+
+
+class Box(msgspec.Struct, gc=False):
+    """The fields of an annotation that are read; masks are not."""
+    id: Any
+    image_id: Any
+    category_id: Any
+    bbox: Tuple[float, float, float, float]  # x, y, width, height
+    area: float
+    iscrowd: Any = None
+    ignore: Any = None
+
+
+class Categories(msgspec.Struct):
+    """A file of COCO, of which only the categories are read."""
+    categories: List[Category]
+
+
+class CocoFile(Categories):
+    """A file of COCO, whose images and boxes are decoded one by one."""
+    images: List[msgspec.Raw]
+    annotations: List[msgspec.Raw] = []
+
+
+# A box, with the fields of Annotations
+ROW = np.dtype([('ids', 'O'), ('image', 'i4'), ('labels', 'i4'),
+                ('boxes', 'f8', 4), ('area', 'f8'), ('crowd', '?'),
+                ('no_crowd_flag', '?')])
 
 
 @dataclass
@@ -29,39 +71,40 @@ class Annotations:
         image_ids (list): N ids.
         paths (list[str]): N paths of images.
         sizes (np.ndarray): ``(N, 2)``, height and width as the file says.
-        ids (list): M ids of boxes; for VOC, the ids of their images.
+        ids (np.ndarray): ``(M, )`` ids of boxes; for VOC, of their images.
         boxes (np.ndarray): ``(M, 4)``, (x1, y1, x2, y2) in pixels.
         image (np.ndarray): ``(M, )``, index of each box's image, or -1.
         labels (np.ndarray): ``(M, )``, from 0, ``NOT_WANTED`` for a category
-            that the config leaves out, ``NOT_IN_FILE`` for one that is none.
+            that the config leaves out, ``NOT_IN_FILE`` for one that the file
+            does not list.
         area (np.ndarray): ``(M, )``, as the file says.
         crowd (np.ndarray): ``(M, )`` bool.
+        no_crowd_flag (np.ndarray): ``(M, )`` bool, boxes without ``iscrowd``,
+            which training does not need.
         incomplete (list[str]): Images and boxes without a needed field.
-        no_crowd_flag (list): Ids of boxes of the config's classes without
-            ``iscrowd``, which training does not need.
         filter_empty (bool): Whether images without boxes are left out.
         test_mode (bool): Whether nothing is left out.
         partial (bool): Whether ``indices`` choose some of the images.
-        backend_args (dict, optional): How the host reads the files.
+        backend_args (dict, optional): How MMDetection reads the files.
     """
     file: str
     classes: Sequence[str]
-    names: Optional[List[str]]
     image_ids: list
     paths: List[str]
     sizes: np.ndarray
-    ids: list
+    ids: np.ndarray
     boxes: np.ndarray
     image: np.ndarray
     labels: np.ndarray
     area: np.ndarray
     crowd: np.ndarray
-    incomplete: List[str]
-    no_crowd_flag: list
+    no_crowd_flag: np.ndarray
     filter_empty: bool
     test_mode: bool
     partial: bool
     backend_args: Optional[dict]
+    names: Optional[List[str]] = None
+    incomplete: Sequence[str] = ()
 
     @cached_property
     def wanted(self) -> np.ndarray:
@@ -71,22 +114,30 @@ class Annotations:
     @cached_property
     def usable(self) -> np.ndarray:
         """Mask ``(M, )`` of what MMDetection keeps, without crowds."""
-        inside = np.minimum(self.boxes[:, 2:], self.limits) - np.maximum(
-            self.boxes[:, :2], 0)
         return (self.wanted & ~self.crowd & ~(self.area <= 0)
-                & (inside > 0).all(1) & (self.sides >= 1).all(1))
+                & (self.visible > 0).all(1) & (self.sides >= 1).all(1))
 
-    @cached_property
+    @property
+    def usable_per_image(self) -> np.ndarray:
+        """Number ``(N, )`` of usable boxes."""
+        return np.bincount(self.image[self.usable], minlength=len(self.paths))
+
+    @property
     def sides(self) -> np.ndarray:
         """Width and height ``(M, 2)`` of the boxes."""
         return self.boxes[:, 2:] - self.boxes[:, :2]
 
-    @cached_property
+    @property
+    def visible(self) -> np.ndarray:
+        """Width and height ``(M, 2)`` of the part inside the image."""
+        return np.minimum(self.boxes[:, 2:], self.limits) - np.maximum(
+            self.boxes[:, :2], 0)
+
+    @property
     def limits(self) -> np.ndarray:
         """Width and height ``(M, 2)`` of each box's image."""
-        if not len(self.sizes):
-            return np.zeros((len(self.image), 2))
-        return self.sizes[self.image][:, ::-1]
+        none = [[0, 0]]  # at index -1
+        return np.concatenate([self.sizes, none])[self.image][:, ::-1]
 
     def example(self, box: int) -> str:
         """A box of the file, for a message."""
@@ -112,102 +163,120 @@ def read_annotations(dataset) -> Optional[Annotations]:
     return None
 
 
+def read_names(dataset) -> List[str]:
+    """Reads nothing but the categories of the file of a ``CocoDataset``."""
+    content = decode_file(dataset.ann_file, Categories, dataset.backend_args)
+    return [category.name for category in content.categories]
+
+
+def decode_file(file: str, kind: type, backend_args: Optional[dict]):
+    """Decodes those fields of a JSON file that ``kind`` has.
+
+    Args:
+        file (str): Path, or URL of a storage backend.
+        kind (type): A ``msgspec.Struct``.
+        backend_args (dict, optional): Of the storage backend.
+
+    Raises:
+        ValueError: If a field is missing or has another type.
+    """
+    try:
+        return json.decode(_map_file(file, backend_args), type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # strict JSON has no NaN
+        return msgspec.convert(load(file, backend_args=backend_args), kind)
+
+
+def _map_file(file: str, backend_args: Optional[dict]) -> mmap:
+    """The bytes of a file, which are mapped and not copied into memory."""
+    with get_local_path(file, backend_args=backend_args) as path:
+        with open(path, 'rb') as raw:
+            return mmap(raw.fileno(), 0, access=ACCESS_READ)
+
+
 def _read_coco(dataset) -> Annotations:
-    content = load(dataset.ann_file, backend_args=dataset.backend_args)
-    images, incomplete = _complete(content['images'], IMAGE_FIELDS, 'image')
-    anns, missing = _complete(
-        content.get('annotations', []), BOX_FIELDS, 'annotation')
-    classes = dataset.metainfo['classes']
-    position = {image['id']: i for i, image in enumerate(images)}
-    # MMDetection numbers classes in the order of the file.
-    kept = [c['id'] for c in content['categories'] if c['name'] in classes]
-    label = {c['id']: NOT_WANTED for c in content['categories']}
-    label.update((key, i) for i, key in enumerate(kept))
+    file, backend_args = dataset.ann_file, dataset.backend_args
+    try:
+        content = json.decode(_map_file(file, backend_args), type=CocoFile)
+        return _from_entries(
+            dataset, content.categories,
+            map(json.Decoder(Image).decode, content.images),
+            map(json.Decoder(Box).decode, content.annotations))
+    except msgspec.MsgspecError:  # slower, and tells what is incomplete
+        content = load(file, backend_args=backend_args)
+    incomplete = []
+    return _from_entries(
+        dataset, msgspec.convert(content['categories'], List[Category]),
+        _complete(content['images'], Image, incomplete),
+        _complete(content.get('annotations', []), Box, incomplete), incomplete)
+
+
+def _complete(entries: List[dict], kind: type,
+              incomplete: List[str]) -> Iterator:
+    """The entries with all fields; of each of the others, a message."""
+    name = 'image' if kind is Image else 'annotation'
+    for entry in entries:
+        try:
+            item = msgspec.convert(entry, kind)
+            if not all(map(isfinite, getattr(item, 'bbox', ()))):
+                raise msgspec.ValidationError(f'bbox is {item.bbox}')
+            yield item
+        except msgspec.ValidationError as error:
+            id_ = entry.get('id', 'without id')
+            incomplete.append(f'{name} {id_}: {error}')
+
+
+def _from_entries(dataset,
+                  categories: List[Category],
+                  images: Iterable[Image],
+                  boxes: Iterable[Box],
+                  incomplete: Optional[List[str]] = None) -> Annotations:
     prefix = dataset.data_prefix.get('img', '')
-    boxes = _array([ann['bbox'] for ann in anns], 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Annotations(
-        labels=np.array(
-            [label.get(ann['category_id'], NOT_IN_FILE) for ann in anns], int),
-        names=[category['name'] for category in content['categories']],
-        image_ids=[image['id'] for image in images],
-        paths=[osp.join(prefix, image['file_name']) for image in images],
-        sizes=_array([(image['height'], image['width']) for image in images],
-                     2),
-        ids=[ann['id'] for ann in anns],
-        boxes=boxes,
-        image=np.array([position.get(ann['image_id'], -1) for ann in anns],
-                       int),
-        area=np.array([ann['area'] for ann in anns], float),
-        crowd=np.array([
-            bool(ann.get('iscrowd', 0) or ann.get('ignore', 0)) for ann in anns
-        ], bool),
-        incomplete=incomplete + missing,
-        no_crowd_flag=[
-            ann['id'] for ann in anns if ann.get('iscrowd') is None
-            and label.get(ann['category_id'], NOT_IN_FILE) >= 0
-        ],
-        **_settings(dataset))
+    images = [(image.id, osp.join(prefix,
+                                  image.file_name), image.height, image.width)
+              for image in images]
+    position = {image[0]: i for i, image in enumerate(images)}
+    label = {category.id: NOT_WANTED for category in categories}
+    # MMDetection numbers classes in the order of the file.
+    kept = [c.id for c in categories if c.name in dataset.metainfo['classes']]
+    label.update((key, i) for i, key in enumerate(kept))
+    rows = ((box.id, position.get(box.image_id, -1),
+             label.get(box.category_id, NOT_IN_FILE), box.bbox, box.area,
+             bool(box.iscrowd or box.ignore), box.iscrowd is None)
+            for box in boxes)
+    data = _annotations(dataset, images, rows)
+    data.boxes[:, 2:] += data.boxes[:, :2]
+    data.names = [category.name for category in categories]
+    data.incomplete = incomplete or []  # filled while the rows were read
+    return data
 
 
 def _read_xml(dataset) -> Annotations:
-    """What MMDetection read: of this format it drops but other classes."""
+    """What MMDetection read: it drops nothing but other classes."""
     dataset.full_init()
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    found = [(i, instance) for i, info in enumerate(infos)
-             for instance in info['instances']]
-    boxes = _array([instance['bbox'] for _, instance in found], 4)
+    images = [(info['img_id'], info['img_path'], info['height'], info['width'])
+              for info in infos]
+    rows = ((info['img_id'], i, instance['bbox_label'], instance['bbox'], 1,
+             instance['ignore_flag'], False) for i, info in enumerate(infos)
+            for instance in info['instances'])
+    data = _annotations(dataset, images, rows)
+    data.area = data.sides.prod(1)
+    return data
+
+
+def _annotations(dataset, images: List[tuple], rows: Iterable) -> Annotations:
+    rows = np.fromiter(rows, ROW)
     return Annotations(
-        labels=np.array([instance['bbox_label'] for _, instance in found],
-                        int),
-        names=None,
-        image_ids=[info['img_id'] for info in infos],
-        paths=[info['img_path'] for info in infos],
-        sizes=_array([(info['height'], info['width']) for info in infos], 2),
-        ids=[infos[i]['img_id'] for i, _ in found],
-        boxes=boxes,
-        image=np.array([i for i, _ in found], int),
-        area=(boxes[:, 2:] - boxes[:, :2]).prod(1),
-        crowd=np.array([instance['ignore_flag'] for _, instance in found],
-                       bool),
-        incomplete=[],
-        no_crowd_flag=[],
-        **_settings(dataset))
-
-
-def _settings(dataset) -> dict:
-    return dict(
         file=str(dataset.ann_file),
         classes=dataset.metainfo['classes'],
+        image_ids=[image[0] for image in images],
+        paths=[image[1] for image in images],
+        sizes=np.array([image[2:] for image in images], float).reshape(-1, 2),
         filter_empty=bool((dataset.filter_cfg or {}).get('filter_empty_gt')),
         test_mode=dataset.test_mode,
         partial=getattr(dataset, '_indices', None) is not None,
-        backend_args=dataset.backend_args)
-
-
-def _array(rows: list, width: int) -> np.ndarray:
-    return np.array(rows, float).reshape(-1, width)
-
-
-def _complete(entries: List[dict], fields: Tuple[str, ...],
-              kind: str) -> Tuple[List[dict], List[str]]:
-    """The entries with all fields, and a message for each of the others."""
-    good, bad = [], []
-    for entry in entries:
-        wrong = [
-            field for field in fields
-            if field not in entry or not _is_sound(field, entry[field])
-        ]
-        if wrong:
-            bad.append(f'{kind} {entry.get("id", "without id")}: '
-                       f'{", ".join(wrong)}')
-        else:
-            good.append(entry)
-    return good, bad
-
-
-def _is_sound(field: str, value) -> bool:
-    if field == 'bbox':
-        return (isinstance(value, (list, tuple)) and len(value) == 4
-                and all(isinstance(n, Real) and isfinite(n) for n in value))
-    return field not in ('height', 'width', 'area') or isinstance(value, Real)
+        backend_args=dataset.backend_args,
+        **{field: rows[field].copy()
+           for field in ROW.names})

@@ -1,19 +1,19 @@
 """Checks of the training and the validation data together."""
 import os.path as osp
-from typing import List, Sequence
+from typing import Any, List, Sequence
 
+import msgspec
 import numpy as np
-from mmengine.fileio import load
 
 from ..utils import shorten
-from .annotation_checks import Finding
-from .annotations import Annotations
+from .annotations import Annotations, decode_file
+from .findings import Finding, find
 
 MIN_BOXES = 10  # of a class, below which it cannot be learned
 
 
 def check_training_set(parts: Sequence[Annotations]) -> List[Finding]:
-    """Checks what is left to learn from, of all files together."""
+    """Checks what is left to train on, in all files together."""
     if not parts:
         return []
     classes, files = parts[0].classes, ', '.join(part.file for part in parts)
@@ -21,46 +21,31 @@ def check_training_set(parts: Sequence[Annotations]) -> List[Finding]:
         np.bincount(part.labels[part.usable], minlength=len(classes))
         for part in parts)
     if not counts.sum():
-        return [
-            Finding(True, 'no_boxes', 1,
-                    f'{files}: no box is left to learn from',
-                    'compare classes, ids, sizes and boxes of the file')
-        ]
-    found = []
+        return [Finding('no_boxes', file=files)]
     few = [(name, n) for name, n in zip(classes, counts) if n < MIN_BOXES]
-    if few:
-        found.append(
-            Finding(
-                False, 'few_boxes', len(few),
-                f'{files}: {len(few)} classes have fewer than {MIN_BOXES} '
-                'boxes', 'annotate more, or leave these classes out',
-                tuple(f'{name!r}: {n} boxes' for name, n in few[:3])))
+    found = find(
+        'few_boxes',
+        few,
+        lambda item: f'{item[0]!r}: {item[1]} boxes',
+        file=files,
+        least=MIN_BOXES)
     for part in parts:
-        empty = np.bincount(
-            part.image[part.usable], minlength=len(part.paths)) == 0
-        if part.filter_empty and not part.test_mode and empty.any():
-            index = np.flatnonzero(empty)
-            found.append(
-                Finding(
-                    False, 'filtered', len(index),
-                    f'{part.file}: {len(index)} of {len(part.paths)} images '
-                    'without boxes are left out', 'filter_cfg=dict('
-                    'filter_empty_gt=False) learns background from them',
-                    tuple(osp.basename(part.paths[i]) for i in index[:3])))
+        if part.filter_empty and not part.test_mode:
+            found += find(
+                'filtered',
+                np.flatnonzero(part.usable_per_image == 0),
+                lambda i, part=part: osp.basename(part.paths[i]),
+                file=part.file,
+                total=len(part.paths))
     return found
 
 
 def check_validation_set(parts: Sequence[Annotations]) -> List[Finding]:
-    """Checks that there is something to find."""
+    """Checks that there is something to detect."""
     if not parts or any(part.usable.any() for part in parts):
         return []
-    return [
-        Finding(
-            False, 'no_validation_boxes', 1,
-            f'{", ".join(part.file for part in parts)}: no box is left to be '
-            'found, so that AP will be -1',
-            'compare classes, ids, sizes and boxes of the file')
-    ]
+    files = ', '.join(part.file for part in parts)
+    return [Finding('no_validation_boxes', file=files)]
 
 
 def check_class_order(train: Sequence[Annotations],
@@ -71,13 +56,16 @@ def check_class_order(train: Sequence[Annotations],
     first, second = list(train[0].classes), list(val[0].classes)
     if first == second or sorted(first) != sorted(second):
         return []
-    return [
-        Finding(
-            True, 'class_order', 1,
-            f'{shorten(first)} in training are {shorten(second)} in '
-            'validation', 'give both data sets the same metainfo.classes, as '
-            'scale_config(..., classes=...) does')
-    ]
+    return [Finding('class_order', train=shorten(first), val=shorten(second))]
+
+
+class _Image(msgspec.Struct, gc=False):
+    id: Any
+    file_name: str
+
+
+class _Images(msgspec.Struct):
+    images: List[_Image]
 
 
 def check_evaluated(file: str, val: Sequence[Annotations]) -> List[Finding]:
@@ -86,53 +74,35 @@ def check_evaluated(file: str, val: Sequence[Annotations]) -> List[Finding]:
     if not val or any(
             osp.abspath(part.file) == osp.abspath(file) for part in val):
         return []
-    fix = f'val_evaluator.ann_file={val[0].file!r}'
+    values = dict(file=file, right=val[0].file)
     try:
-        images = load(file, backend_args=val[0].backend_args)['images']
-        names = {i['id']: osp.basename(i['file_name']) for i in images}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [
-            Finding(
-                True, 'evaluator', 1, f'{file}, which val_evaluator reads: '
-                f'{type(error).__name__}: {error}', fix)
-        ]
+        images = decode_file(file, _Images, val[0].backend_args).images
+        names = {image.id: osp.basename(image.file_name) for image in images}
+    except (OSError, ValueError, TypeError) as error:
+        problem = f'cannot be read: {type(error).__name__}: {error}'
+        return [Finding('evaluator', error=True, problem=problem, **values)]
     pairs = [(id_, osp.basename(path)) for part in val
              for id_, path in zip(part.image_ids, part.paths)]
     other = [
         f'id {id_}: {name}' for id_, name in pairs if names.get(id_) != name
     ]
-    if not other:
-        return []
-    missing = any(id_ not in names for id_, _ in pairs)
-    return [
-        Finding(
-            missing or len(other) == len(pairs), 'evaluator', len(other),
-            f'{len(other)} of {len(pairs)} images of the validation are not '
-            f'those of {file}, which val_evaluator reads', fix,
-            tuple(other[:3]))
-    ]
+    problem = (f'does not have {len(other)} of {len(pairs)} images of the '
+               'validation')
+    fatal = len(other) == len(pairs) or any(i not in names for i, _ in pairs)
+    return find('evaluator', other, error=fatal, problem=problem, **values)
 
 
 def check_overlap(train: Sequence[Annotations],
                   val: Sequence[Annotations]) -> List[Finding]:
     """Checks that no image is for training and for validation."""
-    seen, shared, number = {}, [], 0
+    partly = {}  # by path, whether indices chose it from each of its files
     for part in train:
-        for path in part.paths:
-            path = osp.normpath(path)
-            seen[path] = seen.get(path, True) and part.partial
-    for part in val:
-        number += len(part.paths)
         for path in map(osp.normpath, part.paths):
-            # Of one file, indices may choose images for each of the two.
-            if path in seen and not (part.partial and seen[path]):
-                shared.append(path)
-    if not shared:
-        return []
-    return [
-        Finding(
-            False, 'overlap', len(shared),
-            f'{len(shared)} of {number} images of the validation are '
-            'trained on, so that AP says nothing', 'split the data by images',
-            tuple(shared[:3]))
+            partly[path] = partly.get(path, True) and part.partial
+    shared = [
+        path for part in val for path in map(osp.normpath, part.paths)
+        # Indices may choose images of one file for each of the two.
+        if path in partly and not (part.partial and partly[path])
     ]
+    total = sum(len(part.paths) for part in val)
+    return find('overlap', shared, total=total)

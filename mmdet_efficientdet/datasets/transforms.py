@@ -12,15 +12,15 @@ from ..registry import TRANSFORMS
 class ResizeCrop(BaseTransform):
     """Resizes to fit, or by a random factor, and crops at random.
 
-    The image keeps its shape and is enlarged or reduced to fit ``ratio *
-    image_size``, sizes computed in float32 and cut off, interpolated
-    bilinearly in float32 without antialiasing, and cropped to at most
-    ``image_size`` at an offset that is drawn for each axis. The preprocessor
-    pads. Boxes are clipped to ``[0, side - 1]``, and those without an area are
-    removed.
+    The image keeps its aspect ratio and is resized to fit ``ratio *
+    image_size``. The new size is computed in float32 and truncated. The
+    interpolation is bilinear, in float32 and without antialiasing. The image
+    is then cropped to at most ``image_size`` at a random offset. It is not
+    padded, which the preprocessor does. Boxes are clipped to ``[0, side - 1]``
+    and removed if no area is left.
 
-    The ``scale_factor`` is one scalar for both axes, by which predicted boxes
-    are divided.
+    The ``scale_factor`` has the same value for both axes. Predicted boxes are
+    divided by it.
 
     Random numbers come from ``numpy.random``, which ``SeedTransforms`` seeds.
 
@@ -31,15 +31,16 @@ class ResizeCrop(BaseTransform):
     Args:
         image_size (int | tuple[int]): Side of the square crop, or (height,
             width), in pixels.
-        ratio_range (tuple[float]): Range of the factor. Defaults to (1, 1):
-            the whole image, as in testing. The official scale jitter of
-            training is (0.1, 2.0).
-        half_pixel_centers (bool): Pixel ``i`` of the result shows the
-            original at ``(i + 0.5) * in / out - 0.5``, as in today's official
-            code, OpenCV and PyTorch. With False it shows ``i * in / out``, as
-            TensorFlow 1's ``resize_images`` did, which the official code used
-            until July 2020; contents then lie ``0.5 * (1 - out / in)`` pixels
-            further to the lower right. Defaults to True.
+        ratio_range (tuple[float]): Range of the factor. Defaults to (1, 1),
+            which keeps the whole image, as in testing. The official scale
+            jitter in training is (0.1, 2.0).
+        half_pixel_centers (bool): Whether pixel ``i`` of the result samples
+            the original at ``(i + 0.5) * in / out - 0.5``, as OpenCV, PyTorch
+            and the current official code do. If False, it samples at ``i *
+            in / out``, as TensorFlow 1's ``resize_images`` did, which the
+            official code used until July 2020. The image content is then
+            shifted by ``0.5 * (1 - out / in)`` pixels to the lower right.
+            Defaults to True.
 
     Raises:
         ValueError: If an argument is out of range, or the pipeline loads
@@ -74,7 +75,7 @@ class ResizeCrop(BaseTransform):
         ratio = np.random.uniform(*self.ratio_range)
         shape = results['img'].shape[:2]
         scale, scaled = scaled_size(shape, self.image_size, ratio)
-        # Both numbers are drawn, also where there is nothing to choose.
+        # Both numbers are always drawn, even if the offset can only be 0.
         offset = [
             int(max(0, n - side) * np.random.uniform())
             for n, side in zip(scaled, self.image_size)
@@ -97,7 +98,7 @@ class ResizeCrop(BaseTransform):
     def _transform_boxes(self, results: dict, shape: tuple, scaled: tuple,
                          offset: list) -> None:
         boxes = results['gt_bboxes']
-        # The official code scales boxes by the cut-off sizes, not by `scale`.
+        # The official code scales boxes by truncated sizes, not by `scale`.
         boxes.rescale_((scaled[1] / shape[1], scaled[0] / shape[0]))
         boxes.translate_((-offset[1], -offset[0]))
         boxes.clip_([side - 1 for side in self.image_size])
@@ -116,10 +117,10 @@ class ResizeCrop(BaseTransform):
 def scaled_size(shape: Tuple[int, int],
                 image_size: Tuple[int, int],
                 ratio: float = 1.0) -> Tuple[np.float32, Tuple[int, int]]:
-    """The official size of a resized image.
+    """Returns the official size of a resized image.
 
-    float32 and cutting off decide about the last pixel: a 612x612 image
-    becomes 896x896, though float64 would give 895.
+    float32 and truncation decide about the last pixel: a 612x612 image
+    becomes 896x896, while float64 would give 895.
 
     Args:
         shape (tuple[int]): Height and width of the image.
@@ -136,10 +137,10 @@ def scaled_size(shape: Tuple[int, int],
 
 
 def resize_from_corner(image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
-    """Bilinear resizing between the pixels' corners instead of centres.
+    """Resizes bilinearly, with pixel positions at corners, not at centres.
 
     This is TensorFlow's ``resize_bilinear`` with ``half_pixel_centers=False``
-    and ``align_corners=False``, which OpenCV and PyTorch do not have.
+    and ``align_corners=False``. OpenCV and PyTorch have no equivalent.
 
     Args:
         image (np.ndarray): float32 ``(H, W, ...)``.

@@ -2,15 +2,15 @@
 from .class_transfer_hook import ClassTransferHook
 from .optim_wrapper import (GroupedOptimWrapperConstructor,
                             LocalClipOptimWrapper)
-from .preflight import ClassCheckHook, PreflightHook
+from .preflight import PreflightHook
 from .reproducible import (SeededIterBasedTrainLoop, SeededSampler, SeedHook,
                            SeedTransforms)
 from .safe_checkpoint import SafeCheckpointHook
 from .schedule import BatchScaleHook, WarmupCosineLR
 
 __all__ = [
-    'BatchScaleHook', 'ClassCheckHook', 'ClassTransferHook',
-    'GroupedOptimWrapperConstructor', 'LocalClipOptimWrapper', 'PreflightHook',
-    'SafeCheckpointHook', 'SeedHook', 'SeedTransforms',
-    'SeededIterBasedTrainLoop', 'SeededSampler', 'WarmupCosineLR'
+    'BatchScaleHook', 'ClassTransferHook', 'GroupedOptimWrapperConstructor',
+    'LocalClipOptimWrapper', 'PreflightHook', 'SafeCheckpointHook', 'SeedHook',
+    'SeedTransforms', 'SeededIterBasedTrainLoop', 'SeededSampler',
+    'WarmupCosineLR'
 ]

@@ -1,4 +1,4 @@
-"""Transfers a checkpoint to other classes when a training starts."""
+"""Changes the classes of a checkpoint when a training starts."""
 from pathlib import Path
 
 from mmengine.config import Config
@@ -15,19 +15,20 @@ from ..weights.sources import class_names
 
 @HOOKS.register_module()
 class ClassTransferHook(Hook):
-    """Fits the checkpoint of ``load_from`` to the classes of the training.
+    """Changes the classes of a ``load_from`` checkpoint to those of the data.
 
-    It does so when the config says ``transfer_classes = True``; otherwise it
-    raises where the names differ. Resuming and testing are left alone.
+    The config must have ``transfer_classes = True``. Otherwise the hook raises
+    an error if the names differ. It does nothing when a training is resumed
+    and in a test.
     """
 
     priority = 'VERY_HIGH'  # EMAHook copies what this one changes
 
     def before_train(self, runner) -> None:
-        """Raises if there is nothing to start or to transfer from.
+        """Raises if no checkpoint was loaded although the config names one.
 
-        With --resume, MMDetection's script forgets load_from, also where
-        there is nothing to resume yet.
+        With --resume, MMDetection's script ignores load_from, even if there
+        is nothing to resume yet.
         """
         file = runner.cfg.filename
         if (runner._resume and not runner._has_loaded and file
@@ -37,8 +38,8 @@ class ClassTransferHook(Hook):
             if load_from:
                 raise ValueError(
                     f'--resume found no checkpoint in {runner.work_dir}, and '
-                    f'with it load_from={load_from!r} of the config is not '
-                    'loaded, so that the training would start from nothing: '
+                    f'load_from={load_from!r} of the config is not loaded '
+                    'with --resume, so the training would start from scratch: '
                     'leave out --resume until there is something to resume')
         if self._wanted(runner) and not runner._has_loaded:
             raise ValueError(
@@ -47,7 +48,7 @@ class ClassTransferHook(Hook):
                 'is something to resume')
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Replaces the rows of the class predictor, and logs a receipt."""
+        """Replaces the rows of the class predictor and logs a receipt."""
         # Until a training starts, the loop is a config.
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
             return
@@ -72,8 +73,8 @@ class ClassTransferHook(Hook):
             raise ValueError(
                 f'the checkpoint is for {len(old)} classes {shorten(old)}, '
                 f'the training data has {len(classes)} {shorten(classes)}. '
-                'Set transfer_classes=True beside load_from: what was learned '
-                'is kept for classes of equal names, and others start anew')
+                'Set transfer_classes=True beside load_from: classes with the '
+                'same name keep what was learned, the others start anew')
 
     @staticmethod
     def _wanted(runner) -> bool:

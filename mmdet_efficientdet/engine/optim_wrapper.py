@@ -14,19 +14,20 @@ from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Joins parameters of equal options into one group.
+    """Joins parameters with equal options into one parameter group.
 
-    The host makes a group of every parameter, hundreds of them, and torch's
-    optimizers fuse their work within a group only. The official recipe needs
-    two: kernels, which decay, and all else.
+    mmengine makes a group of each parameter, hundreds of them, but torch's
+    optimizers fuse their work only within a group. The official recipe needs
+    two groups: kernels, which decay, and all other parameters.
 
-    ``flat_decay_mult`` of ``paramwise_cfg``, for parameters of less than two
-    dimensions, also holds for those that a key of ``custom_keys`` names,
-    unless the key has a ``decay_mult`` itself. With the host alone another
-    rate for the backbone turns on the decay of its norms and biases.
+    ``flat_decay_mult`` of ``paramwise_cfg``, which is for parameters with
+    fewer than two dimensions, also applies to parameters that a key of
+    ``custom_keys`` matches, unless the key has its own ``decay_mult``. With
+    mmengine's constructor, another learning rate for the backbone turns on
+    the weight decay of its norms and biases.
 
     Raises:
-        ValueError: If modules share a parameter, which the host's groups do
+        ValueError: If modules share a parameter, which mmengine's groups do
             not allow either.
     """
 
@@ -35,7 +36,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                    module: nn.Module,
                    prefix: str = '',
                    **kwargs) -> None:
-        """Adds the parameters of ``module``; see the host's method."""
+        """Adds the parameters of ``module`` as mmengine's method does."""
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
             return  # a call for a submodule
@@ -47,7 +48,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             name = names[id(parameter)]
             if name in seen:
                 raise ValueError(
-                    f'{name} is shared by several modules; write optim_wrapper'
+                    f'{name} is shared by several modules. Set optim_wrapper'
                     '.paramwise_cfg.bypass_duplicate=True')
             seen.add(name)
             options = dict(lr=self.base_lr, weight_decay=self.base_wd)
@@ -57,7 +58,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                         key in name
                         for key in self.paramwise_cfg.get('custom_keys', ()))):
                 single['weight_decay'] = self.base_wd * flat
-            # The multipliers have been applied to the two.
+            # mmengine has applied the multipliers to lr and weight_decay.
             options.update({
                 key: value
                 for key, value in single.items()
@@ -73,26 +74,26 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 @OPTIM_WRAPPERS.register_module()
 class LocalClipOptimWrapper(OptimWrapper):
-    """Clips the gradient of each rank before they are summed.
+    """Clips the gradient of each rank before the gradients are summed.
 
-    With R ranks the official code on TPUs steps along the sum over ranks of
-    ``clip(g_r / R)`` (google/automl ``det_model_fn.py``), while the host, as
-    all of DistributedDataParallel's users, clips the mean of ``g_r``. The
-    norm of a rank's share is R times smaller, so that clipping acts rarely
-    here, and only on the rank whose batch is at fault. With one rank both are
-    the same.
+    With R ranks, the official code on TPUs steps along the sum over ranks of
+    ``clip(g_r / R)`` (google/automl ``det_model_fn.py``).
+    DistributedDataParallel clips the mean of ``g_r``. The norm of one rank's
+    share is about R times smaller, so that local clipping acts rarely and
+    affects only the rank with the large gradient. With one rank, both are the
+    same.
 
-    The logged ``grad_norm`` is that of the first rank's share. Every rank
-    must have gradients for the same parameters. Half precision needs the
-    host's AmpOptimWrapper, which clips the mean.
+    The logged ``grad_norm`` is that of the first rank's share. All ranks must
+    have gradients for the same parameters. Half precision needs mmengine's
+    AmpOptimWrapper, which clips the mean.
     """
 
     def should_sync(self) -> bool:
-        """Never: every rank keeps its own gradient until it is clipped."""
+        """Returns False: a rank keeps its own gradient until it is clipped."""
         return False
 
     def step(self, **kwargs) -> None:
-        """Clips this rank's share, sums over ranks and updates.
+        """Clips this rank's share, sums the shares and updates the weights.
 
         Args:
             kwargs: See ``torch.optim.Optimizer.step``.

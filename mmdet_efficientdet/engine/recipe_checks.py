@@ -1,4 +1,4 @@
-"""Checks of learning rate, batch and norms, for the real batch."""
+"""Checks of the learning rate and batch norms at the actual batch size."""
 from typing import List, Tuple
 
 import numpy as np
@@ -7,15 +7,16 @@ from mmengine.config import Config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..datasets.annotation_checks import Finding
 from ..datasets.class_names import innermost
+from ..datasets.findings import Finding, find
+from ..scaling import FIRST_LEVEL
 
 MIN_GROUP = 8  # images whose statistics a batch norm takes
 
 
 def check_recipe(cfg: Config, model: nn.Module,
                  num_gpus: int) -> List[Finding]:
-    """Checks learning rate and batch norms for the real batch."""
+    """Checks learning rate and batch norms at the actual batch size."""
     found = []
     batch = cfg.train_dataloader.get('batch_size', 1)
     optim = cfg.get('optim_wrapper', {})
@@ -25,29 +26,19 @@ def check_recipe(cfg: Config, model: nn.Module,
     lr = optim.get('optimizer', {}).get('lr')
     if (lr and base and not scaling.get('enable')
             and not 0.5 < base / real < 2):
-        found.append(
-            Finding(
-                False, 'learning_rate', 1,
-                f'lr={lr:g} is for batches of {base}, but they are {real} '
-                f'({num_gpus} GPUs x {batch} images x {steps} steps)',
-                f'--auto-scale-lr, or lr={lr * real / base:.3g}; if it was '
-                f'chosen for {real}, auto_scale_lr.base_batch_size={real}'))
+        product = f'{num_gpus} GPUs x {batch} images x {steps} steps'
+        values = dict(lr=lr, base=base, real=real, better=lr * real / base)
+        found.append(Finding('learning_rate', product=product, **values))
     norms, sharing = _training_norms(cfg, model, num_gpus)
     group = batch * sharing
-    if norms and group < MIN_GROUP:
-        found.append(
-            Finding(
-                False, 'batch_norm', len(norms),
-                f'{len(norms)} batch norms take their statistics from '
-                f'{group} images', f'batches of {MIN_GROUP} or more, or '
-                "norm_cfg=dict(type='GN', num_groups=8), or norm_eval=True of "
-                'the model', tuple(norms[:3])))
+    if group < MIN_GROUP:
+        found += find('batch_norm', norms, group=group, least=MIN_GROUP)
     return found
 
 
 def _training_norms(cfg: Config, model: nn.Module,
                     num_gpus: int) -> Tuple[List[str], int]:
-    """Batch norms that take statistics, and over how many GPUs."""
+    """Names of batch norms that compute statistics, and on how many GPUs."""
     norms = {
         name: module
         for name, module in model.train().named_modules()
@@ -60,20 +51,22 @@ def _training_norms(cfg: Config, model: nn.Module,
 
 def check_last_batch(cfg: Config, model: nn.Module, num_gpus: int,
                      dataset) -> List[Finding]:
-    """Checks that no batch norm gets one pixel of one image.
+    """Checks that no batch norm gets one pixel of a single image.
 
-    torch raises there, at the end of the first epoch. The coarsest level has
-    one pixel if the input is no larger than its stride.
+    PyTorch raises an error there, at the end of the first epoch. The coarsest
+    level has one pixel if the input is not larger than its stride.
 
     Args:
         cfg, model, num_gpus: See :func:`check_training`.
-        dataset (Dataset | dict): Of the training. Built only if it matters.
+        dataset (Dataset | dict): Of the training. A dict is built only if
+            the number of images matters.
     """
     loader = cfg.train_dataloader
     side = _input_side(cfg)
     norms, sharing = _training_norms(cfg, model, num_gpus)
     norms = [name for name in norms if not name.startswith('backbone.')]
-    if not norms or not side or side > 2**(model.bbox_head.num_levels + 2):
+    if not norms or not side or side > 2**(FIRST_LEVEL +
+                                           model.bbox_head.num_levels - 1):
         return []
     sampler = loader.get('sampler') or {}
     batches = loader.get('batch_sampler') or {}
@@ -90,18 +83,11 @@ def check_last_batch(cfg: Config, model: nn.Module, num_gpus: int,
             last = images % batch or batch
     if last * sharing > 1:
         return []
-    return [
-        Finding(
-            True, 'last_batch', 1,
-            f'the last of the batches, of up to {batch} images, has one '
-            f'image, and at {side} pixels the coarsest level has one pixel, '
-            'of which batch norms cannot take statistics',
-            'train_dataloader.drop_last=True, or another batch_size')
-    ]
+    return [Finding('last_batch', batch=batch, side=side)]
 
 
 def _input_side(cfg: Config) -> int:
-    """The longer side of the largest input, or 0 where it is not known."""
+    """The longer side of the largest input, or 0 if it is unknown."""
     sides = []
     for part in innermost(cfg.train_dataloader.dataset):
         kinds = ('Resize', 'Crop', 'Pad', 'Mosaic', 'MixUp', 'Affine',

@@ -1,9 +1,9 @@
-"""Trainings in which every random number follows from the seed and the place.
+"""Trainings whose random numbers depend only on the seed and the position.
 
-No state of a generator is stored. The order of the images, their transforms
-and the random numbers of each step are functions of the seed and of the
-position in the training, so that a resumed training goes on bit by bit like
-one that was not interrupted, whatever the number of workers.
+No state of a random number generator is stored. The order of the images,
+their transforms and the random numbers of each step are functions of the seed
+and of the position in the training. A resumed training is therefore
+bit-identical to an uninterrupted one, whatever the number of workers.
 """
 import math
 import random
@@ -23,12 +23,12 @@ from torch.utils.data import BatchSampler, Sampler
 
 from ..registry import DATA_SAMPLERS, HOOKS, LOOPS, TRANSFORMS
 
-# First part of a key, so that no two purposes draw the same numbers.
+# First part of a key: different purposes must not draw the same numbers.
 SAMPLE, STEP = 0, 1
 
 
 def seed_generators(*key: int) -> None:
-    """Seeds the generators of Python, NumPy and PyTorch from numbers >= 0."""
+    """Seeds the generators of Python, NumPy and PyTorch with integers >= 0."""
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(words.tobytes())
     np.random.seed(words)
@@ -36,11 +36,10 @@ def seed_generators(*key: int) -> None:
 
 
 class SampleIndex(int):
-    """An index of an image, with the key of its random numbers.
+    """The index of an image that carries the key of its random numbers.
 
-    ``RepeatDataset`` and ``ConcatDataset`` calculate with indices; what
-    results keeps the key, and a dataset passes it to its pipeline as
-    ``sample_idx``.
+    ``RepeatDataset`` and ``ConcatDataset`` calculate with indices. The result
+    keeps the key, and a dataset passes it to its pipeline as ``sample_idx``.
     """
 
     def __new__(cls, index: int, key: tuple) -> 'SampleIndex':
@@ -49,7 +48,7 @@ class SampleIndex(int):
         return self
 
     def __getnewargs__(self) -> tuple:
-        return int(self), self.key  # for the way to a worker
+        return int(self), self.key  # to pickle it for a worker
 
     def __mod__(self, other: int) -> 'SampleIndex':
         return SampleIndex(int(self) % other, self.key)
@@ -60,17 +59,17 @@ class SampleIndex(int):
 
 @DATA_SAMPLERS.register_module()
 class SeededSampler(Sampler):
-    """Shuffles anew in each epoch, and can start at any position.
+    """Shuffles in each epoch and can start at any position.
 
-    The position counts the samples of all ranks since the training began. In
-    finite epochs, the first samples are repeated where the ranks would get
-    unequal numbers.
+    The position counts the samples of all ranks since the beginning of the
+    training. In a finite epoch, the first samples are repeated if the ranks
+    would get unequal numbers of samples.
 
     Args:
         dataset (Sized): The dataset.
         seed (int, optional): Equal on all ranks. Defaults to a random one.
-        infinite (bool): Epoch follows epoch without an end, for loops that
-            count iterations. Defaults to False.
+        infinite (bool): Continues with the next epoch without an end, for
+            iteration-based loops. Defaults to False.
     """
 
     def __init__(self,
@@ -82,7 +81,7 @@ class SeededSampler(Sampler):
         self.infinite = infinite
         self.rank, self.world_size = get_dist_info()
         self.epoch = 0
-        self.start = 0  # what lies before this position is left out
+        self.start = 0  # samples before this position are skipped
 
     def __iter__(self) -> Iterator[SampleIndex]:
         size = len(self.dataset)
@@ -105,31 +104,32 @@ class SeededSampler(Sampler):
                               (SAMPLE, self.seed, position))
 
     def __len__(self) -> int:
-        """The number of samples of an epoch in this rank."""
+        """Number of samples of this rank in an epoch."""
         return math.ceil(len(self.dataset) / self.world_size)
 
     def skip(self, num_samples: int) -> None:
-        """Starts so many samples of each rank later."""
+        """Skips ``num_samples`` samples of each rank."""
         self.start += num_samples * self.world_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, counted from 0, unless there is no end."""
+        """Sets the epoch, counted from 0; ignored by an infinite sampler."""
         self.epoch = epoch
 
 
 @TRANSFORMS.register_module()
 class SeedTransforms(BaseTransform):
-    """Seeds the transforms that follow; first in the training pipeline.
+    """Seeds the transforms that follow it in the training pipeline.
 
-    An index that does not come from a :class:`SeededSampler`, such as that of
-    an image which is mixed into another or replaces a broken one, goes on
-    with the numbers of the image before.
+    It must be the first transform. An index that does not come from a
+    :class:`SeededSampler`, such as that of an image that is mixed into
+    another one or replaces a broken one, continues with the random numbers of
+    the previous image.
 
     Required key: sample_idx.
     """
 
     def transform(self, results: dict) -> dict:
-        """Seeds the generators; the results stay as they are."""
+        """Seeds the generators and returns the results unchanged."""
         index = results.get('sample_idx')
         if isinstance(index, SampleIndex):
             seed_generators(*index.key)
@@ -138,14 +138,14 @@ class SeedTransforms(BaseTransform):
 
 @HOOKS.register_module()
 class SeedHook(DistSamplerSeedHook):
-    """Seeds each step from (seed, rank, iteration), and the sampler.
+    """Seeds the sampler, and each step with (seed, rank, iteration).
 
-    The seed is that of the run which is resumed. Warns where something in
-    the data cannot follow from it.
+    A resumed run keeps its seed. The hook warns if a part of the data
+    pipeline does not depend on the seed alone.
     """
 
     def before_train(self, runner) -> None:
-        """Hands the seed, known now that checkpoints are loaded, on."""
+        """Passes the seed on, which is known after a checkpoint is resumed."""
         seed = [runner.seed]
         broadcast_object_list(seed)  # diff_rank_seed makes them differ
         self.seed, = seed
@@ -161,35 +161,38 @@ class SeedHook(DistSamplerSeedHook):
                 "sampler=dict(type='mmdet_efficientdet.SeededSampler'))")
         if found:
             runner.logger.warning(
-                'A resumed training will not be bit by bit what it would have '
-                f'been without interruption, because of {", ".join(found)}')
+                'A resumed training will not be bit-identical to an '
+                f'uninterrupted one, because of {", ".join(found)}')
 
     def before_train_iter(self,
                           runner,
                           batch_idx: int,
                           data_batch=None) -> None:
-        """Seeds what the model draws, such as drop-connect."""
+        """Seeds the random numbers of the model, such as drop-connect."""
         seed_generators(STEP, self.seed, get_rank(), runner.iter)
 
 
 def _unsuited(loop, batch_sampler) -> Iterator[str]:
-    """What in a loop does not go on where it was."""
+    """Names the parts of a loop that do not resume exactly."""
     infinite = batch_sampler.sampler.infinite
     if not isinstance(loop, IterBasedTrainLoop):
         if infinite:
-            raise ValueError('an epoch has no end with sampler=dict(infinite='
-                             'True); remove it, or count iterations')
+            raise ValueError(
+                'with sampler=dict(infinite=True) an epoch has no '
+                'end. Remove infinite=True, or use an '
+                'iteration-based loop')
     elif not (infinite and isinstance(loop, SeededIterBasedTrainLoop)):
-        yield ("a loop that reads ahead (write train_cfg=dict(type="
+        yield ("a loop that reads ahead (set train_cfg=dict(type="
                "'mmdet_efficientdet.SeededIterBasedTrainLoop', ...) and "
                'sampler=dict(infinite=True))')
     elif type(batch_sampler) is not BatchSampler:
-        yield (f'{type(batch_sampler).__name__}, which remembers images of '
-               'the past')
+        yield (
+            f'{type(batch_sampler).__name__}, which keeps images of earlier '
+            'batches')
 
 
 def _unseeded(dataset) -> Iterator[str]:
-    """What in a dataset draws random numbers of its own."""
+    """Names the parts of a dataset that draw unseeded random numbers."""
     pipeline = getattr(dataset, 'pipeline', [])
     pipeline = getattr(pipeline, 'transforms', pipeline)
     if any(isinstance(t, SeedTransforms) for t in pipeline):
@@ -207,11 +210,12 @@ def _unseeded(dataset) -> Iterator[str]:
 
 @LOOPS.register_module()
 class SeededIterBasedTrainLoop(IterBasedTrainLoop):
-    """Counts iterations, and arrives at once where it is resumed.
+    """An iteration-based loop that resumes without reading past batches.
 
-    mmengine's loop would read all batches of the past. The sampler has to be
-    a :class:`SeededSampler` with ``infinite=True``; with another one, this is
-    mmengine's loop. onedl-mmengine's can skip by itself and stays as it is.
+    mmengine's loop reads all earlier batches again. The sampler must be a
+    :class:`SeededSampler` with ``infinite=True``; with another sampler, this
+    is mmengine's loop. The loop of onedl-mmengine can skip batches itself and
+    is used unchanged.
     """
 
     def run(self):
@@ -224,8 +228,8 @@ class SeededIterBasedTrainLoop(IterBasedTrainLoop):
 
     def _batches(self, sampler: SeededSampler) -> Iterator:
         past = self._iter
-        yield from repeat(None, past)  # which the host takes and drops
-        # Only now: the host's own iterator is older than the checkpoint, and
-        # its workers have fetched what belongs to another place and seed.
+        yield from repeat(None, past)  # mmengine takes these and drops them
+        # Not earlier: mmengine creates its iterator before it loads the
+        # checkpoint, and the workers prefetch with the old position and seed.
         sampler.skip(past * self.dataloader.batch_sampler.batch_size)
         yield from self.dataloader

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: whole or not there, and data only."""
+"""Checkpoints that survive an interruption and hold plain data only."""
 import errno
 import os
 import os.path as osp
@@ -21,9 +21,10 @@ from ..utils import TEMPORARY, plain_data, write_file
 
 @contextmanager
 def _together():
-    """Raises on all ranks what writing files raises on the first.
+    """Raises an OSError of the first rank on all ranks.
 
-    The others write nothing, and would wait for it.
+    Only the first rank writes files. Without this, the others would wait for
+    it forever.
     """
     failure = [None]
     try:
@@ -37,32 +38,33 @@ def _together():
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """Writes checkpoints in an order that never leaves a run without one.
+    """Saves checkpoints in an order that never leaves a run without one.
 
-    First the new file, under a temporary name, then ``last_checkpoint``,
-    which ``--resume`` reads, and only then the old files are removed; the
-    host goes the other way. So it is with the best checkpoint. A full disk
-    keeps the last good checkpoint. For an ``out_dir`` that is not a local
-    one, files are written as its backend does.
+    The hook writes the new file under a temporary name and renames it, then
+    writes ``last_checkpoint``, which ``--resume`` reads, and removes old files
+    last. mmengine's hook removes old files first. The best checkpoint is
+    handled in the same way. If the disk is full, the last good checkpoint is
+    kept. If ``out_dir`` is not on a local disk, its file backend writes the
+    files.
 
-    The files hold data only, no Python objects: mmengine stores its log
-    history as pickled objects and some numbers as NumPy scalars, for which
-    torch >= 2.6 refuses the file, and allowing them means allowing
-    ``getattr``. Here they are stored as lists and numbers, and the history is
-    restored when the run is resumed, so that every checkpoint loads with
-    ``weights_only=True`` in every tool.
+    The checkpoints hold plain data and no Python objects. mmengine stores its
+    log history as pickled objects and some numbers as NumPy scalars. torch >=
+    2.6 refuses such files with ``weights_only=True``, and an allowlist for
+    them would have to include ``getattr``. This hook stores them as lists and
+    numbers and restores the history when the run is resumed, so that every
+    tool can load a checkpoint with ``weights_only=True``.
 
     Args:
-        kwargs: As of the host's ``CheckpointHook``.
+        kwargs: See mmengine's ``CheckpointHook``.
     """
 
-    _best_first = False  # while the best checkpoint is being saved
+    _best_first = False  # True while the best checkpoint is being saved
 
     def before_train(self, runner) -> None:
-        """Removes what an interrupted run has left half written.
+        """Removes half-written files of an interrupted run.
 
         Raises:
-            ValueError: If a loop of iterations would save by epochs.
+            ValueError: If an iteration-based loop would save by epochs.
         """
         backend = get_file_backend(self.out_dir or runner.work_dir)
         self._last = osp.join(runner.work_dir, 'last_checkpoint')
@@ -73,7 +75,7 @@ class SafeCheckpointHook(CheckpointHook):
                 last_checkpoint=self._last)
         super().before_train(runner)
         self._remove_half_written()
-        # For messages of others; resumed=False keeps it out of checkpoints.
+        # Other messages name it. resumed=False keeps it out of checkpoints.
         runner.message_hub.update_info(
             'work_dir', runner.work_dir, resumed=False)
         every = self.interval
@@ -82,20 +84,20 @@ class SafeCheckpointHook(CheckpointHook):
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if every > 0 and every % counts:
             runner.logger.warning(
-                f'A checkpoint every {every} iterations, but a step of the '
-                f'optimizer every {counts}: gradients that are not complete '
-                'are lost when such a checkpoint is resumed. Take a multiple '
-                f'of {counts}')
+                f'A checkpoint is saved every {every} iterations, but the '
+                f'optimizer steps every {counts} iterations. Gradients that '
+                'are still being accumulated are lost when such a checkpoint '
+                f'is resumed. Set the interval to a multiple of {counts}')
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         if by_epoch and not self.by_epoch:
             runner.logger.warning(
-                'A loop by epochs goes on at the begin of an epoch, so that '
-                'checkpoints by iterations are not exact. Remove '
+                'An epoch-based loop resumes at the beginning of an epoch, so '
+                'that checkpoints by iterations are not exact. Remove '
                 'default_hooks.checkpoint.by_epoch=False')
         if (isinstance(runner.train_loop, IterBasedTrainLoop) and self.by_epoch
                 and self.interval > 0):
             raise ValueError(
-                'A loop that counts iterations is one epoch, so that nothing '
+                'An iteration-based loop is a single epoch, so that nothing '
                 'would be saved before its end. Write '
                 'default_hooks=dict(checkpoint=dict(by_epoch=False, '
                 'interval=...)) with the interval in iterations, and '
@@ -104,10 +106,10 @@ class SafeCheckpointHook(CheckpointHook):
 
     @staticmethod
     def _validate_again(runner, by_epoch: bool) -> None:
-        """Makes up for a validation before which the run was interrupted.
+        """Runs a validation that may be missing after an interruption.
 
-        Which it was nobody knows, since checkpoints are saved before their
-        validation. Once more does no harm.
+        A checkpoint is saved before its validation, so that it cannot tell
+        whether the validation was done. Repeating it does no harm.
         """
         loop = runner.train_loop
         if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
@@ -120,12 +122,12 @@ class SafeCheckpointHook(CheckpointHook):
             runner.val_loop.run()
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Replaces objects by plain data."""
+        """Replaces Python objects by plain data."""
         for key in ('meta', 'message_hub'):
             checkpoint[key] = plain_data(checkpoint[key])
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Puts the history's objects back."""
+        """Restores the objects of the log history."""
         scalars = checkpoint.get('message_hub', {}).get('log_scalars', {})
         for name, value in scalars.items():
             if isinstance(value, dict):
@@ -145,8 +147,8 @@ class SafeCheckpointHook(CheckpointHook):
         self._check_finite(runner)
         ids, hub = [], runner.message_hub
         if self.max_keep_ckpts > 0:
-            # The file lists those that it makes outdated, too: if they are
-            # still there when it is resumed, the host removes them.
+            # The list includes the files that this one replaces. If they
+            # still exist when the run is resumed, mmengine removes them.
             ids = [i for i in self.keep_ckpt_ids if i != step] + [step]
             hub.update_info('keep_ckpt_ids', ids)
         name = self.filename_tmpl.format(step)
@@ -179,8 +181,8 @@ class SafeCheckpointHook(CheckpointHook):
         if not self.save_best:
             return
         self._check_finite(runner)
-        # The host saves the last checkpoint again from within, on all ranks;
-        # the first may have failed by then.
+        # mmengine's method also saves the last checkpoint again, on all
+        # ranks, when the first rank may have failed already.
         self._best_first, self._afterwards = True, None
         try:
             with _together():
@@ -192,22 +194,23 @@ class SafeCheckpointHook(CheckpointHook):
         self._clean()
 
     def _check_finite(self, runner) -> None:
-        """Keeps weights that are not finite from taking a good one's place.
+        """Prevents weights that are not finite from replacing good ones.
 
         Raises:
-            RuntimeError: On all ranks, if one of any rank is not finite.
+            RuntimeError: On all ranks, if a weight of any rank is not finite.
         """
         weights = runner.model.state_dict()
-        spoilt = [n for n, t in weights.items() if not t.isfinite().all()]
-        count = torch.tensor(len(spoilt), device=get_comm_device())
+        broken = [n for n, t in weights.items() if not t.isfinite().all()]
+        count = torch.tensor(len(broken), device=get_comm_device())
         all_reduce(count)
         if count:
             raise RuntimeError(
-                f'weights are not finite ({", ".join(spoilt[:3])}, ...), so '
-                'this checkpoint is not saved. Start anew with a lower '
-                'learning rate, if you like with load_from=a checkpoint of '
-                f'before the losses grew ({self._last} names the last one); '
-                '--resume keeps the rate of its checkpoint')
+                f'weights are not finite ({", ".join(broken[:3])}, ...), so '
+                'this checkpoint is not saved. Start a new training with a '
+                'lower learning rate, optionally with load_from set to a '
+                f'checkpoint from before the loss grew ({self._last} names '
+                'the last one). --resume would keep the learning rate of its '
+                'checkpoint')
 
     def _clean(self) -> None:
         if isinstance(self.file_backend, AtomicBackend):
@@ -216,11 +219,11 @@ class SafeCheckpointHook(CheckpointHook):
 
 @register_backend('mmdet_efficientdet.atomic')
 class AtomicBackend(LocalBackend):
-    """Local files that are replaced at once, and removed last.
+    """Local files that are replaced atomically and removed last.
 
     Args:
         last_checkpoint (str): The file that names the last good checkpoint,
-            for the message when the disk is full.
+            which the error names when the disk is full.
     """
 
     def __init__(self, last_checkpoint: str) -> None:
@@ -231,7 +234,8 @@ class AtomicBackend(LocalBackend):
         """Writes a file.
 
         Raises:
-            OSError: If the disk is full, with what to do.
+            OSError: If the file cannot be written. If the disk is full, the
+                message says what to do.
         """
         try:
             write_file(filepath, obj)
@@ -247,24 +251,24 @@ class AtomicBackend(LocalBackend):
                 error.errno, f'{os.strerror(error.errno)}: {filepath} '
                 f'({len(obj) / 1e6:.1f} MB) could not be written, '
                 f'{shutil.disk_usage(folder).free / 1e6:.1f} MB are free. '
-                f'{good}Make room for max_keep_ckpts + 1 checkpoints and the '
+                f'{good}Free space for max_keep_ckpts + 1 checkpoints and the '
                 'best one, lower default_hooks.checkpoint.max_keep_ckpts, or '
-                'set default_hooks.checkpoint.out_dir to another disk; then '
-                'go on with --resume') from error
+                'set default_hooks.checkpoint.out_dir to another disk. Then '
+                'continue with --resume') from error
 
     def put_text(self,
                  obj: str,
                  filepath: str,
                  encoding: str = 'utf-8') -> None:
-        """Writes a text, see :meth:`put`."""
+        """Writes a text as :meth:`put` does."""
         self.put(obj.encode(encoding), filepath)
 
     def remove(self, filepath: str) -> None:
-        """Removes a file, but not before :meth:`clean` is called."""
+        """Marks a file for removal by :meth:`clean`."""
         self.outdated.append(filepath)
 
     def clean(self) -> None:
-        """Removes the files, now that others have replaced them."""
+        """Removes the marked files."""
         while self.outdated:
             with suppress(FileNotFoundError):
                 os.remove(self.outdated.pop())

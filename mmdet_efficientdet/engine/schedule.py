@@ -17,32 +17,33 @@ from ..registry import HOOKS, PARAM_SCHEDULERS
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
-    """Linear warm-up, then a cosine of the step counted from the very start.
+    """Linear warm-up, then a cosine that counts steps from the start.
 
     With ``W`` steps of warm-up of ``T`` in all, the rate at step ``s`` is the
     peak times ``start_factor + (1 - start_factor) * s / W`` before ``W``, then
-    times ``(1 + cos(pi * s / (T - W))) / 2``. The cosine does not begin anew
-    after the warm-up, as that of the host's pair of ``LinearLR`` and
-    ``CosineAnnealingLR`` does, so it starts a little below the peak and turns
-    just before the end. Everything is relative to the optimizer's ``lr``, so
-    that scaling this for another batch scales the start, too.
+    times ``(1 + cos(pi * s / (T - W))) / 2``. Unlike mmengine's ``LinearLR``
+    followed by ``CosineAnnealingLR``, the cosine does not restart after the
+    warm-up. It begins slightly below the peak and turns shortly before the
+    end. All rates are relative to the optimizer's ``lr``, so that scaling
+    ``lr`` for another batch size scales the whole schedule.
 
     Args:
-        optimizer (Optimizer | OptimWrapper): What to schedule.
+        optimizer (Optimizer | OptimWrapper): Its learning rate is scheduled.
         warmup (int): Length of the warm-up, in the unit of ``end``. Defaults
             to 1.
-        start_factor (float): Rate of step 0, over the peak. Defaults to 0.05,
-            which is the official 0.008 at 128 images.
-        end (int): Length of the training. The runner fills in that of its
+        start_factor (float): Rate of step 0 divided by the peak. Defaults to
+            0.05, which is the official 0.008 for batches of 128.
+        end (int): Length of the training. The runner sets it to that of its
             loop.
         by_epoch (bool): Whether a step is an epoch. Defaults to True; with
             ``convert_to_iter_based=True`` in a config, ``warmup`` and ``end``
-            are epochs and steps are iterations, as in the official code. A
-            loop that counts iterations needs False.
+            are epochs and steps are iterations, as in the official code. An
+            iteration-based loop needs False.
         verbose (bool): Prints each rate. Defaults to False.
 
     Raises:
-        ValueError: If ``warmup`` is negative or ``start_factor`` not in 0..1.
+        ValueError: If ``warmup`` is negative or ``start_factor`` is not in
+            [0, 1].
     """
 
     def __init__(self,
@@ -54,24 +55,25 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
                  verbose: bool = False) -> None:
         if warmup < 0 or not 0 <= start_factor <= 1:
             raise ValueError(
-                f'warmup={warmup} must be 0 or more steps, and start_factor='
-                f'{start_factor} a part of the peak, from 0 to 1')
+                f'warmup={warmup} must be at least 0, and start_factor='
+                f'{start_factor} must be between 0 and 1')
         self.warmup = warmup
         self.start_factor = start_factor
         super().__init__(optimizer, 0, end, -1, by_epoch, verbose)
         if end <= 2 * warmup:
             print_log(
-                f'The warm-up takes {warmup} of {end} steps, which leaves no '
-                'time to learn at the peak. Set a shorter warmup; a loop that '
-                'counts iterations needs param_scheduler=[dict('
+                f'The warm-up takes {warmup} of {end} steps, so that the '
+                'training hardly reaches the peak rate. Set a shorter warmup. '
+                'An iteration-based loop needs param_scheduler=[dict('
                 "type='mmdet_efficientdet.WarmupCosineLR', by_epoch=False, "
                 'warmup=<iterations>)]', 'current', logging.WARNING)
         elif end < 10 * warmup:
             print_log(
-                f'The official cosine counts from step 0: of {end} steps with '
-                f'{warmup} of warm-up, its rate is 0 at step {end - warmup} '
-                f'and rises again, to {self._factor(end - 1):.0%} of the '
-                'peak. Set a shorter warmup', 'current', logging.WARNING)
+                f'The official cosine counts from step 0. With {warmup} steps '
+                f'of warm-up out of {end}, its rate falls to 0 at step '
+                f'{end - warmup} and then rises again to '
+                f'{self._factor(end - 1):.0%} of the peak. Set a shorter '
+                'warmup', 'current', logging.WARNING)
 
     @classmethod
     def build_iter_from_epoch(cls,
@@ -81,7 +83,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
                               warmup: int = 1,
                               by_epoch: bool = True,
                               **kwargs) -> 'WarmupCosineLR':
-        """Builds it for iterations from numbers of epochs."""
+        """Builds an iteration-based schedule from numbers of epochs."""
         if not by_epoch:
             raise ValueError('convert_to_iter_based=True counts warmup and '
                              'end in epochs; remove by_epoch=False')
@@ -93,28 +95,30 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             **kwargs)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on at the saved step, on the curve of this config's length.
+        """Continues at the saved step with the length of this config.
 
-        A training that is resumed with more epochs thus follows their curve
-        instead of staying at the last rate. The peak stays that of the
-        checkpoint, as with every scheduler of the host.
+        A training that is resumed with more epochs follows the longer curve
+        instead of staying at the last rate. As with all of mmengine's
+        schedulers, the peak rate is that of the checkpoint.
 
         Raises:
-            ValueError: If the checkpoint counts epochs and this iterations,
-                or the other way round.
+            ValueError: If one of the checkpoint and this schedule counts
+                epochs and the other one iterations.
         """
         if state_dict.get('by_epoch', self.by_epoch) != self.by_epoch:
             raise ValueError(
                 'the schedule of the checkpoint has by_epoch='
-                f'{not self.by_epoch}, that of the config {self.by_epoch}. '
-                'Resume with the same, or start anew with load_from')
+                f'{not self.by_epoch}, but that of the config has by_epoch='
+                f'{self.by_epoch}. Resume with the same setting, or start a '
+                'new training with load_from')
         before = state_dict.get('warmup', self.warmup)
         if before != self.warmup:
             print_log(
-                f'The warm-up of the checkpoint has {before} steps, that of '
-                f'the config {self.warmup}. If epochs have another length now '
-                '(batch, processes, data), the schedule goes on at another '
-                'place of its curve', 'current', logging.WARNING)
+                f'The warm-up of the checkpoint has {before} steps, but that '
+                f'of the config has {self.warmup}. If the length of an epoch '
+                'has changed (batch size, processes, data), the schedule '
+                'continues at another point of its curve', 'current',
+                logging.WARNING)
         ours = ('end', 'warmup', 'start_factor')
         super().load_state_dict({
             k: v
@@ -125,8 +129,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
 
     def _get_value(self) -> List[float]:
         """The rate of each parameter group at this step."""
-        # The host stops counting last_step at the end, but not this; a
-        # training that goes on keeps the last rate.
+        # mmengine stops counting last_step at the end, but not
+        # _global_step. A longer training keeps the last rate.
         factor = self._factor(min(self._global_step, self.end - 1))
         return [base * factor for base in self.base_values]
 
@@ -140,16 +144,16 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
 
 @HOOKS.register_module()
 class BatchScaleHook(Hook):
-    """Completes ``--auto-scale-lr`` where gradients are accumulated.
+    """Makes ``--auto-scale-lr`` count accumulated gradients.
 
-    The host scales the rate by the images of one iteration of all ranks. A
-    step of the optimizer sees ``accumulative_counts`` times as many.
+    mmengine scales the rate by the images of one iteration of all ranks. One
+    step of the optimizer uses ``accumulative_counts`` times as many images.
     """
 
     priority = 'VERY_HIGH'
 
     def before_run(self, runner) -> None:
-        """Scales, before anything is resumed."""
+        """Scales the learning rate before a checkpoint is resumed."""
         scaling, wrapper = runner.auto_scale_lr or {}, runner.optim_wrapper
         if not isinstance(wrapper, OptimWrapper) or hasattr(self, '_peak'):
             return  # several optimizers, or a test after a training
@@ -157,18 +161,18 @@ class BatchScaleHook(Hook):
         if scaling.get('enable'):
             counts, world = wrapper._accumulative_counts, runner.world_size
             given = runner.cfg.train_dataloader.batch_size
-            # A batch sampler of the config may have another size.
+            # A custom batch sampler may have another batch size.
             batch = runner.train_dataloader.batch_sampler.batch_size
             if not isinstance(batch, int):
                 batch = given
             self._images = world * batch * counts
             runner.logger.info(
-                f'One step of the optimizer sees {self._images} images '
+                f'One step of the optimizer uses {self._images} images '
                 f'({world} processes x {batch} images x {counts} accumulated)')
             ratio = self._images / scaling['base_batch_size']
-            scaled = world * given / scaling['base_batch_size']  # by the host
+            scaled = world * given / scaling['base_batch_size']  # by mmengine
             for group in wrapper.param_groups:
-                # The host does not scale what the log shows as base_lr.
+                # mmengine does not scale what the log shows as base_lr.
                 unscaled = group is wrapper.base_param_settings
                 for key in {'lr', 'initial_lr'} & group.keys():
                     group[key] *= ratio if unscaled else ratio / scaled
@@ -180,7 +184,7 @@ class BatchScaleHook(Hook):
         self._peak = _peak(wrapper)
 
     def before_train(self, runner) -> None:
-        """Says what the rate is, now that a checkpoint may have been read."""
+        """Logs the learning rate after a checkpoint may have been resumed."""
         wrapper = runner.optim_wrapper
         if not isinstance(wrapper, OptimWrapper):
             return
@@ -191,9 +195,9 @@ class BatchScaleHook(Hook):
                 f'Base learning rate {peak:g}, and {now:g} at this step')
         if not math.isclose(peak, self._peak):
             runner.logger.warning(
-                f'The learning rate stays {peak:g}, with which the checkpoint '
-                f'was trained; that of this config, {self._peak:g}, is for a '
-                'training from load_from')
+                f'The learning rate stays {peak:g}, as in the checkpoint. '
+                f'That of this config, {self._peak:g}, is used for a new '
+                'training with load_from')
 
 
 def _peak(wrapper: OptimWrapper) -> float:

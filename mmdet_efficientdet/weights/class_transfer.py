@@ -1,4 +1,4 @@
-"""From a checkpoint for some classes to one for others."""
+"""Changes the classes of a checkpoint."""
 import copy
 import re
 from pathlib import Path
@@ -21,88 +21,38 @@ from .sources import class_names, open_source
 _PREDICTOR = re.compile(rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(weight|bias)')
 
 
-def transfer_classes(checkpoint: dict, classes: Sequence[str],
-                     head: EfficientDetHead) -> Tuple[dict, List[str]]:
-    """Makes a checkpoint fit other classes.
-
-    The class predictor gets the checkpoint's rows for classes of the same
-    name, and those of ``head`` for the others. All else is kept.
-
-    Args:
-        checkpoint (dict): With class names in ``meta['dataset_meta']``, with
-            ``state_dict``, and maybe with the ``ema_state_dict`` of
-            mmengine's EMAHook. It is not changed.
-        classes (Sequence[str]): New names; case matters.
-        head (EfficientDetHead): For the new classes, just initialised.
-
-    Returns:
-        tuple: A checkpoint of these entries alone, because the state of an
-        optimizer does not fit any more, and the lines of a receipt.
-
-    Raises:
-        ValueError: If the checkpoint does not tell its classes, names occur
-            twice, or the predictor does not fit ``head``.
-    """
-    averaged = 'ema_state_dict' in checkpoint
-    entries = ('state_dict', 'ema_state_dict')[:1 + averaged]
-    for entry in entries:
-        keys = checkpoint.get(entry, checkpoint)  # it may be a bare one
-        if not any(map(_PREDICTOR.fullmatch, keys)):
-            raise ValueError(f'the {entry} of the checkpoint has no bbox_head.'
-                             'conv_cls.pointwise, the class predictor of '
-                             'EfficientDet')
-    old = class_names(checkpoint.get('meta') or {})
-    if not old:
-        raise ValueError(
-            "the checkpoint has no class names in meta['dataset_meta']"
-            "['classes'], by which rows could be copied. MMDetection's "
-            'training and tools/convert_checkpoint.py write them')
-    for names in (old, classes):
-        twice = [name for name in names if list(names).count(name) > 1]
-        if twice:
-            raise ValueError(f'the class name {twice[0]!r} occurs twice in '
-                             f'{shorten(names)}; names must differ')
-    # Colours and whatever else belongs to the old classes are left aside.
-    new = dict(
-        meta=dict(
-            checkpoint['meta'], dataset_meta=dict(classes=list(classes))))
-    for entry in entries:
-        new[entry] = _transfer(checkpoint[entry], old, classes, head)
-    kept = sum(not _PREDICTOR.fullmatch(key) for key in new['state_dict'])
-    return new, _receipt(old, classes, kept, averaged)
-
-
 def transfer_file(path: str,
                   config: Config,
                   classes: Sequence[str],
                   averages: bool = True) -> dict:
-    """Reads a file of weights for other classes than its own.
+    """Reads a file of weights and changes its classes.
 
     Args:
-        path (str): A checkpoint of ours, converted or trained, or published
-            weights, which are converted.
+        path (str): A checkpoint of this package, converted or trained, or
+            published weights, which are converted.
         config (Config): Config of the size; it is not changed.
         classes (Sequence[str]): Names of the new classes.
         averages (bool): For published weights, as in ``convert_file``.
 
     Returns:
-        dict: A checkpoint as of :func:`transfer_classes`, whose ``meta``
-        holds the config for these classes and the receipt. New rows are the
-        same each time.
+        dict: A checkpoint as from :func:`transfer_classes`. Its ``meta`` has
+        the config for these classes and the receipt. New rows are the same
+        each time.
 
     Raises:
         ValueError: If the file cannot be read, its classes cannot be
             transferred, or it does not fit the config.
     """
-    with open_source(path) as source:
-        ours = class_names(source.meta) and any(
-            _PREDICTOR.fullmatch(key) for key in source.tensors)
-        if ours and not averages:
+    source = open_source(path)
+    if class_names(source.meta) and any(
+            map(_PREDICTOR.fullmatch, source.tensors)):
+        checkpoint = source.checkpoint
+        if not averages:
             raise ValueError(
-                f'{path} is a checkpoint of ours, of which raw weights and '
-                'averages are both kept; leave out --raw')
-        checkpoint = source.checkpoint if ours else convert_source(
-            source, path, config, averages=averages)
+                f'{path} is a checkpoint of this package, of which raw '
+                'weights and averages are both kept; leave out --raw')
+    else:
+        checkpoint = convert_source(source, path, config, averages=averages)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     set_classes(config, classes)
@@ -123,9 +73,64 @@ def transfer_file(path: str,
     return new
 
 
+def transfer_classes(checkpoint: dict, classes: Sequence[str],
+                     head: EfficientDetHead) -> Tuple[dict, List[str]]:
+    """Changes the classes of a checkpoint.
+
+    For classes with the same name the class predictor gets the rows of the
+    checkpoint, for the others those of ``head``. Everything else is kept.
+
+    Args:
+        checkpoint (dict): With class names in ``meta['dataset_meta']``, with
+            ``state_dict``, and optionally with the ``ema_state_dict`` of
+            mmengine's EMAHook. It is not changed.
+        classes (Sequence[str]): New names, case-sensitive.
+        head (EfficientDetHead): For the new classes, just initialized.
+
+    Returns:
+        tuple: A checkpoint of only these entries, since the state of an
+        optimizer no longer fits, and the lines of a receipt.
+
+    Raises:
+        ValueError: If the checkpoint has no class names, names occur twice,
+            or the predictor does not fit ``head``.
+    """
+    averaged = 'ema_state_dict' in checkpoint
+    entries = ('state_dict', 'ema_state_dict')[:1 + averaged]
+    for entry in entries:
+        keys = checkpoint.get(entry, checkpoint)  # it may be a bare one
+        if not any(map(_PREDICTOR.fullmatch, keys)):
+            raise ValueError(
+                f'the {entry} of the checkpoint has no {CLASS_PREDICTOR}, the '
+                'class predictor of EfficientDet')
+    old = class_names(checkpoint.get('meta') or {})
+    if not old:
+        raise ValueError(
+            "the checkpoint has no class names in meta['dataset_meta']"
+            "['classes'], by which rows could be copied. MMDetection's "
+            'training and tools/convert_checkpoint.py write them')
+    for names in (old, classes):
+        twice = [name for name in names if list(names).count(name) > 1]
+        if twice:
+            raise ValueError(f'the class name {twice[0]!r} occurs twice in '
+                             f'{shorten(names)}; names must be unique')
+    # Colors and whatever else belongs to the old classes are dropped.
+    new = dict(
+        meta=dict(
+            checkpoint['meta'], dataset_meta=dict(classes=list(classes))))
+    for entry in entries:
+        new[entry] = _transfer(checkpoint[entry], old, classes, head)
+    kept = sum(not _PREDICTOR.fullmatch(key) for key in new['state_dict'])
+    receipt = [
+        f'classes of the checkpoint: {len(old)}, requested: {len(classes)}',
+        f'kept: {kept} tensors, bit-identical', *_differences(old, classes)
+    ]
+    return new, receipt + ['the same in ema_state_dict'] * averaged
+
+
 def _transfer(state_dict: Dict[str, Tensor], old: List[str],
               new: Sequence[str], head: EfficientDetHead) -> dict:
-    """The same state dict with another predictor."""
+    """The same state dict with another class predictor."""
     num_anchors = head.num_base_priors
     copied = [i for i, name in enumerate(new) if name in old]
     sources = [old.index(new[i]) for i in copied]
@@ -151,27 +156,24 @@ def _transfer(state_dict: Dict[str, Tensor], old: List[str],
     return result
 
 
-def _receipt(old: List[str], new: Sequence[str], kept: int,
-             averaged: bool) -> List[str]:
-
-    def listed(title: str, names: list) -> str:
-        return f'{title}: {len(names)} classes' + (f' ({", ".join(names)})'
-                                                   if names else '')
-
+def _differences(old: List[str], new: Sequence[str]) -> List[str]:
+    """Lines about classes that are copied, new and not used."""
+    groups = {
+        'copied': [name for name in new if name in old],
+        'new': [name for name in new if name not in old],
+        'not used': [name for name in old if name not in new]
+    }
     lines = [
-        f'classes of the checkpoint: {len(old)}, wanted: {len(new)}',
-        f'kept: {kept} tensors, bit for bit',
-        listed('copied', [name for name in new if name in old]),
-        listed('new', [name for name in new if name not in old]),
-        listed('left aside', [name for name in old if name not in new])
+        f'{title}: {len(names)} classes' +
+        (f' ({", ".join(names)})' if names else '')
+        for title, names in groups.items()
     ]
     spellings = {_spelling(name): name for name in old}
-    lines += [
+    return lines + [
         f'hint: {name!r} is new; the checkpoint has '
-        f'{spellings[_spelling(name)]!r}' for name in new
-        if name not in old and _spelling(name) in spellings
+        f'{spellings[_spelling(name)]!r}'
+        for name in groups['new'] if _spelling(name) in spellings
     ]
-    return lines + ['the same in ema_state_dict'] * averaged
 
 
 def _spelling(name: str) -> str:

@@ -1,8 +1,8 @@
-"""What weights were trained with and no tensor of theirs tells."""
+"""Settings that weights were trained with and that no tensor shows."""
 from functools import reduce
 from typing import List
 
-# Its name in the meta of a checkpoint, and its place in a model's config.
+# Name in the meta of a checkpoint, and place in the config of a model.
 PLACES = dict(
     aspect_pairs='bbox_head.anchor_generator.aspect_pairs',
     anchor_scale='bbox_head.anchor_generator.octave_base_scale',
@@ -11,52 +11,53 @@ PLACES = dict(
     pad_value='data_preprocessor.pad_value')
 
 
-def conventions(model: dict) -> dict:
-    """The values at ``PLACES`` in a model's config, as plain data."""
-    values = {}
-    for key, place in PLACES.items():
-        *parents, last = place.split('.')
-        node = reduce(lambda node, part: node[part], parents, model)
-        values[key] = _listed(node.get(last, 0))
-    return values
-
-
-def _listed(value):
-    """Lists in the place of tuples, with which texts and files differ."""
-    if isinstance(value, (list, tuple)):
-        return [_listed(item) for item in value]
-    return value
-
-
 def adopt_conventions(config, meta: dict) -> None:
-    """Sets in a config what a checkpoint tells of itself.
+    """Sets the conventions of a checkpoint in a config.
 
     Args:
-        config (Config): Is changed.
-        meta (dict): With any of ``PLACES``.
+        config (Config): It is changed.
+        meta (dict): Of the checkpoint, with any of ``PLACES``.
     """
-    now = conventions(config.model)
+    current = conventions(config.model)
     for key, place in PLACES.items():
-        value = meta.get(key, now[key])
-        if key == 'aspect_pairs':  # as shipped, so that texts are equal
+        value = meta.get(key, current[key])
+        if key == 'aspect_pairs':  # tuples, as in the shipped configs
             value = [tuple(pair) for pair in value]
-        elif value == now[key]:
+        elif value == current[key]:
             continue
         config.merge_from_dict({f'model.{place}': value})
 
 
 def differing_options(meta: dict, model: dict) -> List[str]:
-    """Options of a command that set what a model's config has otherwise.
+    """Command-line options that set a checkpoint's conventions in a config.
 
     Args:
-        meta (dict): Of a checkpoint, with any of ``PLACES``.
-        model (dict): Config of the model.
+        meta (dict): Of the checkpoint, with any of ``PLACES``.
+        model (dict): Config of the model. Values that it has already are
+            skipped.
     """
-    own = conventions(model)
+    current = conventions(model)
     return [
         option(f'model.{place}', meta[key]) for key, place in PLACES.items()
-        if _listed(meta.get(key, own[key])) != own[key]
+        if _as_lists(meta.get(key, current[key])) != current[key]
     ]
+
+
+def conventions(model: dict) -> dict:
+    """The values at ``PLACES`` in the config of a model, as plain data."""
+    values = {}
+    for key, place in PLACES.items():
+        *parents, last = place.split('.')
+        node = reduce(lambda node, part: node[part], parents, model)
+        values[key] = _as_lists(node.get(last, 0))
+    return values
+
+
+def _as_lists(value):
+    """A value with lists instead of tuples, which files do not keep."""
+    if isinstance(value, (list, tuple)):
+        return [_as_lists(item) for item in value]
+    return value
 
 
 def option(key: str, value) -> str:

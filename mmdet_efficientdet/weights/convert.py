@@ -1,4 +1,4 @@
-"""Turns files of published weights into checkpoints of ours."""
+"""Converts files of published weights to checkpoints of our model."""
 import copy
 import os
 from functools import partial
@@ -17,66 +17,73 @@ from ..registry import MODELS
 from ..scaling import SCALING, scale_config
 from ..utils import write_file
 from .conventions import adopt_conventions, conventions
-from .matching import fill, match
+from .matching import match
+from .naming import Layout
 from .sources import Source, class_names, open_source
 
 _BIAS = f'{CLASS_PREDICTOR}.bias'
-# Category ids of COCO that no object has; an output of 90 has a slot for
-# each id from 1.
-UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO = list(CocoDataset.METAINFO['classes'])
+# The official heads have a slot for each category id from 1. No object of COCO
+# has one of these ids.
+SLOTS = COCO[:]
+for _id in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83):
+    SLOTS.insert(_id - 1, f'unused {_id}')
+NUM_CLASSES, NUM_SLOTS = len(COCO), len(SLOTS)  # 80 and 90
 
 
 def convert_file(path: str,
                  config: Config,
-                 num_classes: int = 80,
+                 num_classes: int = NUM_CLASSES,
                  averages: bool = True) -> dict:
     """Converts a file of published weights to a checkpoint of our model.
 
     Args:
-        path (str): The file, in any format that ``open_source`` knows and
-            any layout of ``LAYOUTS`` and ``BACKBONES``.
+        path (str): The file, in any format that ``open_source`` reads and
+            any layout of ``LAYOUTS`` or ``BACKBONES``.
         config (Config): Config of the size; it is not changed.
-        num_classes (int): Of a head with COCO's 90 slots, 80 or all 90; heads
-            of other classes stay as they are. Defaults to 80.
-        averages (bool): Whether to prefer moving averages of the weights
-            where there are any. Defaults to True.
+        num_classes (int): For a head with COCO's 90 slots: 80 keeps those of
+            the classes, 90 keeps all. Other heads keep their classes.
+            Defaults to 80.
+        averages (bool): Whether to prefer moving averages of the weights.
+            Defaults to True.
 
     Returns:
-        dict: ``state_dict``, and ``meta`` with ``cfg`` (text of the config),
-        ``dataset_meta`` (class names), ``source`` (``file``, ``sha256`` and
-        the lines of a ``receipt``) and ``conventions``, which are those of
-        the config, and of a file of ours its own; plain types and tensors
-        only. Of a backbone alone the state dict is that of ``EfficientNet``,
-        for ``init_cfg=dict(type='Pretrained', checkpoint=...)``, and ``meta``
-        has only ``source``.
+        dict: ``state_dict`` and ``meta``, of plain types and tensors only.
+        ``meta`` has ``cfg`` (text of the config), ``dataset_meta`` (class
+        names), ``source`` (``file``, ``sha256``, and ``receipt``, a list of
+        lines) and the conventions of the config or, for a checkpoint of this
+        package, its own. For a backbone alone, the state dict is that of
+        ``EfficientNet``, to be used as ``init_cfg=dict(type='Pretrained',
+        checkpoint=...)``, and ``meta`` has only ``source``.
 
     Raises:
-        ValueError: If the file cannot be read, or does not fit the config;
-            where it fits another size, the message names that.
+        ValueError: If the file cannot be read or does not fit the config. If
+            it fits another size, the message names that size.
     """
-    with open_source(path) as source:
-        return convert_source(source, path, config, num_classes, averages)
+    return convert_source(
+        open_source(path), path, config, num_classes, averages)
 
 
 def convert_source(source: Source,
                    path: str,
                    config: Config,
-                   num_classes: int = 80,
+                   num_classes: int = NUM_CLASSES,
                    averages: bool = True) -> dict:
-    """Converts an opened source as :func:`convert_file` does.
+    """Converts what :func:`open_source` has read as ``convert_file`` does.
 
     Args:
-        source (Source): Is not changed.
-        path (str): Of its file.
-        config, num_classes, averages: As in ``convert_file``.
+        source (Source): It is not changed.
+        path (str): The path of its file.
+        config, num_classes, averages: As in :func:`convert_file`.
     """
-    if num_classes not in (80, 90):
-        raise ValueError(f'num_classes={num_classes} must be 80 or 90')
+    if num_classes not in (NUM_CLASSES, NUM_SLOTS):
+        raise ValueError(f'num_classes={num_classes} must be {NUM_CLASSES} or '
+                         f'{NUM_SLOTS}')
     if not str(config.get('model', {}).get('type')).endswith('EfficientDet'):
         raise ValueError(
-            f'the config {config.filename} is of no EfficientDet; take '
+            f'the config {config.filename} is not of an EfficientDet; use '
             'configs/efficientdet/efficientdet_<size>_8xb16-300e_coco.py, or '
-            'one of yours that is based on it')
+            'your own config based on it')
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     meta = source.meta
@@ -86,134 +93,53 @@ def convert_source(source: Source,
         meta = dict(meta, aspect_pairs=pairs)
     adopt_conventions(config, meta)
     model = build_on_meta(config)
-    state_dict, receipt = _convert(source, model, config, averages)
+    state_dict, receipt = _rename(source, model, config, averages)
     origin = dict(file=Path(path).name, sha256=source.sha256, receipt=receipt)
     if _BIAS not in state_dict:
-        return dict(
-            meta=dict(source=origin),
-            state_dict={
-                key.removeprefix('backbone.'): value
-                for key, value in state_dict.items()
-            })
-    state_dict, names, lines = _settle_classes(state_dict,
-                                               model.bbox_head.num_base_priors,
-                                               path, class_names(meta), config,
-                                               num_classes)
+        backbone = {
+            key.removeprefix('backbone.'): value
+            for key, value in state_dict.items()
+        }
+        return dict(meta=dict(source=origin), state_dict=backbone)
     if isinstance(meta.get('source'), dict):
-        origin = meta['source']  # a file of ours stays what it is
+        origin = meta['source']  # a converted file keeps its origin
+    receipt = list(origin['receipt'])
+    state_dict, names = _select_classes(state_dict,
+                                        model.bbox_head.num_base_priors, path,
+                                        class_names(meta), config, num_classes,
+                                        receipt)
     config.model.bbox_head.num_classes = len(names)
     new = dict(
         cfg=config.pretty_text,
         dataset_meta=dict(classes=names),
-        source=dict(origin, receipt=[*origin['receipt'], *lines]),
+        source=dict(origin, receipt=receipt),
         **conventions(config.model))
     if isinstance(meta.get('published'), dict):
         new['published'] = meta['published']
     return dict(meta=new, state_dict=state_dict)
 
 
-def _settle_classes(
-        state_dict: Dict[str, Tensor], num_anchors: int, path: str,
-        known: List[str], config: Config,
-        num_classes: int) -> Tuple[Dict[str, Tensor], List[str], List[str]]:
-    """The state dict for the classes that are wanted, their names, a receipt.
-
-    Args:
-        state_dict (dict): Ours, with a head of the source's classes.
-        num_anchors (int): At each place.
-        path (str): Of the source, for messages.
-        known (list[str]): The names that the source tells, if any.
-        config (Config): Whose data name the classes otherwise.
-        num_classes (int): As in :func:`convert_file`.
-    """
-    given, rest = divmod(len(state_dict[_BIAS]), num_anchors)
-    if rest:
-        raise ValueError(f'{path} has {len(state_dict[_BIAS])} outputs of '
-                         f'classes, not a multiple of {num_anchors} anchors')
-    lines = [] if known else [
-        'class names: of the config, since the file has none'
-    ]
-    names = known or _names_for(given, config)
-    coco = list(CocoDataset.METAINFO['classes'])
-    is_coco = set(coco) <= set(names)
-    if given == 90 and num_classes == 80 and is_coco:
-        state_dict = select_coco_classes(state_dict, num_anchors)
-        lines.append('classes: 80 of 90 slots, bit for bit')
-        given, names = 80, coco
-    elif given == 80 and num_classes == 90 and is_coco:
-        raise ValueError(f"{path} predicts COCO's 80 classes, of which the 90 "
-                         'slots cannot be made')
-    if len(names) != given:
-        raise ValueError(
-            f'{path} predicts {given} classes, whose names have to come from '
-            f'the config, which has {len(names)}: scale_config(_base_, '
-            "'<size>', classes=['<name>', ...])")
-    return state_dict, names, lines
-
-
-def select_coco_classes(state_dict: Dict[str, Tensor],
-                        num_anchors: int = 9) -> Dict[str, Tensor]:
-    """Keeps the 80 used of the 90 slots of a COCO head.
-
-    Slot ``c`` is category id ``c + 1``; what is kept is bit for bit the same.
-    """
-    ids = [i for i in range(1, 91) if i not in UNUSED_IDS]
-    rows = torch.tensor(ids) - 1
-    return {
-        key:
-        value.unflatten(0, (num_anchors, 90))[:, rows].flatten(0, 1)
-        if key.startswith(CLASS_PREDICTOR) else value
-        for key, value in state_dict.items()
-    }
-
-
-def _names_for(num_classes: int, config: Config) -> List[str]:
-    """Names from the config's data, or of COCO."""
-    coco = list(CocoDataset.METAINFO['classes'])
-    dataset = config.get('test_dataloader', {}).get('dataset', {})
-    names = list(dataset.get('metainfo', {}).get('classes', coco))
-    if num_classes not in (80, 90) or len(names) == num_classes:
-        return names
-    if num_classes == 80:
-        return coco
-    return [
-        f'unused {i}' if i in UNUSED_IDS else coco.pop(0)
-        for i in range(1, 91)
-    ]
-
-
 def build_on_meta(config: Config) -> nn.Module:
-    """The model of a config without memory for its weights."""
+    """The model of a config, without memory for its weights."""
     scope = DefaultScope.overwrite_default_scope('mmdet_efficientdet')
     with scope, torch.device('meta'):
         return MODELS.build(config.model)
 
 
-def outline(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
-    """Shapes, architecture and number of levels."""
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    return shapes, model.backbone.arch, model.bbox_head.num_levels
-
-
-def _convert(source: Source, model: nn.Module, config: Config,
-             averages: bool) -> Tuple[Dict[str, Tensor], List[str]]:
+def _rename(source: Source, model: nn.Module, config: Config,
+            averages: bool) -> Tuple[Dict[str, Tensor], List[str]]:
     """Our state dict and a receipt, or an error that names the right size."""
-    shapes, *numbers = outline(model)
-    try:
-        found = match(source.tensors, shapes, *numbers, averages)
-        error = found.error
-    except ValueError as unknown:
-        error = str(unknown)
-    sizes = _fitting_sizes(source, config, averages) if error else []
-    if sizes:
-        error = f'The weights are of {" or ".join(sizes)}; give the config ' \
-            f'of that size. With this one: {error}'
-    if error:
-        raise ValueError(error)
-    state_dict, receipt = fill(found, shapes,
-                               source.ratio_major), found.receipt
+    found = match(source.tensors, *model_signature(model), averages)
+    if found.error:
+        sizes = _fitting_sizes(source, found.layout, config, averages)
+        raise ValueError(
+            f'The weights are of {" or ".join(sizes)}; give the config of '
+            f'that size. With this one: {found.error}' if sizes else found.
+            error)
+    state_dict = found.state_dict(source.ratio_major)
     if source.ratio_major:
-        receipt.append("anchors: order and aspect pairs of MMDetection's")
+        found.receipt.append(
+            "anchors: order and aspect pairs of MMDetection's")
     twins = [
         size for size, row in SCALING.items()
         if (row.backbone, row.bifpn_channels) == (model.backbone.arch,
@@ -221,39 +147,104 @@ def _convert(source: Source, model: nn.Module, config: Config,
     ]
     if len(twins) > 1 and _BIAS in state_dict:
         scale = config.model.bbox_head.anchor_generator.octave_base_scale
-        receipt.append(
-            f'size: {" and ".join(twins)} have the same tensors; whether the '
-            f'anchor scale of the config, {scale}, is right cannot be seen')
-    return state_dict, receipt
+        found.receipt.append(
+            f'size: {" and ".join(twins)} have the same tensors; check that '
+            f'the anchor scale of the config, {scale}, is right')
+    return state_dict, found.receipt
 
 
-def _fitting_sizes(source: Source, config: Config,
+def _fitting_sizes(source: Source, layout: Layout, config: Config,
                    averages: bool) -> List[str]:
-    """The sizes that the weights do fit; for a backbone its architecture."""
+    """The sizes whose model, or backbone, the weights fit."""
     sizes = []
     for size in SCALING:
         other = copy.deepcopy(config)
         scale_config(other, size)
-        try:
-            found = match(source.tensors, *outline(build_on_meta(other)),
-                          averages)
-        except ValueError:
-            continue
-        if not found.error:
+        signature = model_signature(build_on_meta(other))
+        if not match(source.tensors, *signature, averages, layout).error:
             sizes.append(size)
     return sizes
 
 
+def model_signature(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
+    """Shapes by name, architecture of the backbone and number of levels."""
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    return shapes, model.backbone.arch, model.bbox_head.num_levels
+
+
+def _select_classes(state_dict: Dict[str, Tensor], num_anchors: int, path: str,
+                    names: List[str], config: Config, num_classes: int,
+                    receipt: List[str]) -> Tuple[Dict[str, Tensor], List[str]]:
+    """The state dict for the classes that are wanted, and their names.
+
+    Args:
+        state_dict (dict): Ours, with a head of the source's classes.
+        num_anchors (int): Per position.
+        path (str): Of the source, for messages.
+        names (list[str]): Class names in the source, if any.
+        config (Config): Its data have the class names otherwise.
+        num_classes (int): As in :func:`convert_file`.
+        receipt (list[str]): Lines are appended.
+    """
+    given, rest = divmod(len(state_dict[_BIAS]), num_anchors)
+    if rest:
+        raise ValueError(f'{path} has {len(state_dict[_BIAS])} class outputs, '
+                         f'not a multiple of {num_anchors} anchors')
+    if not names:
+        receipt.append('class names: of the config, since the file has none')
+        names = _names_for(given, config)
+    is_coco = set(COCO) <= set(names)
+    if is_coco and (given, num_classes) == (NUM_SLOTS, NUM_CLASSES):
+        receipt.append(f'classes: {num_classes} of {given} slots, '
+                       'bit-identical')
+        return select_coco_classes(state_dict, num_anchors), COCO[:]
+    if is_coco and (given, num_classes) == (NUM_CLASSES, NUM_SLOTS):
+        raise ValueError(f"{path} predicts COCO's {given} classes, from which "
+                         f'the {num_classes} slots cannot be made')
+    if len(names) != given:
+        raise ValueError(
+            f'{path} predicts {given} classes, whose names must come from the '
+            f'config, which has {len(names)}: scale_config(_base_, '
+            "'<size>', classes=['<name>', ...])")
+    return state_dict, names
+
+
+def _names_for(num_classes: int, config: Config) -> List[str]:
+    """The class names of the config's data or of COCO."""
+    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    names = dataset.get('metainfo', {}).get('classes', COCO)
+    if len(names) != num_classes:
+        names = {NUM_CLASSES: COCO, NUM_SLOTS: SLOTS}.get(num_classes, names)
+    return list(names)
+
+
+def select_coco_classes(state_dict: Dict[str, Tensor],
+                        num_anchors: int) -> Dict[str, Tensor]:
+    """Keeps the 80 used of the 90 slots of a COCO head, bit-identical.
+
+    Slot ``c`` belongs to category id ``c + 1``.
+    """
+    rows = [SLOTS.index(name) for name in COCO]
+    return {
+        key:
+        value.unflatten(0, (num_anchors, NUM_SLOTS))[:, rows].flatten(0, 1)
+        if key.startswith(CLASS_PREDICTOR) else value
+        for key, value in state_dict.items()
+    }
+
+
 def save(checkpoint: dict, path: str) -> None:
-    """Writes a checkpoint at once or not at all, the same bytes each time.
+    """Writes a checkpoint completely or not at all, reproducibly.
 
     Raises:
-        ValueError: If it cannot be written; no part of it is left.
+        ValueError: If it cannot be written. No part of it is left.
     """
     target = Path(os.path.realpath(path))
     try:
+        if not target.parent.is_dir():
+            raise OSError('its folder does not exist')
         if target.exists() and not target.is_file():
-            raise OSError('it exists and is no file')
+            raise OSError('it exists and is not a file')
         if target.is_file() and not target.stat().st_mode & 0o222:
             raise PermissionError('the file is read-only')
         # torch writes the name of a path into the file, but not of a stream.

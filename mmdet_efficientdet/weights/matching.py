@@ -2,7 +2,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Tuple
+from typing import Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from ..models.efficientdet import CLASS_PREDICTOR
 from .layouts import BACKBONES, LAYOUTS
-from .naming import Layout, OwnLayout
+from .naming import Layout
 from .tensorflow import EMA_SUFFIX
 
-# What marks the name of a moving average; without it, it is the weight's.
+# Marks the name of a moving average. The rest is the name of the weight.
 _AVERAGE = re.compile(rf'{EMA_SUFFIX}$|'
                       r'/\.OPTIMIZER_SLOT/\w+/average(?=/\.ATTRIBUTES/)')
-# What stands in checkpoints beside weights: pattern of names, and the reason
-# why it is left aside.
-LEFT_ASIDE = (
+# What checkpoints contain beside weights: pattern of names, and what they are.
+IGNORED = (
     (r'.*/(Momentum|RMSProp)(_\d)?|.*/\.OPTIMIZER_SLOT/.*|'
      r'(.*/)?optimizer/_variables/.*', 'optimizer slots'),
     (r'(.*/)?global_step|(.*/)?save_counter/.*|(.*/)?optimizer/.*',
      'counters and settings of the training'),
-    (r'.*\.num_batches_tracked', 'batch counters, which nothing reads'),
+    (r'.*\.num_batches_tracked', 'batch counters, which are not needed'),
 )
+_FUSION_WEIGHTS = r'.*\.p\d_w[12]'
 _NUMBER = re.compile(r'\d+')
 _REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
                    r'bbox_head\.\w+_convs\.\d+\.pointwise)\.bias')
@@ -32,176 +32,157 @@ _REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
 
 @dataclass
 class Match:
-    """Which tensors of a source stand where in our model.
+    """Which tensors of a source belong to which of our model.
 
     Args:
-        layout (Layout): How the source names them.
-        values (dict): Our name to the source's tensors, of which fusion
-            weights may have several.
-        without_bias (dict): Our name to shape of biases in front of norms,
-            which are redundant, and which the source does not have.
-        missing (list[str]): What is only in the model, with shapes.
-        left (list[str]): What is only in the source.
-        wrong (list[str]): What differs in shape, or is no float.
-        receipt (list[str]): What was used and what left aside.
+        layout (Layout): How the source names its tensors.
+        shapes (dict): Our name to shape, of what the source can fill: the
+            model, or its backbone.
+        values (dict): Our name to the tensors of the source. Fusion weights
+            may have several.
+        zeros (list[str]): Redundant biases before norms, which the source
+            does not have.
+        missing (list[str]): Only in the model, with shapes.
+        leftover (list[str]): Only in the source.
+        mismatched (list[str]): Of another shape, or not of a float type.
+        receipt (list[str]): What was used, set to zero and ignored.
     """
     layout: Layout
+    shapes: Dict[str, Tuple]
     values: Dict[str, list] = field(default_factory=dict)
-    without_bias: Dict[str, Tuple] = field(default_factory=dict)
+    zeros: List[str] = field(default_factory=list)
     missing: List[str] = field(default_factory=list)
-    left: List[str] = field(default_factory=list)
-    wrong: List[str] = field(default_factory=list)
+    leftover: List[str] = field(default_factory=list)
+    mismatched: List[str] = field(default_factory=list)
     receipt: List[str] = field(default_factory=list)
 
     @property
     def error(self) -> str:
-        """Both sides of what does not fit; empty where all does."""
-        if not (self.missing or self.left or self.wrong):
+        """Lists both sides of what does not fit, or is empty."""
+        if not (self.missing or self.leftover or self.mismatched):
             return ''
-        sides = (('+', self.missing), ('-', self.left), ('!', self.wrong))
+        sides = zip('+-!', (self.missing, self.leftover, self.mismatched))
         return '\n'.join([
             f'the weights ({self.layout.title}) do not fit this model: '
             f'{len(self.missing)} of its tensors are missing, '
-            f'{len(self.left)} of the source are left over, '
-            f'{len(self.wrong)} differ in shape or type',
+            f'{len(self.leftover)} of the source are left over, '
+            f'{len(self.mismatched)} differ in shape or type',
             *(f'  {sign} {item}' for sign, side in sides for item in side[:10])
         ])
 
+    def state_dict(self, ratio_major: bool = False) -> Dict[str, Tensor]:
+        """The state dict of our model, with copies of the tensors.
+
+        Args:
+            ratio_major (bool): Whether the anchors of the source are in the
+                order of MMDetection's generator, and boxes (x, y, w, h).
+                Defaults to False.
+
+        Returns:
+            dict: The head has as many classes as the source. If the source
+            is only a backbone, there is neither neck nor head.
+
+        Raises:
+            ValueError: If the source does not fit, or a value is not finite.
+        """
+        if self.error:
+            raise ValueError(self.error)
+        state_dict = {
+            key:
+            _to_ours(self.values[key], key, self.layout, ratio_major)
+            if key in self.values else torch.zeros(shape)
+            for key, shape in self.shapes.items()
+        }
+        broken = [k for k, v in state_dict.items() if not v.isfinite().all()]
+        if broken:
+            raise ValueError(f'{len(broken)} tensors hold NaN or infinity: '
+                             f'{", ".join(broken[:10])}')
+        return state_dict
+
 
 def match(tensors: Mapping,
-          own: Mapping[str, Tuple],
+          model_shapes: Mapping[str, Tuple],
           arch: str,
           num_levels: int,
-          averages: bool = True) -> Match:
+          averages: bool = True,
+          layout: Optional[Layout] = None) -> Match:
     """Finds the place of every tensor of another EfficientDet.
 
+    Every tensor of the source is used once, or ignored for a reason that the
+    receipt gives.
+
     Args:
-        tensors (Mapping): Name to array, in any of ``LAYOUTS`` or, for a
+        tensors (Mapping): Name to array, in one of ``LAYOUTS`` or, for a
             backbone alone, of ``BACKBONES``.
-        own (Mapping): Name to shape of our model's state dict.
+        model_shapes (Mapping): Name to shape of our model's state dict.
         arch (str): Architecture of its backbone.
         num_levels (int): Number of its pyramid levels.
-        averages (bool): Whether to prefer moving averages of the weights
-            where there are any. Defaults to True.
+        averages (bool): Whether to prefer moving averages of the weights.
+            Defaults to True.
+        layout (Layout, optional): Defaults to the one that shares the most
+            names with the source.
 
     Raises:
         ValueError: If the names are of no known layout, or two tensors of the
             source have the same place.
     """
-    own = {k: v for k, v in own.items() if 'num_batches_tracked' not in k}
-    layout = _recognise(tensors, own, arch, num_levels)
+    shapes = {
+        key: tuple(shape)
+        for key, shape in model_shapes.items()
+        if 'num_batches_tracked' not in key
+    }
+    layout = layout or _recognize(tensors, shapes, arch, num_levels)
     if layout.classifier:
-        own = {k: v for k, v in own.items() if k.startswith('backbone.')}
-    weights, means, aside = _sort(tensors, layout)
-    used = {**weights, **means} if averages else weights
-    found, taken, outputs = Match(layout), set(), None
-    for key, shape in own.items():
+        shapes = {k: v for k, v in shapes.items() if k.startswith('backbone.')}
+    weights, averaged, ignored = _sort(tensors, layout, shapes)
+    candidates = {**weights, **averaged} if averages else weights
+    found, used = Match(layout, shapes), set()
+    for key, shape in shapes.items():
         names = layout.names(key, arch, num_levels)
-        values = [used.get(name) for name in names]
-        if not values or any(value is None for value in values):
-            if re.fullmatch(_REDUNDANT_BIAS, key):
-                found.without_bias[key] = shape
-            else:
-                found.missing.append(f'{key} {tuple(shape)}')
-            continue
-        taken.update(names)
-        found.values[key] = values
-        given, shape = _shape(values, key, layout), tuple(shape)
-        # The source has its own number of classes.
-        if key.startswith(CLASS_PREDICTOR):
-            outputs = outputs or given[:1]
-            shape = outputs + shape[1:]
-        if given != shape or not _are_floats(values):
-            found.wrong.append(f'{key} {given} {values[0].dtype}, {shape}')
-    # A format leaves out all of a kind; one alone was lost.
-    present = {_NUMBER.sub('', key) for key in found.values}
-    for key in list(found.without_bias):
-        if _NUMBER.sub('', key) in present or isinstance(layout, OwnLayout):
-            found.missing.append(f'{key} {found.without_bias.pop(key)}')
-    left = {**weights, **means}.keys() - taken
-    if not any(key.endswith('fusion_weights') for key in own):
-        sums = {name for name in left if re.search(r'\.p\d_w[12]$', name)}
-        left -= sums
-        if sums:
-            aside['fusion weights, which a sum does not use'] = len(sums)
-    found.left = sorted(left)
-    found.receipt = _receipt(found, len(taken), len(taken & means.keys()),
-                             len(means), averages, aside)
+        values = [candidates.get(name) for name in names]
+        if values and all(value is not None for value in values):
+            found.values[key] = values
+            used.update(names)
+        elif re.fullmatch(_REDUNDANT_BIAS, key):
+            found.zeros.append(key)
+        else:
+            found.missing.append(f'{key} {shape}')
+    # A project has all biases of a kind or none. If one is absent, it is lost.
+    kinds = {_NUMBER.sub('', key) for key in found.values}
+    for key in list(found.zeros):
+        if _NUMBER.sub('', key) in kinds or not layout.modules:
+            found.zeros.remove(key)
+            found.missing.append(f'{key} {shapes[key]}')
+    found.leftover = sorted({**weights, **averaged}.keys() - used)
+    found.mismatched = _mismatched(found)
+    found.receipt = [
+        f'layout: {layout.title}',
+        f'filled: {len(found.values) + len(found.zeros)} tensors of the ' +
+        ('backbone' if layout.classifier else 'model')
+    ]
+    if averaged:
+        num_averaged = len(used & averaged.keys())
+        found.receipt.append(
+            f'used: {num_averaged} moving averages, '
+            f'{len(used) - num_averaged} raw' if averages else
+            f'used: {len(used)} raw, not the {len(averaged)} moving averages')
+    if found.zeros:
+        found.receipt.append(f'set to zero: {len(found.zeros)} biases before '
+                             'norms, which the source does not have')
+    found.receipt += [f'ignored: {n} {kind}' for kind, n in ignored.items()]
     return found
 
 
-def convert(tensors: Mapping,
-            own: Mapping[str, Tuple],
-            arch: str,
-            num_levels: int,
-            averages: bool = True,
-            ratio_major: bool = False) -> Tuple[Dict[str, Tensor], List[str]]:
-    """Renames and transposes the tensors of another EfficientDet.
-
-    Every tensor of ours is filled, and every one of the source is used once
-    or left aside for a reason.
-
-    Args:
-        tensors, own, arch, num_levels, averages: As in :func:`match`.
-        ratio_major (bool): Whether the anchors of the source are in the order
-            of MMDetection's generator, and boxes (x, y, w, h). Defaults to
-            False.
-
-    Returns:
-        tuple: Our state dict, with a head of as many classes as the source
-        or, if the source is a backbone alone, without neck and head; and the
-        lines of a receipt.
-
-    Raises:
-        ValueError: If something is left over or missing, naming both, or a
-            value is not finite.
-    """
-    found = match(tensors, own, arch, num_levels, averages)
-    if found.error:
-        raise ValueError(found.error)
-    return fill(found, own, ratio_major), found.receipt
-
-
-def fill(found: Match,
-         own: Mapping[str, Tuple],
-         ratio_major: bool = False) -> Dict[str, Tensor]:
-    """Our state dict of what :func:`match` found, whose error is empty.
-
-    Args:
-        found (Match): Its tensors are copied.
-        own (Mapping): Name to shape of our model's state dict, whose order
-            is kept.
-        ratio_major (bool): As in :func:`convert`.
-
-    Raises:
-        ValueError: If a value is not finite.
-    """
-    state_dict = {}
-    for key in own:
-        if key in found.without_bias:
-            state_dict[key] = torch.zeros(found.without_bias[key])
-        elif key in found.values:
-            state_dict[key] = _to_ours(found.values[key], key, found.layout,
-                                       ratio_major)
-    broken = [k for k, v in state_dict.items() if not v.isfinite().all()]
-    if broken:
-        raise ValueError(f'{len(broken)} tensors hold NaN or infinity: '
-                         f'{", ".join(broken[:10])}')
-    return state_dict
-
-
-def _recognise(tensors: Mapping, own: Mapping, arch: str,
+def _recognize(tensors: Mapping, shapes: Mapping, arch: str,
                num_levels: int) -> Layout:
     """The layout that shares the most names with the source."""
-
-    def matches(layout: Layout) -> int:
-        given = {layout.normalized(_AVERAGE.sub('', n)) for n in tensors}
-        return sum(
-            name in given for key in own
-            for name in layout.names(key, arch, num_levels))
-
+    counts = {}
     # A detector has all names of its backbone and more, so backbones first.
-    counts = {layout: matches(layout) for layout in BACKBONES + LAYOUTS}
+    for layout in BACKBONES + LAYOUTS:
+        given = {layout.normalized(_AVERAGE.sub('', n)) for n in tensors}
+        counts[layout] = sum(
+            name in given for key in shapes
+            for name in layout.names(key, arch, num_levels))
     best = max(counts, key=counts.get)
     if not counts[best]:
         raise ValueError(
@@ -211,52 +192,52 @@ def _recognise(tensors: Mapping, own: Mapping, arch: str,
     return best
 
 
-def _sort(tensors: Mapping, layout: Layout) -> Tuple[Dict, Dict, Counter]:
-    """Weights, their moving averages, and how much is neither, and why."""
-    reasons = LEFT_ASIDE
+def _sort(tensors: Mapping, layout: Layout,
+          shapes: Mapping) -> Tuple[Dict, Dict, Counter]:
+    """Weights, their moving averages, and the number of others by kind."""
+    kinds = IGNORED
     if layout.classifier:
-        reasons += ((layout.classifier, 'tensors of the classifier'), )
-    weights, means, aside = {}, {}, Counter()
+        kinds += ((layout.classifier, 'tensors of the classifier'), )
+    if not any(key.endswith('fusion_weights') for key in shapes):
+        kinds += ((_FUSION_WEIGHTS,
+                   'fusion weights, which a sum does not use'), )
+    weights, averaged, ignored = {}, {}, Counter()
     for given, value in tensors.items():
         name = _AVERAGE.sub('', given)
-        group = weights if name == given else means
+        group = weights if name == given else averaged
         name = layout.normalized(name)
-        reason = next(
-            (why for pattern, why in reasons if re.fullmatch(pattern, name)),
+        kind = next(
+            (kind for pattern, kind in kinds if re.fullmatch(pattern, name)),
             '')
-        if reason:
-            aside[reason] += 1
+        if kind:
+            ignored[kind] += 1
         elif name in group:
             raise ValueError(f'the source holds {name} twice, once as {given}')
         else:
             group[name] = value
-    return weights, means, aside
+    return weights, averaged, ignored
 
 
-def _receipt(found: Match, taken: int, taken_means: int, means: int,
-             averages: bool, aside: Counter) -> List[str]:
-    filled = len(found.values) + len(found.without_bias)
-    lines = [
-        f'layout: {found.layout.title}', f'filled: {filled} tensors of the ' +
-        ('backbone' if found.layout.classifier else 'model')
-    ]
-    if means:
-        lines.append(f'used: {taken_means} moving averages, '
-                     f'{taken - taken_means} raw' if averages else
-                     f'used: {taken} raw, not the {means} moving averages')
-    if found.without_bias:
-        lines.append(f'set to zero: {len(found.without_bias)} biases in front '
-                     'of norms, which the source does not have')
-    return lines + [f'left aside: {n} {why}' for why, n in aside.items()]
-
-
-def _axes(key: str) -> Tuple[int, ...]:
-    """Where the axes of a kernel of ours stand in TensorFlow's."""
-    return (2, 3, 0, 1) if 'depthwise' in key else (3, 2, 0, 1)
+def _mismatched(found: Match) -> List[str]:
+    """The tensors of another shape, or of a quantized network."""
+    mismatched, num_outputs = [], ()
+    for key, values in found.values.items():
+        given, shape = _shape(values, key, found.layout), found.shapes[key]
+        if key.startswith(CLASS_PREDICTOR):
+            # The source has its own number of classes.
+            num_outputs = num_outputs or given[:1]
+            shape = num_outputs + shape[1:]
+        floats = all(
+            value.is_floating_point() and value.layout is torch.strided
+            if isinstance(value, Tensor) else value.dtype.kind == 'f'
+            for value in values)
+        if given != shape or not floats:
+            mismatched.append(f'{key} {given} {values[0].dtype}, {shape}')
+    return mismatched
 
 
 def _shape(values: list, key: str, layout: Layout) -> Tuple[int, ...]:
-    """The shape that the tensors will have as one of ours."""
+    """The shape of the tensors as one of ours."""
     shape = max(tuple(value.shape) for value in values)
     if layout.tensorflow and key.endswith('fusion_weights'):
         return (len(values), *shape)
@@ -265,16 +246,14 @@ def _shape(values: list, key: str, layout: Layout) -> Tuple[int, ...]:
     return shape
 
 
-def _are_floats(values: list) -> bool:
-    """Whether values are numbers, not those of a quantised network."""
-    return all(value.is_floating_point() and value.layout is torch.strided
-               if isinstance(value, Tensor) else value.dtype.kind == 'f'
-               for value in values)
+def _axes(key: str) -> Tuple[int, ...]:
+    """The axes of TensorFlow's kernel in the order of ours."""
+    return (2, 3, 0, 1) if 'depthwise' in key else (3, 2, 0, 1)
 
 
 def _to_ours(values: list, key: str, layout: Layout,
              ratio_major: bool) -> Tensor:
-    """One tensor in our axes and order, as a copy of its own."""
+    """A copy of one tensor in our axes and order."""
     if layout.tensorflow:
         if key.endswith('fusion_weights'):
             values = [np.stack(values)]

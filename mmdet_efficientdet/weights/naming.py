@@ -1,4 +1,4 @@
-"""How a table of :mod:`.layouts` becomes the name of one tensor."""
+"""Computes the name of one tensor from a table of :mod:`.layouts`."""
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -6,8 +6,8 @@ from typing import Dict, List
 
 from ..models.bifpn import bifpn_graph
 from ..models.efficientnet import block_table
+from ..scaling import FIRST_LEVEL
 
-FIRST_LEVEL = 3  # of the pyramid: what we count from 0 others call P3
 _NUMBER = re.compile(r'(?<=\.)\d+(?=\.)')
 _TF_NORM = dict(
     weight='gamma',
@@ -17,31 +17,33 @@ _TF_NORM = dict(
 
 
 @lru_cache(maxsize=4096)  # several layouts ask for the same tensor
-def numbers_of(key: str, arch: str, num_levels: int) -> dict:
-    """What the names of others count by, for one tensor of ours.
+def name_fields(key: str, arch: str, num_levels: int) -> dict:
+    """Computes the fields of the names that a layout gives a tensor of ours.
+
+    Other projects count blocks, levels and nodes in other ways than we do.
 
     Args:
         key (str): Name in our state dict.
         arch (str): Architecture of the backbone, such as 'b0'.
         num_levels (int): Number of pyramid levels.
     """
-    own = [int(n) for n in _NUMBER.findall(key)]
+    numbers = [int(n) for n in _NUMBER.findall(key)]
     if key.startswith('backbone.blocks.'):
         blocks = block_table(arch)[1]
-        # Stages that differ in stride only by their first block's kernel are
-        # one layer in MMDetection and MMPretrain.
+        # In MMDetection and MMPretrain two layers have two stages each.
         layers = [(1, 2, 3, 4, 4, 5, 5)[block['stage'][0]] for block in blocks]
-        layer = layers[own[0]]
-        stage, repeat = blocks[own[0]]['stage']
-        expanded = blocks[own[0]]['expansion'] != 1
+        index = numbers[0]
+        layer = layers[index]
+        stage, repeat = blocks[index]['stage']
+        expanded = blocks[index]['expansion'] != 1
         return dict(
             arch=arch,
             stage=stage,
             repeat=repeat,
             layer=layer,
-            place=own[0] - layers.index(layer),
-            # Keras numbers equal layers of a block in the order of use, timm
-            # its norms. A block without expansion has one of each less.
+            place=index - layers.index(layer),
+            # Keras numbers the layers of one type in a block, and timm the
+            # norms. A block without expansion has one less of each.
             conv='_1' if expanded else '',
             norm_1='_1' if expanded else '',
             norm_2='_2' if expanded else '_1',
@@ -49,18 +51,19 @@ def numbers_of(key: str, arch: str, num_levels: int) -> dict:
             bn_2=3 if expanded else 2,
             last='conv_pwl' if expanded else 'conv_pw')
     if '.nodes.' in key:
-        level, inputs = bifpn_graph(num_levels)[own[1]]
-        top_down = own[1] < num_levels - 1
+        node = numbers[1]
+        level, inputs = bifpn_graph(num_levels)[node]
+        top_down = node < num_levels - 1
         return dict(
             level=level + FIRST_LEVEL,
-            count=num_levels + own[1],  # of tensors when the node runs
-            source=inputs[own[2]] if len(own) > 2 else None,
+            count=num_levels + node,  # feature maps before this node
+            source=inputs[numbers[2]] if len(numbers) > 2 else None,
             way='up' if top_down else 'down',
             path=1 if top_down else 2,
             again='' if top_down else '_2',
             channel='down_channel' if top_down else 'level_connection')
     if '_norms.' in key:
-        return dict(level=own[1] + FIRST_LEVEL)
+        return dict(level=numbers[1] + FIRST_LEVEL)
     return dict(arch=arch)
 
 
@@ -69,18 +72,20 @@ class Layout:
     """How one project names the tensors of an EfficientDet.
 
     Args:
-        title (str): What a receipt calls it.
-        modules (dict): Our modules to theirs. Fusion weights, which are no
-            module, are named in full.
-        tensorflow (bool): Whether leaves and axes are TensorFlow's.
-        suffix (str): What follows each name. Defaults to nothing.
-        inner_conv (bool): Whether a convolution may stand in a wrapper, as
-            ``x.conv.weight`` for ``x.weight``.
-        prefix (str): What may stand in front of all names. Defaults to
-            nothing.
-        y_first (bool): Whether boxes are (y, x, h, w) of each anchor.
-        classifier (str): Pattern of the names of an ImageNet classifier; a
-            layout that has one is of a backbone alone.
+        title (str): Its name in a receipt.
+        modules (dict): Maps our modules to theirs, and our fusion weights to
+            theirs. Empty for the checkpoints of this package, whose names
+            are ours.
+        tensorflow (bool): Whether parameters have TensorFlow's names and
+            axes. Defaults to False.
+        suffix (str): Follows each name. Defaults to ''.
+        inner_conv (bool): Whether a convolution may be wrapped, with the
+            name ``x.conv.weight`` instead of ``x.weight``. Defaults to False.
+        prefix (str): Optional start of all names. Defaults to ''.
+        y_first (bool): Whether the box outputs of an anchor are in the order
+            (y, x, h, w). Defaults to True.
+        classifier (str): Pattern for the names of an ImageNet classifier.
+            Only the layout of a backbone has one. Defaults to ''.
     """
     title: str
     modules: Dict[str, str]
@@ -92,24 +97,27 @@ class Layout:
     classifier: str = ''
 
     def names(self, key: str, arch: str, num_levels: int) -> List[str]:
-        """The names of one tensor of ours, which may be stored in parts.
+        """The names that another project gives to one tensor of ours.
 
         Returns:
-            list[str]: Empty where the layout has no such tensor.
+            list[str]: Several where the fusion weights of a node are stored
+            one by one; empty if the layout has no such tensor.
         """
+        if not self.modules:
+            return [key]
         module, leaf = key.rsplit('.', 1)
         kind = _NUMBER.sub('{}', f'{module}.')[:-1]
-        own = _NUMBER.findall(f'{module}.')
-        values = numbers_of(key, arch, num_levels)
+        numbers = _NUMBER.findall(f'{module}.')
+        fields = name_fields(key, arch, num_levels)
         if leaf == 'fusion_weights':
             kind, leaf = f'{kind}.{leaf}', ''
         if kind not in self.modules:
             return []
-        name = self.modules[kind].format(*own, **values)
+        name = self.modules[kind].format(*numbers, **fields)
         if not leaf:
             if not self.tensorflow:
                 return [name]
-            parts = len(bifpn_graph(num_levels)[int(own[1])][1])
+            parts = len(bifpn_graph(num_levels)[int(numbers[1])][1])
             leaves = [name + (f'_{i}' if i else '') for i in range(parts)]
             return [leaf + self.suffix for leaf in leaves]
         if not self.tensorflow:
@@ -122,16 +130,8 @@ class Layout:
         return [f'{name}/{leaf}{self.suffix}']
 
     def normalized(self, name: str) -> str:
-        """A name of the source as this table has it."""
+        """A name of the source without prefix and wrapper."""
         name = name.removeprefix(self.prefix)
         if self.inner_conv:
             return re.sub(r'\.conv\.(weight|bias)$', r'.\1', name)
         return name
-
-
-class OwnLayout(Layout):
-    """Our own names, of what is a checkpoint of ours already."""
-
-    def names(self, key: str, arch: str, num_levels: int) -> List[str]:
-        """The name itself."""
-        return [key]

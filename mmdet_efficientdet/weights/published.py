@@ -1,22 +1,21 @@
-"""Finds and fetches published weights, which ``published.yml`` lists.
+"""Finds and downloads the published weights in ``published.yml``.
 
-Files are downloaded to ``torch.hub.get_dir()/mmdet_efficientdet`` and checked.
-With ``MMDET_EFFICIENTDET_WEIGHTS=/folder`` in the environment the files are
-taken from that folder, and nothing is downloaded. A file may be pinned:
-``automl://efficientdet-d2#sha256=<at least 8 digits>``.
+Files are downloaded to ``torch.hub.get_dir()/mmdet_efficientdet`` and
+verified. If the environment has ``MMDET_EFFICIENTDET_WEIGHTS=/folder``, the
+files are taken from that folder, and nothing is downloaded. A name may have a
+hash: ``automl://efficientdet-d2#sha256=<at least 8 digits>``.
 """
 import difflib
 import gzip
-import hashlib
 import logging
 import os
 import re
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 from urllib.request import Request, urlopen
 
 import torch
@@ -25,16 +24,19 @@ from filelock import FileLock
 from mmengine.logging import print_log
 from tqdm import tqdm
 
+from .sources import sha256_of
+
 VARIABLE = 'MMDET_EFFICIENTDET_WEIGHTS'
-TIMEOUT = 30  # seconds without a byte, after which the next mirror is tried
+TIMEOUT = 30  # seconds without data until the next mirror is tried
 _CHUNK = 1 << 18  # bytes
+# First bytes of a file by suffix; the others are gzip archives.
 _MAGIC = {'.pth': (b'PK', b'\x80'), '.h5': b'\x89HDF'}
 _GZIP = b'\x1f\x8b'
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One file of ``published.yml``, where the fields are explained."""
+    """One file of ``published.yml``, which explains the fields."""
     scheme: str
     name: str
     size: str
@@ -57,65 +59,62 @@ class PublishedFile:
 
     @property
     def path(self) -> str:
-        """What is written into a config."""
+        """The name to be written into a config."""
         return f'{self.scheme}://{self.name}'
 
     @property
-    def conventions(self) -> dict:
-        """What the meta of a checkpoint tells of them."""
-        return {
-            key: getattr(self, key)
-            for key in ('aspect_pairs', 'mean', 'std', 'pad_value')
-        }
+    def provenance(self) -> dict:
+        """What the meta of a converted checkpoint says about the file."""
+        keys = ('origin', 'licence', 'ap', 'resize', 'how_sure')
+        values = {key: getattr(self, key) for key in keys}
+        return dict(name=self.path, **values)
 
     @property
     def known_hash(self) -> str:
-        """SHA-256, or the start of it that its name ends with, or ''."""
+        """Its SHA-256, or the first digits of it in the file name, or ''."""
         short = re.search(r'-([0-9a-f]{8})\.pth$', self.file)
         return self.sha256 or (short.group(1) if short else '')
 
 
-@lru_cache(maxsize=None)
-def manifest() -> Dict[str, PublishedFile]:
-    """All published files by ``scheme://name``."""
-    text = Path(__file__).with_suffix('.yml').read_text()
-    own = {field.name for field in fields(PublishedFile)}
-    entries = [
-        PublishedFile(
-            name=name,
-            **{key: group[key]
-               for key in own & group.keys()},
-            **file) for group in yaml.safe_load(text)
-        for name, file in group['files'].items()
-    ]
-    return {entry.path: entry for entry in entries}
-
-
 def find(path: str) -> Tuple[PublishedFile, str]:
-    """The file that a path names, and the hash to which it is pinned.
+    """Splits ``scheme://name#sha256=...`` into the file and the hash, or ''.
 
     Raises:
-        ValueError: If the name is unknown, or its file cannot be used; the
-            message suggests the nearest names.
+        ValueError: If the name is unknown, or its file cannot be used. The
+            message suggests similar names.
     """
     name, mark, pin = path.partition('#sha256=')
     if mark and not re.fullmatch('[0-9a-f]{8,64}', pin):
-        raise ValueError(f'{path!r}: write 8 to 64 small hexadecimal digits '
-                         'behind #sha256=')
+        raise ValueError(f'{path!r}: write 8 to 64 lowercase hexadecimal '
+                         'digits after #sha256=')
     entries = manifest()
     if name not in entries:
-        near = _nearest(name)
+        similar = _similar(name)
         raise ValueError(
-            f'{name!r} is no published file that is known here. '
-            f'{"Nearest are " + ", ".join(near) + ". " if near else ""}All '
-            f'names stand in {Path(__file__).with_suffix(".yml")}')
+            f'{name!r} is not a known published file. '
+            f'{"Similar: " + ", ".join(similar) + ". " if similar else ""}'
+            f'All names are in {Path(__file__).with_suffix(".yml")}')
     if entries[name].unusable:
         raise ValueError(f'{name} cannot be used: {entries[name].unusable}')
     return entries[name], pin
 
 
+def _similar(path: str) -> List[str]:
+    """Names that have nearly the same letters, of any scheme."""
+
+    def letters(path: str) -> str:
+        return re.sub('[^a-z0-9]', '', path.lower().partition('://')[2])
+
+    known = {letters(name) for name in manifest()}
+    similar = difflib.get_close_matches(letters(path), known, 5, 0.7)
+    return [
+        name for match in similar for name in manifest()
+        if letters(name) == match
+    ]
+
+
 def find_by_file(path: str) -> Optional[PublishedFile]:
-    """The published file that a path's last parts name, if they do."""
+    """The published file with the name at the end of a path, if any."""
     place = Path(path).absolute().as_posix()
     return next(
         (entry
@@ -123,68 +122,27 @@ def find_by_file(path: str) -> Optional[PublishedFile]:
         None)
 
 
-def _nearest(path: str) -> list:
-    """Names that differ little, in any scheme."""
-
-    def letters(path: str) -> str:
-        return re.sub('[^a-z0-9]', '', path.lower().partition('://')[2])
-
-    entries = {entry: letters(entry) for entry in manifest()}
-    near = difflib.get_close_matches(
-        letters(path), set(entries.values()), 5, 0.7)
-    return [
-        entry for match in near for entry, name in entries.items()
-        if name == match
-    ]
-
-
-def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
-    """Says what is wrong with a file, or '' if it is what was published.
-
-    Args:
-        path (Path): An existing file.
-        entry (PublishedFile): What it should be.
-        pin (str): Start of the SHA-256 that is asked for. Defaults to ''.
-    """
-    start, digest = b'', hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(_CHUNK):
-            start = start or chunk
-            digest.update(chunk)
-    size = path.stat().st_size
-    if not size:
-        return 'it is empty'
-    if start.lstrip()[:1] == b'<':
-        return 'it is a web page, not weights'
-    if entry.bytes and size != entry.bytes:
-        return f'it has {size} bytes instead of {entry.bytes}'
-    for known in (entry.known_hash, pin):
-        if not digest.hexdigest().startswith(known):
-            return (f'its SHA-256 is {digest.hexdigest()}, but should '
-                    f'{"be" if len(known) == 64 else "start with"} {known}')
-    suffix = Path(entry.file).suffix
-    if not start.startswith(_MAGIC.get(suffix, _GZIP)):
-        return 'it is in another format than its name says'
-    if suffix not in _MAGIC and not entry.known_hash:
-        try:
-            with gzip.open(path) as file:
-                while file.read(_CHUNK):
-                    pass
-        except (OSError, EOFError, zlib.error) as error:
-            return f'it is damaged or cut off ({error})'
-    return ''
+@lru_cache(maxsize=None)
+def manifest() -> Dict[str, PublishedFile]:
+    """All published files by ``scheme://name``."""
+    text = Path(__file__).with_suffix('.yml').read_text()
+    entries = []
+    for group in yaml.safe_load(text):
+        for name, file in group.pop('files').items():
+            entries.append(PublishedFile(**dict(group, name=name, **file)))
+    return {entry.path: entry for entry in entries}
 
 
 def fetch(entry: PublishedFile, pin: str = '') -> Path:
-    """Returns the checked file, downloaded if need be.
+    """Returns the verified file and downloads it if necessary.
 
-    Several processes may ask for it at once; one of each machine downloads,
-    the others wait for it. There is no barrier, at which they would wait for
-    ever, should one fail.
+    Several processes may ask for it at once. One on each machine downloads,
+    the others wait for its lock. At a barrier they would wait forever if one
+    failed.
 
     Raises:
-        ValueError: If it cannot be had; the message lists every place that
-            was tried, with its reason.
+        ValueError: If the file is not available. The message lists every
+            place that was tried, with the reason.
     """
     folder = os.environ.get(VARIABLE)
     if folder:
@@ -206,7 +164,8 @@ def fetch(entry: PublishedFile, pin: str = '') -> Path:
 
 
 def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
-    # The bare name belongs to the first of several files of the same name.
+    # Of several files with the same name, the first may lie in the folder
+    # itself. The others must lie in their subfolders.
     name = Path(entry.file).name
     first = next(e for e in manifest().values() if Path(e.file).name == name)
     names = dict.fromkeys([entry.file, name] if first ==
@@ -253,10 +212,10 @@ def _from_mirrors(entry: PublishedFile, pin: str, target: Path) -> None:
 
 
 def _download(address: str, target: Path) -> None:
-    """Writes what a server sends, all of it.
+    """Downloads a file completely.
 
-    ``torch.hub`` has a function for this, which neither gives up on a silent
-    server nor notices a body that is cut off.
+    The function of ``torch.hub`` has no timeout and does not notice a body
+    that is cut off.
     """
     request = Request(address, headers={'User-Agent': 'mmdet_efficientdet'})
     with urlopen(request, timeout=TIMEOUT) as response:
@@ -269,3 +228,39 @@ def _download(address: str, target: Path) -> None:
     size = target.stat().st_size
     if length is not None and size != length:
         raise ValueError(f'cut off after {size} of {length} bytes')
+
+
+def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
+    """Why a file is not the published one, or '' if it is.
+
+    Args:
+        path (Path): An existing file.
+        entry (PublishedFile): The file that it should be.
+        pin (str): The first digits of the SHA-256 that the user asks for.
+            Defaults to ''.
+    """
+    with path.open('rb') as file:
+        start = file.read(_CHUNK)
+    size = path.stat().st_size
+    if not size:
+        return 'it is empty'
+    if start.lstrip()[:1] == b'<':
+        return 'it is a web page, not weights'
+    if entry.bytes and size != entry.bytes:
+        return f'it has {size} bytes instead of {entry.bytes}'
+    digest = sha256_of(path)
+    for known in (entry.known_hash, pin):
+        if not digest.startswith(known):
+            return (f'its SHA-256 is {digest}, but should '
+                    f'{"be" if len(known) == 64 else "start with"} {known}')
+    suffix = Path(entry.file).suffix
+    if not start.startswith(_MAGIC.get(suffix, _GZIP)):
+        return 'its format does not match its name'
+    if suffix not in _MAGIC and not entry.known_hash:
+        try:
+            with gzip.open(path) as file:
+                while file.read(_CHUNK):
+                    pass
+        except (OSError, EOFError, zlib.error) as error:
+            return f'it is damaged or cut off ({error})'
+    return ''

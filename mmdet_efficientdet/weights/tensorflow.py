@@ -1,14 +1,17 @@
 """Reads TensorFlow checkpoints and Keras weights without TensorFlow.
 
-``PREFIX.index`` is a table in the format of LevelDB, whose values are
-messages of ``tensorflow/core/protobuf/tensor_bundle.proto``; the files
+``PREFIX.index`` is a table in the format of LevelDB. Its values are messages
+of ``tensorflow/core/protobuf/tensor_bundle.proto``. The files
 ``PREFIX.data-*`` hold the tensors one after the other.
 """
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
 
 import numpy as np
+
+from ..utils import import_package
 
 EMA_SUFFIX = '/ExponentialMovingAverage'  # of the name of a moving average
 _MAGIC = 0xdb4775248b80fb57
@@ -20,19 +23,13 @@ _DTYPES = {
 }  # yapf: disable
 
 
-def _crc_table() -> list:
-    table = list(range(256))
-    for _ in range(8):
-        # 0x82f63b78 is the polynomial of Castagnoli, reversed.
-        table = [n >> 1 ^ (0x82f63b78 if n & 1 else 0) for n in table]
-    return table
-
-
-_CRC_TABLE = _crc_table()
+_CRC_TABLE = range(256)
+for _ in range(8):  # 0x82f63b78 is the polynomial of Castagnoli, reversed.
+    _CRC_TABLE = [n >> 1 ^ (0x82f63b78 if n & 1 else 0) for n in _CRC_TABLE]
 
 
 def masked_crc32c(data: bytes) -> int:
-    """The checksum as TensorFlow stores it, rotated and with a summand."""
+    """CRC-32C, rotated and with a constant added, as TensorFlow stores it."""
     crc = 0xffffffff
     for byte in data:
         crc = _CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
@@ -59,8 +56,8 @@ def _block(data: bytes, handle: bytes) -> Iterator[Tuple[bytes, bytes]]:
     if kind:
         raise ValueError('its index is compressed, which is not supported; '
                          'load and save it again with TensorFlow')
-    # Only the index is checked, some 100 kB: for the tensors of a D7x that
-    # loop takes a minute, and archives have a checksum of their own.
+    # Only the index is verified, some 100 kB. For the tensors of a D7x this
+    # loop would take a minute, and archives have their own checksum.
     stored, = struct.unpack('<I', data[offset + size + 1:offset + size + 5])
     if masked_crc32c(data[offset:offset + size + 1]) != stored:
         raise ValueError('its index is damaged: a checksum differs')
@@ -93,26 +90,47 @@ def _message(data: bytes) -> Dict[int, list]:
 
 
 def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
-    """The tensors of a checkpoint, as views of the files.
+    """The tensors of a checkpoint, as views of its memory-mapped files.
 
     Args:
         prefix (str): Path without ``.index`` and ``.data-*``.
 
     Returns:
-        dict: Name to array. Strings are left out, bfloat16 becomes float32.
+        dict: Name to array. Strings are skipped, bfloat16 becomes float32.
 
     Raises:
         ValueError: If a file is missing, cut off, damaged or compressed, or
-            the type of a tensor unknown.
+            the type of a tensor is unknown.
     """
+    entries = _read_index(prefix)
+    num_shards = entries.pop('', {}).get(1, [1])[0]
+
+    @lru_cache(maxsize=None)
+    def shard(number: int) -> np.ndarray:
+        path = Path(f'{prefix}.data-{number:05}-of-{num_shards:05}')
+        if not path.is_file():
+            raise ValueError(f'{path} is missing; a TensorFlow checkpoint '
+                             'consists of several files')
+        if not path.stat().st_size:
+            return np.zeros(0, np.uint8)  # an empty file cannot be mapped
+        return np.memmap(path, np.uint8, 'r')
+
+    return {
+        name: _array(f'{prefix}: {name}', entry, shard(entry.get(3, [0])[0]))
+        for name, entry in entries.items() if entry.get(1) != [_STRING]
+    }
+
+
+def _read_index(prefix: str) -> Dict[str, dict]:
+    """The messages about all tensors, by name; '' is that of the file."""
     data = Path(f'{prefix}.index').read_bytes()
     if len(data) < 48 or struct.unpack('<Q', data[-8:])[0] != _MAGIC:
-        raise ValueError(f'{prefix}.index is no index of a TensorFlow '
+        raise ValueError(f'{prefix}.index is not the index of a TensorFlow '
                          'checkpoint, or it is cut off')
     try:
         _, at = _varint(data, len(data) - 48)
         _, at = _varint(data, at)
-        entries = {
+        return {
             key.decode(): _message(value)
             for _, handle in _block(data, data[at:])
             for key, value in _block(data, handle)
@@ -121,52 +139,36 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
         raise ValueError(f'{prefix}.index is damaged') from error
     except ValueError as error:
         raise ValueError(f'{prefix} cannot be read: {error}') from error
-    num_shards = entries.pop('', {}).get(1, [1])[0]
-    shards, tensors = {}, {}
-    for name, entry in entries.items():
-        kind = entry.get(1, [0])[0]
-        if kind == _STRING:
-            continue
-        if kind not in _DTYPES:
-            raise ValueError(f'{prefix}: {name} is of the unknown type {kind}')
-        dtype = _DTYPES[kind]
-        if 7 in entry:
-            raise ValueError(f'{prefix}: {name} is stored in slices, which '
-                             'is not supported')
-        dims = _message(entry.get(2, [b''])[0]).get(2, [])
-        shape = [_message(dim).get(1, [0])[0] for dim in dims]
-        shard = entry.get(3, [0])[0]
-        if shard not in shards:
-            path = Path(f'{prefix}.data-{shard:05}-of-{num_shards:05}')
-            if not path.is_file():
-                raise ValueError(f'{path} is missing; a TensorFlow '
-                                 'checkpoint consists of several files')
-            shards[shard] = np.memmap(path, np.uint8, 'r') \
-                if path.stat().st_size else np.zeros(0, np.uint8)
-        offset, size = entry.get(4, [0])[0], entry.get(5, [0])[0]
-        raw = shards[shard][offset:offset + size]
-        if len(raw) < size:
-            raise ValueError(f'{prefix}.data-* is cut off: {name} ends at '
-                             f'byte {offset + size} of {len(shards[shard])}')
-        if dtype == 'bfloat16':
-            array = (raw.view('<u2').astype('<u4') << 16).view('<f4')
-        else:
-            array = raw.view(np.dtype(dtype).newbyteorder('<'))
-        tensors[name] = array.reshape(shape)
-    return tensors
+
+
+def _array(name: str, entry: dict, shard: np.ndarray) -> np.ndarray:
+    """One tensor, from its message and the file that it is in."""
+    kind = entry.get(1, [0])[0]
+    if kind not in _DTYPES:
+        raise ValueError(f'{name} is of the unknown type {kind}')
+    if 7 in entry:
+        raise ValueError(f'{name} is stored in slices, which is not supported')
+    dims = _message(entry.get(2, [b''])[0]).get(2, [])
+    shape = [_message(dim).get(1, [0])[0] for dim in dims]
+    offset, size = entry.get(4, [0])[0], entry.get(5, [0])[0]
+    raw = shard[offset:offset + size]
+    if len(raw) < size:
+        raise ValueError(f'{name} is cut off: it ends at byte '
+                         f'{offset + size} of {len(shard)}')
+    if _DTYPES[kind] == 'bfloat16':
+        array = (raw.view('<u2').astype('<u4') << 16).view('<f4')
+    else:
+        array = raw.view(np.dtype(_DTYPES[kind]).newbyteorder('<'))
+    return array.reshape(shape)
 
 
 def read_keras(path: str) -> Dict[str, np.ndarray]:
     """The tensors of a Keras ``.h5`` by the names of their variables.
 
     Raises:
-        ValueError: If h5py is missing or the file is no such file.
+        ValueError: If h5py is not installed or the file is damaged.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ValueError(f'{path} needs the package h5py: pip install '
-                         'h5py') from error
+    h5py = import_package('h5py', path)
     try:
         with h5py.File(path, 'r') as file:
             root = file.get('model_weights', file)
@@ -184,7 +186,7 @@ def read_keras(path: str) -> Dict[str, np.ndarray]:
 
 
 def _names(group, key: str) -> list:
-    """A list of names, which Keras cuts in parts where it is long."""
+    """A list of names, which Keras splits into parts if it is long."""
     names = list(group.attrs.get(key, ()))
     part = 0
     while f'{key}{part}' in group.attrs:

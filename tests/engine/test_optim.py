@@ -103,24 +103,21 @@ def test_resumed_beyond_the_end(warmup, end):
 
 
 @pytest.mark.parametrize('warmup, end, message', [
-    (1, 1, 'no time to learn'),
-    (100, 200, 'no time to learn'),
-    (100, 300, '0 at step 200 and rises again, to 49%'),
-    (1000, 4000, '0 at step 3000 and rises again, to 25%'),
-    (100, 999, '0 at step 899 and rises again, to 3%'),
+    (1, 1, '1 of 1 steps'),
+    (100, 200, '100 of 200 steps'),
+    (100, 300, '0 at step 200 and then rises again to 49%'),
+    (1000, 4000, '0 at step 3000 and then rises again to 25%'),
+    (100, 999, '0 at step 899 and then rises again to 3%'),
     (100, 1000, None),
     (0, 1, None),
 ])
-def test_short_schedules(warmup, end, message, monkeypatch):
-    """Nobody trains with a rate that has no time to fall, without a word."""
-    logged = []
-    monkeypatch.setattr('mmdet_efficientdet.engine.schedule.print_log',
-                        lambda text, *_: logged.append(text))
+def test_short_schedules(warmup, end, message, logged):
+    """A warning if the rate has no time to fall."""
     scheduler = WarmupCosineLR(sgd(), warmup=warmup, end=end, by_epoch=False)
     assert len(logged) == bool(message)
     if not message:
         return
-    assert message in logged[0]
+    assert message in logged[0] and 'shorter warmup' in logged[0]
     if 'rises' in message:
         rates = []
         for _ in range(end):
@@ -146,19 +143,16 @@ def test_resumed_with_more_epochs():
         long.step()
 
 
-def test_resumed_with_other_steps(monkeypatch):
+def test_resumed_with_other_steps(logged):
     """Steps of another kind raise, and of another length are named."""
     saved = WarmupCosineLR(sgd(), warmup=2, end=50).state_dict()
-    with pytest.raises(ValueError, match='by_epoch=True.*config False'):
+    with pytest.raises(ValueError, match='by_epoch=True.*by_epoch=False'):
         WarmupCosineLR(
             sgd(), warmup=2, end=50, by_epoch=False).load_state_dict(saved)
-    logged = []
-    monkeypatch.setattr('mmdet_efficientdet.engine.schedule.print_log',
-                        lambda text, *_: logged.append(text))
     for warmup in (2, 3):
         WarmupCosineLR(sgd(), warmup=warmup, end=50).load_state_dict(saved)
     message, = logged
-    assert 'checkpoint has 2 steps, that of the config 3' in message
+    assert 'checkpoint has 2 steps, but that of the config has 3' in message
 
 
 def test_all_rates_follow_the_peak():
@@ -368,6 +362,7 @@ def root(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp('optim') / 'data')
 
 
+@pytest.mark.slow
 def test_scaled_by_accumulated_batches(root, tmp_path):
     """0.64 for 128 images is 0.04 for twice 4 of them; resuming keeps it.
 
@@ -391,12 +386,12 @@ def test_scaled_by_accumulated_batches(root, tmp_path):
             *options,
             cwd=tmp_path)
         assert done.code == 0, done.output
-        assert ('sees 8 images (1 processes x 4 images x 2 accumulated)'
+        assert ('uses 8 images (1 processes x 4 images x 2 accumulated)'
                 in done.output)
         now, message = ((0.002, ''),
-                        (0, 'The learning rate stays 0.04, with which the '
-                         'checkpoint was trained; that of this config, '
-                         '0.00125,'))[epochs - 1]
+                        (0, 'The learning rate stays 0.04, as in the '
+                         'checkpoint. That of this config, 0.00125,'))[epochs -
+                                                                       1]
         assert f'Base learning rate 0.04, and {now} at this' in done.output
         assert message in done.output
         assert ('The learning rate stays' in done.output) == bool(message)

@@ -67,7 +67,7 @@ def check_survival(tmp_path, extra, starts, final):
     done = run_tool(
         'train.py', config, '--work-dir', straight, *seed, cwd=tmp_path)
     assert done.code == 0, done.output
-    assert 'will not be bit by bit' not in done.output
+    assert 'will not be bit-identical' not in done.output
     for i, ((owner, name, call), workers, check) in enumerate(starts):
         source = KILLED.format(
             owner=owner, name=name, call=call, script=str(TOOLS / 'train.py'))
@@ -139,7 +139,7 @@ def test_epochs_survive(tmp_path):
 
 @pytest.mark.parametrize('change', ['nothing', 'loss', 'weights'])
 def test_differences_are_told(change, monkeypatch, capsys):
-    """tools/verify_resume.py fails where a loss or a tensor differs."""
+    """tools/proof/verify_resume.py fails where a loss or a tensor differs."""
 
     def train(folder, steps, seed, kill=None):
         logs = folder / '1' / 'vis_data'

@@ -3,7 +3,7 @@ import re
 
 import effdet
 from effdet.config import get_efficientdet_config
-from verify_parity import effdet_network, random_weights
+from effdet_bridge import effdet_network, random_weights
 
 from mmdet_efficientdet.weights.schemes import convert_imagenet_backbone
 

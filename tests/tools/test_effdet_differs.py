@@ -1,4 +1,4 @@
-"""Where effdet is not the official code, as the README says."""
+"""Where effdet is not the official code, as docs/fidelity.md says."""
 import effdet
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ import torch
 from effdet.anchors import generate_detections
 from effdet.data.transforms import ResizePad, resolve_fill_color
 from effdet.soft_nms import batched_soft_nms
+from effdet_bridge import effdet_network, our_network, random_weights
 from PIL import Image
-from verify_parity import compare, effdet_network, our_network, random_weights
+from verify_parity import compare
 
 from mmdet_efficientdet.datasets.transforms import scaled_size
 from mmdet_efficientdet.scaling import SCALING

@@ -1,4 +1,4 @@
-"""tools/measure_bifpn.py: necks that are not equal are refused."""
+"""tools/studies/measure_bifpn.py: necks that are not equal are refused."""
 import measure_bifpn
 import pytest
 import torch

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 import report
-from detection_errors import count_boxes
 from helpers.tiny_data import make_dataset, run_tool, trained_run, write_config
+from report_parts.detection_errors import count_boxes
 from tensorboard.backend.event_processing.event_accumulator import \
     EventAccumulator
 

@@ -1,4 +1,4 @@
-"""tools/verify_overfit.py: trains and tests the same, and says no."""
+"""tools/proof/verify_overfit.py: trains and tests the same, and says no."""
 import numpy as np
 import prepare_trees
 import pytest

@@ -13,6 +13,8 @@ from verify_training import (BOUND, COLUMNS, DROP_PATH, LOSSES, MOMENTUM,
 
 from mmdet_efficientdet.models import efficientdet_head
 
+# Nearly all need the five trainings of `found`.
+pytestmark = pytest.mark.slow
 STEPS = 3
 PEAK = 0.02
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny_data import (CLASSES, D0, LITE0, make_dataset, run_convert,
-                               run_tool, trained_run, write_config)
+from helpers.tiny_data import (CLASSES, D0, LITE0, make_dataset, run_tool,
+                               trained_run, write_config)
 from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset, VOCDataset
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
 from oracles import effdet_reference
@@ -51,17 +52,22 @@ def scrambled(state_dict):
     }
 
 
-def initialised(build_detector, num_classes):
-    """A Lite0 as a training starts it, but for the ImageNet weights."""
-    model = build_detector('lite0', num_classes)
-    model.init_weights()
-    return model
+@pytest.fixture
+def new_head(model_cfg):
+    """A function: the head of a Lite0 as a training starts it."""
+
+    def build(num_classes):
+        head = MODELS.build(model_cfg('lite0', num_classes).bbox_head)
+        head.init_weights()
+        return head
+
+    return build
 
 
 @pytest.fixture
-def coco(build_detector):
+def coco(lite0):
     """A checkpoint for COCO as of a training with averages."""
-    state_dict = build_detector('lite0', 80).state_dict()
+    state_dict = lite0
     averages = {f'module.{k}': v for k, v in scrambled(state_dict).items()}
     return dict(
         meta=dict(
@@ -101,10 +107,10 @@ def check_kept(new, old):
             assert new[key].dtype == old[key].dtype
 
 
-def test_voc_from_coco(coco, build_detector):
+def test_voc_from_coco(coco, new_head):
     """14 of VOC's classes are copied, 6 start anew, all else is kept."""
     before = {k: v.clone() for k, v in coco['state_dict'].items()}
-    head = initialised(build_detector, 20).bbox_head
+    head = new_head(20)
     new, receipt = transfer_classes(coco, VOC, head)
     assert new['state_dict'][WEIGHT].shape == (180, 64, 1, 1)
     check_kept(new['state_dict'], coco['state_dict'])
@@ -124,24 +130,27 @@ def test_voc_from_coco(coco, build_detector):
         in receipt
     assert f'new: 6 classes ({", ".join(ANEW)})' in receipt
     # 588 tensors and 108 counters of batch norms, without two
-    assert 'kept: 694 tensors, bit for bit' in receipt
-    assert sum('left aside: 66 classes (' in line for line in receipt) == 1
+    assert 'kept: 694 tensors, bit-identical' in receipt
+    assert sum('not used: 66 classes (' in line for line in receipt) == 1
     # What the head drew is not shared with what is trained from it.
     new['state_dict'][WEIGHT].zero_()
     assert head.conv_cls.pointwise.weight.abs().min() > 0
 
 
-def test_shared_classes_predict_the_same(coco, build_detector):
+def test_shared_classes_predict_the_same(coco, new_head):
     """The logits of a shared class are those of the old network."""
-    old = build_detector('lite0', 80).eval()
-    old.load_state_dict(coco['state_dict'])
-    model = initialised(build_detector, 20).eval()
-    new, _ = transfer_classes(coco, VOC, model.bbox_head)
-    model.load_state_dict(new['state_dict'])
+    old, new = new_head(80).eval(), new_head(20).eval()
+    transferred, _ = transfer_classes(coco, VOC, new)
+    for head, checkpoint in ((old, coco), (new, transferred)):
+        head.load_state_dict({
+            key.removeprefix('bbox_head.'): value
+            for key, value in checkpoint['state_dict'].items()
+            if key.startswith('bbox_head.')
+        })
     features = [torch.rand(1, 64, n, n) for n in (8, 4, 2, 1, 1)]
     with torch.no_grad():
-        before, boxes_before = old.bbox_head(features)
-        after, boxes_after = model.bbox_head(features)
+        before, boxes_before = old(features)
+        after, boxes_after = new(features)
     for level in range(5):
         assert torch.equal(boxes_before[level], boxes_after[level])
         given = before[level].reshape(9, 80, -1)
@@ -151,9 +160,9 @@ def test_shared_classes_predict_the_same(coco, build_detector):
                                                                       source])
 
 
-def test_averages(coco, build_detector):
+def test_averages(coco, new_head):
     """The copy of the averages gets rows of its own, and the same new ones."""
-    head = initialised(build_detector, 20).bbox_head
+    head = new_head(20)
     new, receipt = transfer_classes(coco, VOC, head)
     assert 'the same in ema_state_dict' in receipt
     old, averages = coco['ema_state_dict'], new['ema_state_dict']
@@ -168,9 +177,9 @@ def test_averages(coco, build_detector):
     assert 'the same in ema_state_dict' not in receipt
 
 
-def test_another_order(coco, build_detector):
+def test_another_order(coco, new_head):
     """Rows follow their names, also where no class is new."""
-    head = initialised(build_detector, 80).bbox_head
+    head = new_head(80)
     new, receipt = transfer_classes(coco, COCO[::-1], head)
     for key in (WEIGHT, BIAS):
         rows = new['state_dict'][key].reshape(9, 80, -1)
@@ -183,21 +192,19 @@ def test_another_order(coco, build_detector):
 
 
 @pytest.mark.parametrize('prefix', ['module.', 'student.', 'a.detector.'])
-def test_wrapped_detectors(coco, build_detector, prefix):
+def test_wrapped_detectors(coco, new_head, prefix):
     """Keys of a detector inside another module are found."""
     old = {prefix + k: v for k, v in coco['state_dict'].items()}
     new, _ = transfer_classes(
-        dict(meta=coco['meta'], state_dict=old), VOC,
-        initialised(build_detector, 20).bbox_head)
+        dict(meta=coco['meta'], state_dict=old), VOC, new_head(20))
     check_kept(new['state_dict'], old)
     check_predictor(new['state_dict'], old, prefix=prefix)
 
 
-def test_case_matters(coco, build_detector):
+def test_case_matters(coco, new_head):
     """A name in other letters is new, and the receipt tells the likely one."""
     names = ('Cat', 'dog', 'dining_table', 'sofa')
-    new, receipt = transfer_classes(coco, names,
-                                    initialised(build_detector, 4).bbox_head)
+    new, receipt = transfer_classes(coco, names, new_head(4))
     assert 'copied: 1 classes (dog)' in receipt
     assert 'new: 3 classes (Cat, dining_table, sofa)' in receipt
     check_predictor(new['state_dict'], coco['state_dict'], names)
@@ -227,19 +234,18 @@ WRONG = dict(
 
 
 @pytest.mark.parametrize('name', WRONG)
-def test_what_cannot_be_transferred(coco, build_detector, name):
+def test_what_cannot_be_transferred(coco, new_head, name):
     edit, parts = WRONG[name]
     edit(coco)
     with pytest.raises(ValueError) as error:
-        transfer_classes(coco, VOC, initialised(build_detector, 20).bbox_head)
+        transfer_classes(coco, VOC, new_head(20))
     for part in parts:
         assert part in str(error.value)
 
 
-def test_new_names_differ(coco, build_detector):
+def test_new_names_differ(coco, new_head):
     with pytest.raises(ValueError, match="'cat' occurs twice"):
-        transfer_classes(coco, ('cat', 'dog', 'cat'),
-                         initialised(build_detector, 3).bbox_head)
+        transfer_classes(coco, ('cat', 'dog', 'cat'), new_head(3))
 
 
 # Trainings with the host's own script
@@ -301,6 +307,7 @@ def is_statistic(key):
     return key.endswith(('running_mean', 'running_var', 'batches_tracked'))
 
 
+@pytest.mark.slow
 def test_load_from(voc, tuned):
     """train.py fine-tunes 80 classes to 20 with one line in the config."""
     assert 'new: 6 classes (aeroplane, diningtable, motorbike' in tuned.output
@@ -322,6 +329,7 @@ def test_load_from(voc, tuned):
                 assert torch.equal(value, voc.state_dict[key]), key
 
 
+@pytest.mark.slow
 def test_new_rows_follow_the_seed(voc, tuned, tmp_path):
     """The same seed draws the same rows, another one others.
 
@@ -348,6 +356,7 @@ def test_new_rows_follow_the_seed(voc, tuned, tmp_path):
         assert not torch.equal(got[label::20], rows[1][label::20])
 
 
+@pytest.mark.slow
 def test_resuming_changes_nothing(tuned, tmp_path):
     """--resume goes on with the rows of the file, whatever its names say."""
     saved = torch.load(
@@ -399,25 +408,36 @@ STOPS = dict(
     ]))
 
 
-@pytest.mark.parametrize('name', STOPS)
-def test_what_stops_a_training(voc, tuned, tmp_path, name):
-    """train.py stops before the first step and says what to write."""
-    torch.save(dict(state_dict=voc.state_dict), tmp_path / 'bare.pth')
+@pytest.fixture(scope='module')
+def stopped(voc, tuned, errors_of_scripts, tmp_path_factory):
+    """The errors of train.py, by the name of what is wrong."""
+    folder = tmp_path_factory.mktemp('stopped')
+    torch.save(dict(state_dict=voc.state_dict), folder / 'bare.pth')
     torch.save(
         dict(
             meta=dict(dataset_meta=dict(classes=VOC[::-1])),
-            state_dict=voc.state_dict), tmp_path / 'reversed.pth')
-    options, parts = STOPS[name]
-    done = run_tool(
-        'train.py', tuned.config, '--cfg-options', *options, cwd=tmp_path)
-    assert done.code == 1, done.output
-    message = done.output[done.output.index('ValueError: '):]
-    for part in parts:
-        assert part in message
-    assert 'Epoch(train)' not in done.output
-    assert not list((tmp_path / 'work_dirs').rglob('*.pth'))
+            state_dict=voc.state_dict), folder / 'reversed.pth')
+    messages, output = errors_of_scripts(
+        {
+            name: ('train.py', tuned.config, '--work-dir', name,
+                   '--cfg-options', *options)
+            for name, (options, _) in STOPS.items()
+        }, folder)
+    assert 'Epoch(train)' not in output
+    assert not list(folder.rglob('epoch*.pth'))
+    return messages
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', STOPS)
+def test_what_stops_a_training(stopped, name):
+    """train.py stops before the first step and says what to write."""
+    assert stopped[name].startswith('ValueError: ')
+    for part in STOPS[name][1]:
+        assert part in stopped[name]
+
+
+@pytest.mark.slow
 def test_testing_transfers_nothing(voc, tuned, tmp_path):
     """test.py would evaluate rows that nothing has trained."""
     done = run_tool('test.py', tuned.config, voc.checkpoint, cwd=tmp_path)
@@ -426,9 +446,9 @@ def test_testing_transfers_nothing(voc, tuned, tmp_path):
     assert 'transfer_classes=True beside load_from' in done.output
 
 
-def test_hook_finds_the_head_in_wrappers(coco, build_detector):
+def test_hook_finds_the_head_in_wrappers(coco, new_head):
     """Of a model inside others, the first head is taken."""
-    student = initialised(build_detector, 20)
+    student = torch.nn.ModuleDict(dict(bbox_head=new_head(20)))
     wrapped = torch.nn.ModuleDict(
         dict(module=torch.nn.ModuleDict(dict(student=student))))
     loop = EpochBasedTrainLoop.__new__(EpochBasedTrainLoop)
@@ -446,8 +466,8 @@ def test_hook_finds_the_head_in_wrappers(coco, build_detector):
     check_predictor(given['state_dict'], coco['state_dict'])
     torch.testing.assert_close(
         given['state_dict'][WEIGHT][0],  # aeroplane, of the first anchor
-        student.bbox_head.conv_cls.pointwise.weight[0].detach())
-    runner.model = student.backbone
+        student['bbox_head'].conv_cls.pointwise.weight[0].detach())
+    runner.model = torch.nn.Conv2d(1, 1, 1)
     with pytest.raises(ValueError, match='this model has none'):
         ClassTransferHook().after_load_checkpoint(runner, dict(coco))
     runner.cfg['transfer_classes'] = False
@@ -457,23 +477,17 @@ def test_hook_finds_the_head_in_wrappers(coco, build_detector):
 # The tool
 
 
-def test_tool_converts_and_transfers(tmp_path):
+def test_tool_converts_and_transfers(effdet_lite0, effdet_file, run_converter,
+                                     tmp_path):
     """Published weights for the 90 slots of COCO become ones for VOC."""
-    published = effdet_reference.build('lite0', (128, 128)).state_dict()
-    torch.save(published, tmp_path / 'effdet.pth')
+    published = effdet_lite0
     for name in ('a.pth', 'b.pth'):
-        done = run_convert(
-            'effdet.pth',
-            name,
-            '--config',
-            LITE0,
-            '--classes',
-            *VOC,
-            cwd=tmp_path)
-        assert done.code == 0, done.output
-    assert 'layout: effdet' in done.output
-    assert 'copied: 14 classes (bicycle, bird, boat' in done.output
-    assert f'new: 6 classes ({", ".join(ANEW)})' in done.output
+        code, output = run_converter(effdet_file, tmp_path / name, '--config',
+                                     LITE0, '--classes', *VOC)
+        assert code == 0, output
+    assert 'layout: effdet' in output
+    assert 'copied: 14 classes (bicycle, bird, boat' in output
+    assert f'new: 6 classes ({", ".join(ANEW)})' in output
     assert (tmp_path / 'a.pth').read_bytes() == (tmp_path /
                                                  'b.pth').read_bytes()
     saved = torch.load(tmp_path / 'a.pth', weights_only=True)
@@ -501,23 +515,18 @@ def test_tool_converts_and_transfers(tmp_path):
     assert tuple(inferencer.model.dataset_meta['classes']) == VOC
 
 
-def test_tool_takes_a_training(tmp_path, tmp_path_factory):
+@pytest.mark.slow
+def test_tool_takes_a_training(run_converter, tmp_path, tmp_path_factory):
     """A checkpoint of a training keeps its averages, not its optimizer."""
     run = trained_run(tmp_path_factory.getbasetemp())
     trained = torch.load(run.work_dir / 'epoch_2.pth', weights_only=True)
-    done = run_convert(
-        run.work_dir / 'epoch_2.pth',
-        'x.pth',
-        '--config',
-        run.config,
-        '--classes',
-        'violet',
-        'green',
-        cwd=tmp_path)
-    assert done.code == 0, done.output
-    assert 'copied: 1 classes (green)' in done.output
-    assert 'left aside: 2 classes (red, blue)' in done.output
-    assert 'the same in ema_state_dict' in done.output
+    code, output = run_converter(run.work_dir / 'epoch_2.pth',
+                                 tmp_path / 'x.pth', '--config', run.config,
+                                 '--classes', 'violet', 'green')
+    assert code == 0, output
+    assert 'copied: 1 classes (green)' in output
+    assert 'not used: 2 classes (red, blue)' in output
+    assert 'the same in ema_state_dict' in output
     saved = torch.load(tmp_path / 'x.pth', weights_only=True)
     assert set(saved) == {'meta', 'state_dict', 'ema_state_dict'}
     for entry, prefix in (('state_dict', ''), ('ema_state_dict', 'module.')):
@@ -533,7 +542,8 @@ def test_tool_takes_a_training(tmp_path, tmp_path_factory):
     assert saved['meta']['source']['sha256'] == digest.hexdigest()
 
 
-def test_tool_writes_nothing_when_it_cannot(voc, tmp_path):
+@pytest.mark.slow
+def test_tool_writes_nothing_when_it_cannot(voc, run_converter, tmp_path):
     """One clear message, and no file."""
     bare = dict(voc.state_dict)
     bare.update({key: bare[key][:27] for key in (WEIGHT, BIAS)})
@@ -547,27 +557,20 @@ def test_tool_writes_nothing_when_it_cannot(voc, tmp_path):
                                             'must be a list of different'),
                                            ('none.pth', LITE0, VOC,
                                             'none.pth does not exist')):
-        done = run_convert(
-            source,
-            'x.pth',
-            '--config',
-            config,
-            '--classes',
-            *classes,
-            cwd=tmp_path)
-        assert done.code == 1, done.output
-        assert words in done.output
-        assert 'Nothing was written' in done.output
-        assert 'Traceback' not in done.output
+        code, output = run_converter(tmp_path / source, tmp_path / 'x.pth',
+                                     '--config', config, '--classes', *classes)
+        assert code == 1, output
+        assert words in output
+        assert 'Nothing was written' in output
         assert not (tmp_path / 'x.pth').exists()
 
 
-def test_names_from_the_config(tmp_path, tmp_path_factory):
+@pytest.mark.slow
+def test_names_from_the_config(effdet_lite0, tmp_path, tmp_path_factory):
     """Published weights of own classes are named by the config's data."""
     run = trained_run(tmp_path_factory.getbasetemp())
     path = tmp_path / 'effdet.pth'
-    published = effdet_reference.with_classes(
-        effdet_reference.build('lite0', (128, 128)).state_dict(), 3)
+    published = effdet_reference.with_classes(effdet_lite0, 3)
     torch.save(published, path)
     config = Config.fromfile(run.config)
     new = transfer_file(path, config, ['pink', 'blue', 'violet'])
@@ -608,13 +611,13 @@ def test_safetensors_of_ours(coco, tmp_path):
                        coco['state_dict'][BIAS][::80])
 
 
-def test_backbone_alone(tmp_path):
+def test_backbone_alone(effdet_lite0, tmp_path):
     """Without a class predictor there is nothing to transfer."""
-    published = effdet_reference.build('lite0', (128, 128)).state_dict()
     torch.save(
         {
             key.removeprefix('backbone.'): value
-            for key, value in published.items() if key.startswith('backbone.')
+            for key, value in effdet_lite0.items()
+            if key.startswith('backbone.')
         }, tmp_path / 'x.pth')
     with pytest.raises(ValueError, match='no bbox_head.conv_cls.pointwise'):
         transfer_file(tmp_path / 'x.pth', Config.fromfile(LITE0), ['dog'])

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 
-from mmdet_efficientdet import ClassCheckHook, EfficientNet
+from mmdet_efficientdet import EfficientNet, PreflightHook
 from mmdet_efficientdet.weights.conventions import conventions
 
 BIAS = 'bbox_head.conv_cls.pointwise.bias'
@@ -169,7 +169,7 @@ def test_backbone_of_another_arch_raises(tmp_path):
     same.init_weights()
     for key, value in same.state_dict().items():
         assert torch.equal(value, b0.state_dict()[key]), key
-    # Blocks above the levels that are used are left aside.
+    # Blocks above the levels that are used are ignored.
     EfficientNet('b0', out_indices=(2, 3), init_cfg=init_cfg).init_weights()
     # Weights of a whole detector, of which mmengine takes the backbone.
     torch.save({f'backbone.{k}': v for k, v in b0.state_dict().items()}, path)
@@ -194,6 +194,7 @@ def test_apis_are_strict(run, checkpoint, tmp_path):
         assert f'+ {STEM}' in str(error.value)
 
 
+@pytest.mark.slow
 def test_test_script_is_strict(run, checkpoint, tmp_path):
     """The host's test.py stops, where it would go on to a mAP of zero."""
     state_dict = renamed(checkpoint['state_dict'], EDITS['unexpected'][0])
@@ -240,6 +241,7 @@ def test_ema_weights_load(run, checkpoint):
     assert model.dataset_meta['classes'] == CLASSES
 
 
+@pytest.mark.slow
 def test_resume_continues(run, tmp_path):
     """train.py --resume goes on counting, logging and averaging."""
     work_dir = tmp_path / 'work_dir'
@@ -291,6 +293,7 @@ print('scores', result['scores'][:3])
 '''
 
 
+@pytest.mark.slow
 def test_inferencer_in_a_fresh_process(run, tmp_path):
     """Config and weights, or weights alone: the same boxes, no import."""
     weights = str(run.work_dir / 'epoch_2.pth')
@@ -307,16 +310,17 @@ def test_inferencer_in_a_fresh_process(run, tmp_path):
 
 def test_other_conventions_are_said():
     """A checkpoint that was made for other settings than the config's."""
-    lines = []
+    lines, hook = [], PreflightHook()
     runner = SimpleNamespace(
         cfg=Config.fromfile(LITE0),
+        hooks=[hook],
         logger=SimpleNamespace(warning=lines.append))
     same = conventions(runner.cfg.model)
-    ClassCheckHook().after_load_checkpoint(runner, dict(meta=same))
-    ClassCheckHook().after_load_checkpoint(runner, dict(meta={}))
+    hook.after_load_checkpoint(runner, dict(meta=same))
+    hook.after_load_checkpoint(runner, dict(meta={}))
     assert not lines
     other = dict(same, anchor_scale=5.0, mean=[1.0, 2.0, 3.0])
-    ClassCheckHook().after_load_checkpoint(runner, dict(meta=other))
+    hook.after_load_checkpoint(runner, dict(meta=other))
     line, = lines
     assert "model.data_preprocessor.mean=[1.0,2.0,3.0]'" in line
     assert 'anchor_generator.octave_base_scale=5.0' in line
@@ -373,22 +377,27 @@ def test_apis_run_no_planted_code(planted, run):
         assert not os.path.exists(marker)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('planted', ['meta'], indirect=True)
-def test_scripts_run_no_planted_code(planted, run, tmp_path):
+def test_scripts_run_no_planted_code(planted, run, errors_of_scripts,
+                                     tmp_path):
     """train.py with load_from or a backbone, and test.py, refuse it, too."""
     path, marker = planted
-    calls = [('test.py', run.config, path),
-             ('train.py', run.config, '--cfg-options', f'load_from={path}'),
-             ('train.py', run.config, '--resume', path),
-             ('train.py', run.config, '--cfg-options',
-              f'model.backbone.init_cfg.checkpoint={path}')]
-    for call in calls:
-        done = run_tool(*call, cwd=tmp_path)
-        assert done.code == 1, done.output
-        assert 'Weights only load failed' in done.output
-        assert not marker.exists()
+    train = ('train.py', run.config)
+    backbone = 'model.backbone.init_cfg.checkpoint'
+    calls = dict(
+        test=('test.py', run.config, path),
+        load_from=(*train, '--cfg-options', f'load_from={path}'),
+        resume=(*train, '--resume', path),
+        backbone=(*train, '--cfg-options', f'{backbone}={path}'))
+    messages, _ = errors_of_scripts(calls, tmp_path)
+    assert messages.keys() == calls.keys()
+    for name, message in messages.items():
+        assert 'Weights only load failed' in message, name
+    assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_load_from_takes_everything(run, tmp_path):
     """load_from between models of equal classes is silent and complete."""
     config = write_config(tmp_path / 'tuned.py', run.root, image_size=128)

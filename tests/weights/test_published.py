@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import tarfile
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,8 +19,7 @@ import numpy as np
 import pytest
 import torch
 from effdet.config.model_config import efficientdet_model_param_dict
-from helpers.tensorflow_files import tf_shapes, values, write_bundle
-from helpers.tiny_data import TOOLS, make_dataset, write_config
+from helpers.tiny_data import make_dataset, run_tool, write_config
 from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS
@@ -32,30 +30,29 @@ from oracles import effdet_reference
 
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
-from mmdet_efficientdet.weights import published, schemes
+from mmdet_efficientdet.weights import published
 
 LITE0 = 'effdet://tf_efficientdet_lite0'
 ADVPROP = 'automl://advprop/efficientdet-d0'
 TEMPLATE = published.manifest()[LITE0]
-README = Path(__file__).parents[2] / 'README.md'
 # Slots of COCO's 90 ids that no object has, from id 1 (spec of the data set).
 UNUSED = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
 CLASSES = 'bbox_head.conv_cls.pointwise.'
 
 
 @pytest.fixture(scope='module')
-def weights(tmp_path_factory):
+def weights(effdet_lite0, effdet_file, tmp_path_factory):
     """A file of effdet's Lite0 with random weights, named as theirs are."""
-    path = tmp_path_factory.mktemp('published') / 'x.pth'
-    state_dict = effdet_reference.build('lite0', (64, 64)).state_dict()
-    torch.save(state_dict, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path = path.rename(path.with_name(f'lite0-{digest[:8]}.pth'))
+    data = effdet_file.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    folder = tmp_path_factory.mktemp('published')
+    path = folder / f'lite0-{digest[:8]}.pth'
+    path.write_bytes(data)
     return SimpleNamespace(
         path=path,
-        data=path.read_bytes(),
+        data=data,
         digest=digest,
-        state_dict=effdet_reference.convert(state_dict, 'lite0'))
+        state_dict=effdet_reference.convert(effdet_lite0, 'lite0'))
 
 
 class Server:
@@ -138,16 +135,6 @@ def publish(monkeypatch, server, weights):
         return entries[path]
 
     return change
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """Lines that the loader logs."""
-    lines = []
-    for module in (schemes, published):
-        monkeypatch.setattr(module, 'print_log',
-                            lambda text, *args: lines.append(text))
-    return lines
 
 
 def load(path=LITE0):
@@ -260,7 +247,7 @@ def test_truncated_without_hash(publish, server, cache, length):
 def test_wrong_format(publish, server, suffix):
     entry = publish(ADVPROP, file='x' + suffix)
     server.bodies['/x' + suffix] = b'text'
-    with pytest.raises(ValueError, match='in another format than its name'):
+    with pytest.raises(ValueError, match='format does not match its name'):
         published.fetch(entry)
 
 
@@ -272,8 +259,9 @@ def test_second_mirror(publish, server, dead, weights, log, first):
     publish(addresses=(first, server.address))
     assert load()['meta']['source']['sha256'] == weights.digest
     assert server.requests[-1] == '/' + weights.path.name
-    assert log[0].startswith(f'Downloading {first}')
-    assert log[1].startswith('Failed: ')
+    start = next(i for i, x in enumerate(log) if x.startswith('Downloading'))
+    assert log[start].startswith(f'Downloading {first}')
+    assert log[start + 1].startswith('Failed: ')
 
 
 def test_no_network(publish, dead, cache):
@@ -286,9 +274,8 @@ def test_no_network(publish, dead, cache):
     for line, part in zip(lines[1:3], 'ab'):
         assert line.startswith(f'  {dead}{part}/{entry.file}: ')
         assert 'Connection refused' in line
-    assert lines[3] == (
-        f'Without network, put the file into a folder as {entry.file} and set '
-        'MMDET_EFFICIENTDET_WEIGHTS to that folder')
+    assert entry.file in lines[3]
+    assert 'MMDET_EFFICIENTDET_WEIGHTS' in lines[3]
     assert files_in(cache) == []
 
 
@@ -330,6 +317,7 @@ print(published.fetch(entry).stat().st_size)
 '''
 
 
+@pytest.mark.slow
 def test_two_processes(server, weights, cache):
     """Two that start together download once, and both get the file."""
     server.bodies['/' + weights.path.name] = weights.data
@@ -400,16 +388,16 @@ def test_folder_with_equal_names(tmp_path, monkeypatch):
         own.rename(bare)
 
 
-@pytest.mark.parametrize('name, nearest', [
+@pytest.mark.parametrize('name, similar', [
     ('effdet://tf_efficientdet_d00', 'effdet://tf_efficientdet_d0'),
     ('effdet://efficientdet-d3', 'automl://efficientdet-d3'),
     ('automl://efficientdet_d7x', 'automl://efficientdet-d7x'),
     ('automl://efficientdet-lite5', 'automl://efficientdet-lite4'),
 ])
-def test_unknown_name(name, nearest):
-    with pytest.raises(ValueError, match='Nearest are') as error:
+def test_unknown_name(name, similar):
+    with pytest.raises(ValueError, match='Similar: ') as error:
         load(name)
-    assert nearest in re.split(r'[,.]? ', str(error.value))
+    assert similar in re.split(r'[,.]? ', str(error.value))
 
 
 def test_unusable_file():
@@ -427,7 +415,7 @@ def test_pin(publish, weights, log, monkeypatch):
     assert [line for line in log if line.endswith(f'write {pinned}')]
     del log[:]
     load(pinned)
-    assert not [line for line in log if 'sha256' in line]
+    assert not [line for line in log if 'No hash' in line]
     wrong = '0' * 8 + weights.digest[8:]
     with pytest.raises(ValueError, match=f'should be {wrong}'):
         load(f'{LITE0}#sha256={wrong}')
@@ -436,6 +424,7 @@ def test_pin(publish, weights, log, monkeypatch):
             load(f'{LITE0}#sha256={pin}')
 
 
+@pytest.mark.slow
 def test_wrong_weights_in_the_file(publish, weights):
     """What does not fit the size of the name is refused, naming the file."""
     publish('effdet://tf_efficientdet_lite1')
@@ -495,6 +484,7 @@ def test_image_size_of_the_file(publish, log):
     assert [line for line in log if 'image_size=640' in line]
 
 
+@pytest.mark.slow
 def test_init_cfg_of_a_detector(publish, weights, model_cfg):
     """Any host's way to load weights takes the name."""
     publish()
@@ -530,22 +520,9 @@ def test_inferencer_without_a_config(publish):
     assert inferencer.model.dataset_meta['classes'][0] == 'person'
 
 
-def test_stock_test_script(build_detector, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_stock_test_script(automl_lite0, tmp_path):
     """test.py takes a name; the file is an archive as google/automl's."""
-    shapes = {
-        k: tuple(v.shape)
-        for k, v in build_detector('lite0',
-                                   device='meta').state_dict().items()
-        if not k.endswith('num_batches_tracked')
-    }
-    tensors = {
-        k: np.abs(v) if k.endswith('variance') else 0.05 * v
-        for k, v in values(tf_shapes(shapes, 'lite0'), 0).items()
-    }
-    (tmp_path / 'efficientdet-lite0').mkdir()
-    write_bundle(tmp_path / 'efficientdet-lite0' / 'model', tensors)
-    with tarfile.open(tmp_path / 'efficientdet-lite0.tgz', 'w:gz') as archive:
-        archive.add(tmp_path / 'efficientdet-lite0', 'efficientdet-lite0')
     root = make_dataset(tmp_path / 'data')
     classes = CocoDataset.METAINFO['classes']
     annotations = json.loads((root / 'coco.json').read_text())
@@ -554,31 +531,21 @@ def test_stock_test_script(build_detector, tmp_path, monkeypatch):
     ]
     (root / 'coco.json').write_text(json.dumps(annotations))
     config = write_config(tmp_path / 'c.py', root, classes=classes)
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
-    done = subprocess.run([
-        sys.executable,
-        str(TOOLS / 'test.py'),
-        str(config), 'automl://efficientdet-lite0'
-    ],
-                          cwd=tmp_path,
-                          capture_output=True,
-                          text=True)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
-    assert 'bbox_mAP' in output
-    assert 'automl://efficientdet-lite0#sha256=' in output
-    assert 'aspect_pairs=[[1.0,1.0],[1.4142' in output
-
-
-def test_registry_is_enough():
-    """What mmengine imports by itself for a prefixed type has the schemes."""
-    source = ('import mmdet_efficientdet.registry\n'
-              'from mmengine.runner.checkpoint import CheckpointLoader\n'
-              'print(*CheckpointLoader._schemes)')
-    done = subprocess.run([sys.executable, '-c', source],
-                          capture_output=True,
-                          text=True)
-    assert {'effdet://', 'automl://', 'timm://'} <= set(done.stdout.split())
+    source = f'''
+import os, runpy, sys
+os.environ[{published.VARIABLE!r}] = {str(automl_lite0.folder)!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+    done = run_tool(
+        'test.py',
+        config,
+        'automl://efficientdet-lite0',
+        cwd=tmp_path,
+        source=source)
+    assert done.code == 0, done.output
+    assert 'bbox_mAP' in done.output
+    assert 'automl://efficientdet-lite0#sha256=' in done.output
+    assert 'aspect_pairs=[[1.0,1.0],[1.4142' in done.output
 
 
 # ------------------------------------------------------------ the manifest --
@@ -651,7 +618,7 @@ def test_entry(path):
 
 def test_files_are_different():
     entries = published.manifest().values()
-    assert len({(e.scheme, e.file) for e in entries}) == len(entries) == 80
+    assert len({(e.scheme, e.file) for e in entries}) == len(entries)
 
 
 # Elements of a state dict with 90 classes, and of the averages' copies of
@@ -689,21 +656,3 @@ def test_official_ap():
             else:
                 entry = published.manifest()[name]
                 assert (entry.ap, entry.test_dev) == ap and entry.size == size
-
-
-def test_readme_table():
-    """The README's AP of each name are the manifest's."""
-    lines = README.read_text().splitlines()
-    start = next(i for i, x in enumerate(lines) if x.startswith('| SIZE '))
-    heads = [cell.strip(' `') for cell in lines[start].strip('|').split('|')]
-    seen = set()
-    for line in lines[start + 2:]:
-        if not line.startswith('|'):
-            break
-        cells = [cell.strip() for cell in line.strip('|').split('|')]
-        for head, cell in zip(heads[1:], cells[1:]):
-            path = head.replace('SIZE', cells[0])
-            entry = published.manifest().get(path)
-            assert cell == (f'{entry.ap:g}' if entry else ''), path
-            seen.add(path)
-    assert {f'automl://efficientdet-{size}' for size in SCALING} <= seen

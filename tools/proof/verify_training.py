@@ -1,15 +1,21 @@
-"""Show that training is effdet's, step by step, or what makes it differ.
+"""Verify that training gives the same losses and weights as with effdet.
 
-effdet 0.4.1's own training bench and our detector, with MMDetection's loss
-and MMEngine's optimizer, start from the same weights and see the same batches.
-Ours follows the recipe of its config; effdet's is written out here with
-torch's optimizer: momentum, decay of kernels only, clipping. In double
-precision, with all that effdet does in its own way switched off, the losses of
-every step and the weights after the last agree to 1e-9, or the exit status is
-1. Then one thing after the other is left as it is: the table says how far each
-leads. Rounding grows with every step, and the faster the higher the learning
-rate is: at the official one, which has a row of its own, no two runs stay
-together for 50 steps. So the others have a lower one.
+effdet 0.4.1's DetBenchTrain and our detector, with MMDetection's losses and
+MMEngine's optimizer, start from the same weights and see the same batches.
+Ours follows the recipe of its config; effdet's recipe is written in this
+script with PyTorch's optimizer: momentum, weight decay of kernels only,
+gradient clipping. In double precision, and with effdet's deviations switched
+off, the losses of every step and the weights after the last step must agree
+to 1e-9. Then the deviations are switched on one by one.
+
+Example:
+    python tools/proof/verify_training.py --steps 20 --out curves.png
+
+Prints the losses, and a Markdown table of how far each deviation leads. The
+exit status is 1 if the trainings without deviations differ. Rounding errors
+grow with every step, and faster at a higher learning rate. At the official
+learning rate, which has a row of its own, no two runs stay together for 50
+steps, so the other rows use a lower one.
 
 Needs effdet: pip install effdet==0.4.1
 """
@@ -17,26 +23,68 @@ import argparse
 from contextlib import nullcontext
 from importlib.metadata import version
 
+from mmdet_efficientdet.scaling import SCALING
+
+
+def parse_args(argv=None):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--size',
+        default='d0',
+        choices=SCALING,
+        metavar='SIZE',
+        help=f'one of {", ".join(SCALING)} (default: d0)')
+    parser.add_argument(
+        '--steps',
+        type=int,
+        default=50,
+        help='training steps (default: %(default)s)')
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        default=4,
+        help='images in each step (default: %(default)s)')
+    parser.add_argument(
+        '--lr',
+        type=float,
+        default=1e-4,
+        help='largest learning rate (default: %(default)s)')
+    parser.add_argument(
+        '--side',
+        type=int,
+        default=64,
+        help='height and width of the drawn images in pixels (default: '
+        '%(default)s)')
+    parser.add_argument(
+        '--data',
+        help='config whose training data is used (default: drawn images)')
+    parser.add_argument(
+        '--out', help='picture of the curves to write (default: none)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from mmdet.registry import DATASETS, MODELS
-from mmdet.structures import DetDataSample
+from effdet_bridge import as_effdet, effdet, effdet_network
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.structures import InstanceData
+from terminaltables import GithubFlavoredMarkdownTable
 from torch.overrides import TorchFunctionMode
-from verify_detections import as_effdet
-from verify_parity import effdet, effdet_network, table
+from training_batches import NUM_CLASSES, batches_of, drawn_batches
 
-from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
 
 BOUND = 1e-9  # relative
-NUM_CLASSES = 8  # of drawn images
 NOTHING = 'nothing: double precision, effdet set like ours'
 SINGLE = 'nothing, but both in single precision'
 LOSSES = 'effdet computes its losses in single precision'
@@ -62,50 +110,6 @@ def learning_rates(steps, peak):
     cosine = peak * 0.5 * (1 + np.cos(np.pi * np.arange(steps) / steps))
     start = peak * np.linspace(0.05, 1, warm_up, endpoint=False)
     return [*start, *cosine[warm_up:]]
-
-
-def drawn_batches(side, batch_size, steps):
-    """Noise with rectangles, whose colour tells their class.
-
-    Images are ``side`` x ``side``; every fourth has no object.
-    """
-    draw = np.random.default_rng(0)
-    colours = draw.normal(0, 2, (NUM_CLASSES, 3, 1, 1))
-    batches = []
-    for step in range(steps):
-        images = draw.normal(0, 0.5, (batch_size, 3, side, side))
-        samples = []
-        for num, image in enumerate(images, step):
-            sides = 8 * (side / 16)**draw.uniform(size=(num % 4, 2))
-            sides = sides.round()  # so that some targets are exactly zero
-            start = draw.uniform(0, side - sides).round()
-            boxes = np.concatenate([start, start + sides], 1)
-            labels = draw.integers(NUM_CLASSES, size=len(boxes))
-            for (x1, y1, x2, y2), label in zip(boxes.astype(int), labels):
-                image[:, y1:y2, x1:x2] += colours[label]
-            sample = DetDataSample(
-                metainfo=dict(batch_input_shape=(side, side)))
-            sample.gt_instances = InstanceData(
-                bboxes=torch.from_numpy(boxes).float(),
-                labels=torch.from_numpy(labels))
-            samples.append(sample)
-        inputs = torch.from_numpy(images)
-        batches.append(dict(inputs=inputs, data_samples=samples))
-    return batches
-
-
-def batches_of(config, batch_size, steps):
-    """Batches of a config's training data, and the number of classes."""
-    cfg = Config.fromfile(config)
-    np.random.seed(0)
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    preprocess = MODELS.build(cfg.model.data_preprocessor)
-    batches = []
-    for _ in range(steps):
-        chosen = np.random.choice(len(dataset), batch_size, replace=False)
-        data = pseudo_collate([dataset[i] for i in chosen])
-        batches.append(preprocess(data, training=True))
-    return batches, len(dataset.metainfo['classes'])
 
 
 def build_ours(size, num_classes, way=NOTHING, options=None):
@@ -228,16 +232,18 @@ def state_differences(ours, theirs):
 
 
 def report(found):
-    """What :func:`verify` found, in two tables, and whether all is equal."""
+    """What :func:`verify` found, as two tables and whether all is equal."""
     losses, theirs, differences = found[NOTHING]
     shown = range(0, len(losses), max(len(losses) // 10, 1))
-    rows = [(step, *(f'{x:.10f}' for x in (*losses[step], *theirs[step])))
-            for step in shown]
-    lines = table(('step', 'class loss, ours', 'box loss, ours',
-                   'class loss, effdet', 'box loss, effdet'), rows) + ['']
-    rows = [(way, *(f'{x:.1e}' for x in found[way][-1])) for way in found]
-    lines += table(('what differs', *COLUMNS), rows)
-    return lines, all(x < BOUND for x in differences)
+    rows = [('step', 'class loss, ours', 'box loss, ours',
+             'class loss, effdet', 'box loss, effdet')]
+    rows += [(step, *(f'{x:.10f}' for x in (*losses[step], *theirs[step])))
+             for step in shown]
+    text = GithubFlavoredMarkdownTable(rows).table
+    rows = [('what differs', *COLUMNS)]
+    rows += [(way, *(f'{x:.1e}' for x in found[way][-1])) for way in found]
+    return (f'{text}\n\n{GithubFlavoredMarkdownTable(rows).table}',
+            all(x < BOUND for x in differences))
 
 
 def draw(found, path):
@@ -261,36 +267,24 @@ def draw(found, path):
 
 
 def main():
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--size', default='d0', choices=SCALING)
-    parser.add_argument('--steps', type=int, default=50)
-    parser.add_argument('--batch-size', type=int, default=4)
-    parser.add_argument('--lr', type=float, default=1e-4)
-    parser.add_argument(
-        '--side', type=int, default=64, help='of drawn images, in pixels')
-    parser.add_argument(
-        '--data', help='config, whose training data replace drawn images')
-    parser.add_argument('--out', help='file for a picture of the curves')
-    args = parser.parse_args()
+    """Trains both, and prints the tables."""
+    args = parse_args()
     MMLogger.get_instance('mmengine', log_level='ERROR')
     register_all_modules()
     amount = args.batch_size, args.steps
     batches, num_classes = batches_of(args.data, *amount) if args.data else (
         drawn_batches(args.side, *amount), NUM_CLASSES)
     found = verify(args.size, batches, num_classes, args.lr)
-    lines, good = report(found)
+    text, good = report(found)
     print(f'{args.size}, effdet {version("effdet")}, torch '
           f'{torch.__version__}: {args.steps} steps of {args.batch_size} '
           f'images; largest relative differences, below {BOUND:g} equal\n')
-    print('\n'.join(lines))
+    print(text)
     if args.out:
         draw(found, args.out)
     if not good:
-        raise SystemExit('verify_training.py: with nothing that differs, the '
-                         'trainings are not equal')
+        raise SystemExit('verify_training.py: the trainings without '
+                         'deviations are not equal')
 
 
 if __name__ == '__main__':

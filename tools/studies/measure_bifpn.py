@@ -1,11 +1,15 @@
-"""Measure BiFPN against effdet's, and its fusions against each other.
+"""Measure the time of our BiFPN, of effdet's and of each kind of fusion.
 
-effdet's neck gets the weights of ours, and its outputs must be the same, or
-the exit status is 1. Then all necks run in turn on one thread, each time once
-forward and once forward and backward in training mode; the times are medians
-of --repeats, and those of other necks relative to ours. --project takes the
-folder projects/EfficientDet/efficientdet of MMDetection's repository, whose
-neck is measured, too. Prints a Markdown table. Leave the machine alone then.
+effdet's neck gets our weights, and its outputs must be the same as ours. Then
+all necks run in turn on one thread, forward in evaluation mode, and forward
+and backward in training mode. Do not use the machine for anything else
+meanwhile.
+
+Example:
+    python tools/studies/measure_bifpn.py --size d0
+
+Prints a Markdown table of the median times of our neck, and of the times of
+the other necks relative to it. The exit status is 1 if the outputs differ.
 
 Needs effdet: pip install effdet==0.4.1
 """
@@ -17,15 +21,47 @@ import time
 from functools import partial
 from pathlib import Path
 
+from mmdet_efficientdet.scaling import SCALING
+
+
+def parse_args(argv=None):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--size',
+        default='d0',
+        choices=SCALING,
+        metavar='SIZE',
+        help=f'one of {", ".join(SCALING)} (default: d0)')
+    parser.add_argument(
+        '--project',
+        type=Path,
+        help="the folder projects/EfficientDet/efficientdet of MMDetection's "
+        'repository, whose neck is then measured as well (default: none)')
+    parser.add_argument(
+        '--repeats',
+        default=40,
+        type=int,
+        help='runs whose median is printed (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from verify_detections import as_effdet
-from verify_parity import effdet_network, our_network, random_weights, table
+from terminaltables import GithubFlavoredMarkdownTable
 
-from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'proof'))
+from effdet_bridge import (as_effdet, effdet_network, our_network,
+                           random_weights)
 
 BOUND = 1e-5  # of the outputs' errors, relative to the largest value
 OTHER_FUSIONS = ('softmax', 'sum', 'unbounded', 'channel_fast_normalized')
@@ -114,6 +150,7 @@ def measure(necks, feats, repeats):
 
 def rows_of(found, necks):
     """Rows of the table: times of the first, and ratios of the others."""
+    yield 'neck', 'parameters', 'forward', 'forward and backward'
     first, *_ = found.values()
     for name, times in found.items():
         parameters = sum(x.numel() for x in necks[name].parameters())
@@ -125,13 +162,7 @@ def rows_of(found, necks):
 
 def main(argv=None):
     """Compares, measures and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--size', default='d0', choices=SCALING)
-    parser.add_argument('--project', type=Path)
-    parser.add_argument('--repeats', default=40, type=int)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     register_all_modules()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -144,9 +175,7 @@ def main(argv=None):
     ]
     error = largest_error(necks, feats)
     found = measure(necks, feats, args.repeats)
-    print('\n'.join(
-        table(('neck', 'parameters', 'forward', 'forward and backward'),
-              rows_of(found, necks))))
+    print(GithubFlavoredMarkdownTable(list(rows_of(found, necks))).table)
     print(f'{args.size}, one image of {side} px, one thread, median of '
           f'{args.repeats}; outputs differ from effdet\'s by {error:.1e}')
     sys.exit(not error < BOUND)

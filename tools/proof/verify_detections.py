@@ -1,31 +1,69 @@
-"""Show that detections in a picture are effdet's, or what makes them differ.
+"""Verify that we detect the same objects in a picture as effdet does.
 
-effdet's own prediction bench and MMDetection's inference_detector look at the
-same picture with the same weights: those of a checkpoint of ours, or random
-ones that give a spread of scores. With the same input and hard suppression in
-both, the lists are equal, or the exit status is 1; then one thing after the
-other is done as each does it by default. For each step a table says how many
-of effdet's detections are among ours, with the same class and an overlap of
-at least a half, and how much their scores and boxes differ at most. Random
-networks answer to the smallest change of a picture with other detections, so
-what the resizing costs is seen with a checkpoint only.
+effdet's DetBenchPredict and MMDetection's inference_detector process the same
+picture with the same weights: those of one of our checkpoints, or random
+weights whose scores are spread as those of a trained network. With the same
+input and hard NMS in both, the detections must be equal. Then each
+implementation does one step after the other in its own default way.
+
+Example:
+    python tools/proof/verify_detections.py photo.jpg --size d0 d1
+
+Prints a Markdown table. For each step it shows how many of effdet's
+detections are among ours, with the same class and an IoU of at least 0.5, and
+the largest differences of their scores and boxes. The exit status is 1 if the
+detections of the first step differ. What resizing costs can only be seen with
+a checkpoint, because the detections of a random network change with the
+smallest change of the picture.
 
 Needs effdet: pip install effdet==0.4.1
 """
 import argparse
 import os
 
+from mmdet_efficientdet.scaling import SCALING
+
+
+def parse_args(argv=None):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('picture', help='file of a photograph')
+    parser.add_argument(
+        '--size',
+        nargs='+',
+        default=['d0'],
+        choices=SCALING,
+        metavar='SIZE',
+        help=f'some of {", ".join(SCALING)} (default: d0)')
+    parser.add_argument(
+        '--checkpoint',
+        help='one of our checkpoints of that size (default: random weights)')
+    parser.add_argument(
+        '--side',
+        type=int,
+        help="height and width of the network's input in pixels (default: "
+        "the size's own)")
+    args = parser.parse_args(argv)
+    if not os.path.isfile(args.picture):
+        parser.error(f'{args.picture} does not exist; give the file of a '
+                     'photograph')
+    return args
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 import numpy as np
 import torch
+from effdet_bridge import (as_effdet, effdet, effdet_network, our_network,
+                           random_weights)
 from mmdet.apis import inference_detector
 from mmdet.utils import register_all_modules
 from PIL import Image
+from terminaltables import GithubFlavoredMarkdownTable
 from torchvision.ops import box_iou
-from verify_parity import (effdet, effdet_network, in_layout, our_network,
-                           random_weights, table)
-
-from mmdet_efficientdet.scaling import SCALING
-from mmdet_efficientdet.weights.layouts import LAYOUTS
 
 STEPS = ('nothing: same input, hard NMS in both',
          'effdet clips boxes, before NMS',
@@ -39,17 +77,6 @@ def is_equal(step):
     """Whether all detections are the same, but for rounding."""
     return (step['found'] == step['of'] and step['score'] < 1e-5
             and step['pixels'] < 0.01)
-
-
-def as_effdet(state_dict, size):
-    """Copies of our weights and statistics for effdet's network."""
-    own = {
-        key: value.clone()
-        for key, value in state_dict.items() if 'num_batches' not in key
-    }
-    layout, = (layout for layout in LAYOUTS if layout.title == 'effdet')
-    row = SCALING[size]
-    return in_layout(own, layout, row.backbone, row.num_levels)
 
 
 def spread(weights, class_maps, box_maps):
@@ -181,38 +208,21 @@ def compare(size, path, checkpoint=None, side=None):
 
 
 def main():
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('picture', help='a photograph')
-    parser.add_argument(
-        '--size',
-        nargs='+',
-        default=['d0'],
-        choices=SCALING,
-        metavar='SIZE',
-        help=f'd0 (the default), or some of {", ".join(SCALING)}')
-    parser.add_argument(
-        '--checkpoint', help='of ours, instead of random weights')
-    parser.add_argument('--side', type=int, help='of the square input, px')
-    args = parser.parse_args()
-    if not os.path.isfile(args.picture):
-        parser.error(f'{args.picture} does not exist')
+    """Compares the detections and prints the table."""
+    args = parse_args()
     register_all_modules()
-    rows, good = [], True
+    rows = [('size', 'what differs', 'found again', 'score', 'pixels')]
+    good = True
     for size in args.size:
         steps = compare(size, args.picture, args.checkpoint, args.side)
         good = good and is_equal(steps[STEPS[0]])
         rows += [(size, step, f'{x["found"]} of {x["of"]}',
                   f'{x["score"]:.1e}', f'{x["pixels"]:.1e}')
                  for step, x in steps.items()]
-    print('\n'.join(
-        table(('size', 'what differs', 'found again', 'score', 'pixels'),
-              rows)))
+    print(GithubFlavoredMarkdownTable(rows).table)
     if not good:
-        raise SystemExit('verify_detections.py: the same input and the same '
-                         'suppression give different detections')
+        raise SystemExit('verify_detections.py: the detections differ '
+                         'although input and suppression are the same')
 
 
 if __name__ == '__main__':

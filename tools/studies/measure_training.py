@@ -1,11 +1,16 @@
-"""Measure memory and time of training steps, with and without checkpointing.
+"""Measure memory and time of training, with and without checkpointing.
 
-For each size the detector of the shipped config is trained for a few steps on
-random images and boxes at the size's official image size, once as it is and
-once with model.with_cp=True, each in a process of its own. Memory on the CPU
-is the largest resident set of that process, and next to it what the process
-held before the first step; on a GPU it is what torch allocated at most. Time
-is that of the fastest step but the first. Prints a Markdown table.
+Trains the detector of each size's shipped config for a few steps on random
+images and boxes at the size's official image size: once as it is and once
+with model.with_cp=True, which recomputes activations in the backward pass.
+Each training has a process of its own.
+
+Example:
+    python tools/studies/measure_training.py --size d0 d4 --batch-size 2
+
+Prints a Markdown table. Memory on the CPU is the largest resident set of the
+process, beside what it held before the first step. On a GPU it is the most
+that torch allocated. Time is that of the fastest step after the first.
 """
 import argparse
 import json
@@ -15,6 +20,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from terminaltables import GithubFlavoredMarkdownTable
 
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
@@ -108,33 +115,31 @@ def in_own_process(**settings):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(rows):
-    """The lines of a Markdown table.
+def report(rows):
+    """A Markdown table.
 
     Args:
         rows (list[tuple]): Size, image size, and the results of
             :func:`measure` without and with checkpointing.
     """
     lines = [
-        '| size | input | before (MB) | peak (MB) | checkpointing (MB) '
-        '| memory of the step | step (s) | checkpointing (s) | time |',
-        '| --- ' + '| ---: ' * 8 + '|'
+        ('size', 'input', 'before (MB)', 'peak (MB)', 'checkpointing (MB)',
+         'memory of the step', 'step (s)', 'checkpointing (s)', 'time')
     ]
     for size, side, plain, saving in rows:
         before, peak, less = (
             n / MEGABYTE
             for n in (plain['before'], plain['peak'], saving['peak']))
         own = (less - saving['before'] / MEGABYTE) / (peak - before)
-        lines.append(
-            f'| {size} | {side} | {before:,.0f} | {peak:,.0f} | {less:,.0f} '
-            f'| x {own:.2f} | {plain["seconds"]:.2f} '
-            f'| {saving["seconds"]:.2f} '
-            f'| x {saving["seconds"] / plain["seconds"]:.2f} |')
-    return lines
+        lines.append((size, side, f'{before:,.0f}', f'{peak:,.0f}',
+                      f'{less:,.0f}', f'x {own:.2f}',
+                      f'{plain["seconds"]:.2f}', f'{saving["seconds"]:.2f}',
+                      f'x {saving["seconds"] / plain["seconds"]:.2f}'))
+    return GithubFlavoredMarkdownTable(lines).table
 
 
 def main():
-    """Run the tool."""
+    """Measures each size and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,14 +149,31 @@ def main():
         default=['d0', 'd2', 'd4'],
         choices=list(SCALING),
         metavar='SIZE',
-        help='d0 d2 d4 (the default), or others')
+        help=f'some of {", ".join(SCALING)} (default: d0 d2 d4)')
     parser.add_argument(
-        '--image-size', type=int, help="pixels; by default the size's own")
-    parser.add_argument('--batch-size', type=int, default=1)
-    parser.add_argument('--boxes', type=int, default=20, help='per image')
+        '--image-size',
+        type=int,
+        help="side of the images in pixels (default: the size's own)")
     parser.add_argument(
-        '--steps', type=int, default=3, help='after the first, 3 by default')
-    parser.add_argument('--threads', type=int, default=os.cpu_count())
+        '--batch-size',
+        type=int,
+        default=1,
+        help='images in a step (default: %(default)s)')
+    parser.add_argument(
+        '--boxes',
+        type=int,
+        default=20,
+        help='boxes in an image (default: %(default)s)')
+    parser.add_argument(
+        '--steps',
+        type=int,
+        default=3,
+        help='steps after the first (default: %(default)s)')
+    parser.add_argument(
+        '--threads',
+        type=int,
+        default=os.cpu_count(),
+        help='threads of torch (default: one for each CPU)')
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if min(args.steps, args.batch_size, args.threads) < 1:
@@ -178,7 +200,7 @@ def main():
           f'{args.batch_size} image(s) with {args.boxes} boxes each, fastest '
           f'of {args.steps} steps; load of the machine now: '
           f'{os.getloadavg()[0]:.1f}\n')
-    print('\n'.join(table(rows)))
+    print(report(rows))
 
 
 if __name__ == '__main__':

@@ -1,16 +1,22 @@
-"""Show that each config of configs/bifpn trains, tests, infers and exports.
+"""Verify that each config of configs/bifpn trains, tests, infers and exports.
 
 From each config a small one is derived: the trees of tools/prepare_trees.py,
-one class, random weights, small images, few queries or regions. The network
-is built, trained for a few steps on the same four windows by MMDetection's
-train.py and tested by its test.py; DetInferencer looks at the held-out
-photograph, and ONNX Runtime computes what the neck does. The optimizer is the
-same for all. A row is passed if the losses fall and the neck's outputs agree;
-the exit status is 1 if one is not. The first steps do not count: untrained
-boxes overlap no tree, so losses that are weighted by IoU begin near zero. What
-is done is kept: run the same command again to go on. Prints a Markdown table.
+one class, random weights, small images, few queries or regions. MMDetection's
+train.py trains the network for a few steps on the same four images, test.py
+tests it, DetInferencer processes the held-out photograph, and ONNX Runtime
+runs the exported neck. The optimizer is the same for all configs.
 
-Needs onnx, onnxruntime and, for its ConvNeXt, mmpretrain.
+Example:
+    python tools/proof/verify_detectors.py retinanet_r50_bifpn_1x_coco
+
+Prints a Markdown table. A config passes if its losses fall and if the
+exported neck gives the same outputs; the exit status is 1 if one does not.
+The first steps do not count, because losses that are weighted by IoU begin
+near zero as long as no box overlaps a tree. The same command resumes where it
+was stopped.
+
+Needs the data of tools/prepare_trees.py, onnx, onnxruntime and, for ConvNeXt,
+mmpretrain.
 """
 import argparse
 import io
@@ -22,6 +28,41 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / 'configs' / 'bifpn'
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'configs',
+        nargs='*',
+        help='names of configs, without .py (default: all of configs/bifpn)')
+    parser.add_argument(
+        '--work-dir',
+        default=ROOT / 'work_dirs' / 'detectors',
+        type=Path,
+        help='folder for configs, logs and results (default: '
+        'work_dirs/detectors)')
+    parser.add_argument(
+        '--image-size',
+        default=128,
+        type=int,
+        help='side of training images in pixels (default: %(default)s)')
+    parser.add_argument(
+        '--steps',
+        default=20,
+        type=int,
+        help='training steps that count (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 import mmdet
 import numpy as np
 import onnxruntime
@@ -29,17 +70,12 @@ import torch
 from mmdet.apis import DetInferencer
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
+from small_configs import DATA, NUM_UNCOUNTED, derive
+from terminaltables import GithubFlavoredMarkdownTable
 
 from mmdet_efficientdet.utils import write_file
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(mmdet.__file__).parent / '.mim' / 'tools'
-CONFIGS = ROOT / 'configs' / 'bifpn'
-DATA = ROOT / 'data' / 'trees'
-WINDOW = 400  # pixels, the side of the data's images
-NUM_IMAGES = 4  # in every batch
-NUM_UNCOUNTED = 10  # steps before those of which the losses are compared
 NUM_AVERAGED = 5  # losses at either end of the counted steps
 BOUND = 1e-4  # of the ONNX outputs' errors, relative to the largest value
 COLUMNS = dict(
@@ -52,131 +88,6 @@ COLUMNS = dict(
     boxes='boxes',
     onnx='ONNX difference',
     seconds='time')
-
-
-def to_random_weights(node) -> None:
-    """Makes a model's config one class and all weights trained from scratch.
-
-    Args:
-        node (dict | list | any): Changed in place, with all that is in it.
-    """
-    if isinstance(node, (list, tuple)):
-        for value in node:
-            to_random_weights(value)
-    if not isinstance(node, dict):
-        return
-    if (node.get('init_cfg') or {}).get('type') == 'Pretrained':
-        node['init_cfg'] = None
-    if 'num_classes' in node:
-        node['num_classes'] = 1
-    if node.get('frozen_stages', 0) > 0:
-        node['frozen_stages'] = -1
-    for key, value in dict(norm_eval=False, requires_grad=True).items():
-        if key in node:
-            node[key] = value
-    for value in node.values():
-        to_random_weights(value)
-
-
-def with_masks(name: str, folder: Path) -> Path:
-    """Writes annotations whose masks are the boxes; returns the file."""
-    content = json.loads((DATA / name).read_text())
-    for annotation in content['annotations']:
-        x, y, w, h = annotation['bbox']
-        annotation['segmentation'] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    write_file(folder / name, json.dumps(content).encode())
-    return folder / name
-
-
-def derive(config: Path, folder: Path, image_size: int, steps: int) -> Config:
-    """The config on the trees, for a training of ``steps`` steps.
-
-    Args:
-        config (Path): A config for COCO.
-        folder (Path): Where annotations with masks are written.
-        image_size (int): Height and width of training images in pixels.
-        steps (int): Steps that count.
-    """
-    cfg = Config.fromfile(config)
-    model = cfg.model
-    to_random_weights(model)
-    model.data_preprocessor.pop('batch_augments', None)
-    if 'num_queries' in model:
-        # No more than the pixels that they are chosen from
-        model.num_queries = model.test_cfg.max_per_img = 50
-    if 'rpn_head' in model:
-        stages = model.train_cfg.rcnn
-        for stage in stages if isinstance(stages, list) else [stages]:
-            stage.sampler.num = 64
-        model.test_cfg.rpn.max_per_img = 100
-    has_masks = 'mask_head' in model.get('roi_head', {})
-    for key in ('custom_hooks', 'auto_scale_lr', 'tta_model', 'tta_pipeline'):
-        cfg.pop(key, None)
-
-    resize = dict(
-        type='Resize', scale_factor=image_size / WINDOW, keep_ratio=True)
-    load = [
-        dict(type='LoadImageFromFile'),
-        dict(type='LoadAnnotations', with_bbox=True, with_mask=has_masks)
-    ]
-
-    def loader(name: str, pipeline: list, sampler: dict, batch_size: int,
-               **options) -> dict:
-        ann_file = with_masks(name, folder)
-        return dict(
-            batch_size=batch_size,
-            num_workers=0,
-            sampler=sampler,
-            dataset=dict(
-                type='CocoDataset',
-                ann_file=str(ann_file),
-                data_prefix=dict(img=str(DATA / 'images')),
-                metainfo=dict(classes=('Tree', )),
-                pipeline=pipeline,
-                **options))
-
-    cfg.train_dataloader = loader(
-        'train.json', [
-            *load, resize,
-            dict(type='RandomFlip', prob=0.5),
-            dict(type='PackDetInputs')
-        ],
-        dict(type='InfiniteSampler'),
-        NUM_IMAGES,
-        filter_cfg=dict(filter_empty_gt=True),
-        indices=NUM_IMAGES)
-    cfg.test_dataloader = loader(
-        'test.json', [
-            load[0], resize, load[1],
-            dict(
-                type='PackDetInputs',
-                meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                           'scale_factor'))
-        ],
-        dict(type='DefaultSampler', shuffle=False),
-        1,
-        test_mode=True)
-    cfg.test_evaluator = dict(
-        type='CocoMetric',
-        ann_file=cfg.test_dataloader['dataset']['ann_file'],
-        metric=['bbox', 'segm'] if has_masks else 'bbox')
-    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
-    cfg.train_cfg = dict(
-        type='IterBasedTrainLoop', max_iters=NUM_UNCOUNTED + steps)
-    cfg.optim_wrapper = dict(
-        type='OptimWrapper',
-        optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-4),
-        clip_grad=dict(max_norm=10))
-    cfg.param_scheduler = []
-    cfg.default_hooks.logger.interval = 1
-    cfg.default_hooks.checkpoint = dict(
-        type='mmdet_efficientdet.SafeCheckpointHook',
-        by_epoch=False,
-        interval=NUM_UNCOUNTED + steps)
-    cfg.log_processor = dict(
-        type='LogProcessor', window_size=1, by_epoch=False)
-    cfg.randomness = dict(seed=0)
-    return cfg
 
 
 def run(script: str, log: Path, *args) -> None:
@@ -331,8 +242,8 @@ def verify(config: Path, folder: Path, image_size: int, steps: int) -> dict:
     return row
 
 
-def table(rows: list) -> str:
-    """The rows in Markdown, and below them what went wrong."""
+def report(rows: list) -> str:
+    """A Markdown table, and below it the errors."""
     formats = dict(
         parameters=lambda n: f'{n / 1e6:.1f} M',
         first='{:.3f}'.format,
@@ -340,37 +251,27 @@ def table(rows: list) -> str:
         ap50='{:.3f}'.format,
         onnx='{:.0e}'.format,
         seconds='{:.0f} s'.format)
-    lines = [
-        '| ' + ' | '.join(COLUMNS.values()) + ' |',
-        '|---' + '|--:' * (len(COLUMNS) - 1) + '|'
-    ]
-    for row in rows:
-        lines.append('| ' + ' | '.join(
-            formats.get(key, str)(row[key]) if key in row else 'failed'
-            for key in COLUMNS) + ' |')
-    lines += [
+    cells = [[
+        formats.get(key, str)(row[key]) if key in row else 'failed'
+        for key in COLUMNS
+    ] for row in rows]
+    errors = [
         f'{row["config"]}: {row["error"]}' for row in rows if row['error']
     ]
-    return '\n'.join(lines)
+    table = GithubFlavoredMarkdownTable([list(COLUMNS.values()), *cells])
+    return '\n'.join([table.table, *errors])
 
 
 def main() -> None:
     """Verifies all configs, or those that are named, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        'configs', nargs='*', help='names, without .py; all by default')
-    parser.add_argument(
-        '--work-dir', default=ROOT / 'work_dirs' / 'detectors', type=Path)
-    parser.add_argument('--image-size', default=128, type=int)
-    parser.add_argument('--steps', default=20, type=int)
-    args = parser.parse_args()
+    args = parse_args()
     names = args.configs or sorted(path.stem for path in CONFIGS.glob('*.py'))
     register_all_modules()
     rows = [
         verify(CONFIGS / f'{name}.py', args.work_dir / name, args.image_size,
                args.steps) for name in names
     ]
-    print(table(rows))
+    print(report(rows))
     sys.exit(any(row['error'] for row in rows))
 
 

@@ -9,6 +9,7 @@ import sys
 
 import tree_folds
 from scipy import stats
+from terminaltables import GithubFlavoredMarkdownTable
 
 from mmdet_efficientdet.utils import write_file
 
@@ -37,8 +38,8 @@ def paired_difference(rows, variant, baseline, key='AP50'):
             float(quantile * statistics.stdev(folds) / len(folds)**0.5))
 
 
-def table(rows, costs, variants):
-    """The lines of a Markdown table with one row for each variant.
+def summary(rows, costs, variants):
+    """A Markdown table with one row for each variant.
 
     Args:
         rows (list[dict]): One for each run.
@@ -46,13 +47,10 @@ def table(rows, costs, variants):
         variants (list[str]): Of the study; the first is the baseline.
     """
     baseline = variants[0]
-    lines = [
-        f'| | runs | AP50 | AP50 - {baseline} (95 %) | shown | AP | loss '
-        f'| loss - {baseline} (95 %) | neck par. (k) | all par. (k) '
-        '| neck mult.-adds (M) | all mult.-adds (M) | neck time '
-        '| network time | step time | peak (MB) |',
-        '| --- ' + '| ---: ' * 15 + '|'
-    ]
+    lines = [('', 'runs', 'AP50', f'AP50 - {baseline} (95 %)', 'shown', 'AP',
+              'loss', f'loss - {baseline} (95 %)', 'neck par. (k)',
+              'all par. (k)', 'neck mult.-adds (M)', 'all mult.-adds (M)',
+              'neck time', 'network time', 'step time', 'peak (MB)')]
     for variant in variants:
         own = [r for r in rows if r['variant'] == variant]
         if not own:
@@ -67,16 +65,13 @@ def table(rows, costs, variants):
             f'{statistics.mean(r[key] for r in own):.3f}'
             for key in ('AP50', 'AP', 'loss')
         ]
-        cells = [
-            variant,
-            len(own), means[0],
-            _difference(rows, variant, baseline, 'AP50'), shown, *means[1:],
-            _difference(rows, variant, baseline,
-                        'loss'), *_costs(costs, variant, baseline),
-            f'{statistics.median(r["peak_mb"] for r in own):,.0f}'
-        ]
-        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
-    return lines
+        lines.append((variant, len(own), means[0],
+                      _difference(rows, variant, baseline,
+                                  'AP50'), shown, *means[1:],
+                      _difference(rows, variant, baseline,
+                                  'loss'), *_costs(costs, variant, baseline),
+                      f'{statistics.median(r["peak_mb"] for r in own):,.0f}'))
+    return GithubFlavoredMarkdownTable(lines).table
 
 
 def _difference(rows, variant, baseline, key):
@@ -198,8 +193,8 @@ def write_results(out, variants, settings):
     costs = json.loads(file.read_text()) if file.is_file() else {}
     rows.sort(
         key=lambda r: (variants.index(r['variant']), r['seed'], r['fold']))
-    lines = table(rows, costs, variants)
-    print('\n'.join(lines))
+    table = summary(rows, costs, variants)
+    print(table)
     rows = [{**row, **costs.get(row['variant'], {})} for row in rows]
     names = max(rows, key=len)
     file = io.StringIO()
@@ -208,5 +203,5 @@ def write_results(out, variants, settings):
     writer.writerows(rows)
     write_file(out / 'results.csv', file.getvalue().encode())
     write_file(out / 'table.md',
-               '\n'.join([*lines, *conditions(out, settings), '']).encode())
+               '\n'.join([table, *conditions(out, settings), '']).encode())
     write_file(out / 'results.png', draw(rows, costs, variants))

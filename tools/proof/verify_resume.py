@@ -1,11 +1,16 @@
-"""Show that a training that is killed ends as one that is not, bit by bit.
+"""Verify that a killed and resumed training is bit-identical to another.
 
-The trees of tools/prepare_trees.py are trained for a few steps by
-MMDetection's train.py: twice without a break, and once killed by SIGKILL at
-random moments and resumed each time. The losses of the first two must be the
-same at every step, and the final checkpoints of all three the same in every
-tensor and number: weights, averages, optimizer, schedule. Otherwise the exit
-status is 1.
+MMDetection's train.py trains on the trees of tools/prepare_trees.py for a few
+steps: twice without a break, and once killed by SIGKILL at random moments and
+resumed each time. The losses of the first two must be equal at every step.
+The final checkpoints of all three must be equal in every tensor and number:
+weights, EMA weights, optimizer and schedule.
+
+Example:
+    python tools/proof/verify_resume.py --steps 50 --kills 5
+
+Prints each kill and the number of differences. The exit status is 1 if there
+is one. Needs the data of tools/prepare_trees.py in data/trees.
 """
 import argparse
 import hashlib
@@ -18,10 +23,37 @@ import tempfile
 import time
 from pathlib import Path
 
+
+def parse_args(argv=None):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--steps',
+        default=100,
+        type=int,
+        help='length of each training (default: %(default)s)')
+    parser.add_argument(
+        '--kills',
+        default=10,
+        type=int,
+        help='how often the third training is killed (default: %(default)s)')
+    parser.add_argument(
+        '--seed',
+        default=0,
+        type=int,
+        help='seed of the training and of the kills (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 import mmdet
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
 CONFIG = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
 INTERVAL = 10  # steps from one checkpoint to the next
@@ -104,11 +136,7 @@ def train(folder, steps, seed, kill=None):
 
 def main(argv=None):
     """Trains, kills, compares and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--steps', default=100, type=int)
-    parser.add_argument('--kills', default=10, type=int)
-    parser.add_argument('--seed', default=0, type=int)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         first, second, killed = (

@@ -1,9 +1,14 @@
-"""Show that the detector learns a few pictures of trees by heart.
+"""Verify that the detector can overfit a few images of trees.
 
-A sound training can always do this; one whose images, boxes or anchors do not
-meet cannot. Windows of tools/prepare_trees.py are trained whole and without
-augmentation, by the recipe for trees, and found in the same windows. The exit
-status is 1 if AP50 does not reach ``--goal``.
+A correct training can always overfit; it cannot if images, boxes or anchors
+do not match. The detector is trained by the recipe for trees on whole images
+of tools/prepare_trees.py, without augmentation, and tested on the same images.
+
+Example:
+    python tools/proof/verify_overfit.py
+
+Prints the AP50 and the steps that it took. The exit status is 1 if AP50 stays
+below the goal. Needs the data of tools/prepare_trees.py.
 """
 import argparse
 import json
@@ -11,10 +16,49 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse_args(argv=None):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--data',
+        type=Path,
+        default=ROOT / 'data/trees',
+        help='folder that tools/prepare_trees.py has written (default: '
+        'data/trees)')
+    parser.add_argument(
+        '--windows',
+        type=int,
+        default=16,
+        help='number of images (default: %(default)s)')
+    parser.add_argument(
+        '--steps',
+        type=int,
+        default=200,
+        help='training steps at most (default: %(default)s)')
+    parser.add_argument(
+        '--interval',
+        type=int,
+        default=25,
+        help='steps from one test to the next (default: %(default)s)')
+    parser.add_argument(
+        '--goal',
+        type=float,
+        default=0.95,
+        help='AP50 to reach (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # answers --help before the libraries are imported
+
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/efficientdet/efficientdet_lite0_1xb8_trees.py'
 IMAGE_SIZE = 512  # enlarges the windows of 400 px, whose trees are small
 SCORE = 'coco/bbox_mAP_50'
@@ -52,13 +96,7 @@ def make_config(data, windows, steps, interval, goal):
 
 def main(argv=None):
     """Trains, and prints when the goal was reached."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--data', type=Path, default=ROOT / 'data/trees')
-    parser.add_argument('--windows', type=int, default=16)
-    parser.add_argument('--steps', type=int, default=200, help='at most')
-    parser.add_argument('--interval', type=int, default=25, help='of tests')
-    parser.add_argument('--goal', type=float, default=0.95)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     cfg = make_config(args.data.resolve(), args.windows, args.steps,
                       args.interval, args.goal)
     with tempfile.TemporaryDirectory() as cfg.work_dir:

@@ -1,11 +1,14 @@
 """Folds by place of the trees of prepare_trees.py, for compare_necks.py."""
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
-import prepare_trees
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import prepare_trees  # noqa: E402
 
 # The areas (picture, x0, y0, x1, y1) in px that each fold is tested on: thirds
 # of one photograph, and the two others.
