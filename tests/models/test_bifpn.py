@@ -531,10 +531,10 @@ def test_single_value_under_batch_norm(add_extra_convs):
 
 
 EXPORTED = [
-    dict(num_outs=5, stack_times=2),
+    dict(num_outs=5),
     dict(num_outs=5, fusion='softmax', add_extra_convs='on_output'),
     dict(num_outs=4, fusion='channel_fast_normalized', separable_conv=False),
-    dict(num_outs=3, fusion='unbounded',
+    dict(num_outs=3, fusion='unbounded', stack_times=2,
          norm_cfg=dict(type='GN', num_groups=2)),
     dict(num_outs=6, fusion='sum', norm_cfg=None, add_extra_convs=True),
 ]  # yapf: disable

@@ -1,4 +1,7 @@
 """BiFPN in the host's detectors, and our backbone and head in RetinaNet."""
+import copy
+from functools import lru_cache
+
 import pytest
 import torch
 from helpers.models import batch
@@ -48,7 +51,10 @@ SMALL = dict(
     fc_out_channels=32,
     feedforward_channels=32,
     num_layers=1,
+    num_convs=1,
+    num=32,
     nms_pre=50,
+    max_per_img=50,
     num_queries=50)
 SHALLOW = dict(
     SwinTransformer=dict(depths=(1, 1, 1, 1)),
@@ -69,9 +75,15 @@ def shrink(node):
             shrink(value)
 
 
+@lru_cache
+def config_of(name):
+    """The config of a file, not to be changed."""
+    return Config.fromfile(FOLDER / f'{name}.py')
+
+
 def build(name):
     """The detector of a config, less deep, without pretrained weights."""
-    model = Config.fromfile(FOLDER / f'{name}.py').model
+    model = copy.deepcopy(config_of(name).model)
     shrink(model)
     backbone = model.backbone
     if backbone.type == 'ResNet':
@@ -88,9 +100,9 @@ def build(name):
     return revert_sync_batchnorm(MODELS.build(model))
 
 
-def small_batch(model):
-    """What the model gets of two images of 128 and 96 pixels."""
-    data = batch((128, 128), (96, 128))
+def small_batch(model, side):
+    """What the model gets of two small images."""
+    data = batch((side, side), (side * 3 // 4, side))
     for sample in data['data_samples'] if model.with_mask else ():
         height, width = sample.img_shape
         sample.gt_instances.masks = BitmapMasks(
@@ -109,10 +121,9 @@ def test_all_configs_are_listed():
 @pytest.mark.parametrize('name', LEVELS)
 def test_few_lines_over_the_host(name):
     """A config takes all from the host but for parts of the network."""
-    path = FOLDER / f'{name}.py'
-    text = path.read_text()
+    text = (FOLDER / f'{name}.py').read_text()
     assert len(text.splitlines()) <= 25
-    config = Config.fromfile(path)
+    config = config_of(name)
     host = Config.fromstring(text.split('\n')[0], '.py')
     assert ('_bifpn' in name) == (
         config.model.neck.type == 'mmdet_efficientdet.BiFPN')
@@ -131,7 +142,7 @@ def test_few_lines_over_the_host(name):
 @pytest.mark.parametrize('name', LEVELS)
 def test_fusion_weights_decay_like_norms(name):
     """A base that spares the norms from decay spares them, too."""
-    config = Config.fromfile(FOLDER / f'{name}.py')
+    config = copy.deepcopy(config_of(name))
     config.optim_wrapper.type = 'OptimWrapper'
     neck = nn.ModuleDict(dict(neck=MODELS.build(config.model.neck)))
     groups = build_optim_wrapper(neck, config.optim_wrapper).param_groups
@@ -163,10 +174,11 @@ def test_detector(name):
     model = build(name)
     assert isinstance(model.neck, BiFPN) == ('_bifpn' in name)
     assert levels_of_the_head(model) in (strides, None)
-    data = small_batch(model.train())
+    side = max(64, strides[-1])
+    data = small_batch(model.train(), side)
     feats = model.extract_feat(data['inputs'])
     assert [x.shape for x in feats] == [
-        (2, width, 128 // stride, 128 // stride) for stride in strides
+        (2, width, side // stride, side // stride) for stride in strides
     ]
 
     MessageHub.get_current_instance().update_info('epoch', 0)  # for TOOD

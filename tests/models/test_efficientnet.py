@@ -634,10 +634,10 @@ def test_missing_timm_raises(monkeypatch):
 
 
 @pytest.mark.parametrize('given, own, message', [
-    ('b0', 'b1', r'only in the model:\n  \+ blocks'),
-    ('b1', 'b0', r'only in the checkpoint:\n  - blocks'),
-    ('b1', 'b2', r'of another shape \(checkpoint, model\):\n  ! blocks'),
-    ('lite0', 'b0', r'only in the model:\n  \+ blocks.0.se'),
+    ('b0', 'b1', r'only in the model.*\n  \+ blocks'),
+    ('b1', 'b0', r'only in the checkpoint.*\n  - blocks'),
+    ('b1', 'b2', r'shape.*\n  ! blocks'),
+    ('lite0', 'b0', r'only in the model.*\n  \+ blocks.0.se'),
 ])
 def test_other_arch_raises(given, own, message, tmp_path):
     """Weights of another architecture raise, also where loading is lax."""
@@ -687,10 +687,11 @@ def test_timm_weights_of_another_arch_raise(given, own):
     ('lite0', 108),
     ('lite4', 192),
 ])
-def test_norm_constants(build_detector, name, num_norms):
+def test_norm_constants(meta_detector, name, num_norms):
     """All batch norms of a detector have TensorFlow's constants."""
-    detector = build_detector(name, device='meta')
-    norms = [m for m in detector.modules() if isinstance(m, _BatchNorm)]
+    norms = [
+        m for m in meta_detector(name).modules() if isinstance(m, _BatchNorm)
+    ]
     assert len(norms) == num_norms
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
 

@@ -134,6 +134,7 @@ def test_parts_alone():
             hook.remove()
 
 
+@pytest.mark.slow
 def test_compiled():
     """A compiled model checkpoints, too, with the same loss."""
     config = small_config('d0')
@@ -172,6 +173,7 @@ def test_nothing_to_measure(monkeypatch, capsys):
     assert '--steps' in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_measuring_tool(monkeypatch, capsys):
     """It trains in processes of their own and prints sound figures."""
     monkeypatch.setattr('sys.argv', [

@@ -2,6 +2,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from mmdet.registry import MODELS
 
 DATA = Path(__file__).parents[1] / 'data'
 # Tensors without batch counters, and elements (trainable, statistics) of
@@ -30,9 +32,9 @@ PARTS = dict(
 
 
 @pytest.mark.parametrize('name', ['d0', 'd7x', 'lite0'])
-def test_keys_are_frozen(build_detector, name):
+def test_keys_are_frozen(meta_detector, name):
     """Every key has its place and shape; none comes and none goes."""
-    state_dict = build_detector(name, device='meta').state_dict()
+    state_dict = meta_detector(name).state_dict()
     lines = [f'{k} {tuple(v.shape)}' for k, v in state_dict.items()]
     frozen = (DATA / f'keys_{name}.txt').read_text().splitlines()
     assert lines == frozen
@@ -40,9 +42,9 @@ def test_keys_are_frozen(build_detector, name):
 
 
 @pytest.mark.parametrize('name', TOTALS)
-def test_totals(build_detector, name):
+def test_totals(meta_detector, name):
     """Parameters, statistics and tensors, to the digit."""
-    detector = build_detector(name, device='meta')
+    detector = meta_detector(name)
     num_tensors, trainable, statistics = TOTALS[name]
     assert sum(p.numel() for p in detector.parameters()) == trainable
     state_dict = {
@@ -56,11 +58,10 @@ def test_totals(build_detector, name):
 
 
 @pytest.mark.parametrize('name', PARTS)
-def test_parameters_of_parts(build_detector, name):
+def test_parameters_of_parts(meta_detector, name):
     """Each part has its share."""
     groups = dict.fromkeys(('backbone', 'neck', 'extra', 'cls', 'reg'), 0)
-    for key, parameter in build_detector(
-            name, device='meta').named_parameters():
+    for key, parameter in meta_detector(name).named_parameters():
         part, first = key.split('.')[:2]
         if first == 'extra_levels':
             part = 'extra'
@@ -77,7 +78,11 @@ def test_parameters_of_parts(build_detector, name):
     ('lite0', 3_237_620),
     ('lite4', 15_110_644),
 ])
-def test_parameters_of_80_classes(build_detector, name, expected):
+def test_parameters_of_80_classes(meta_detector, model_cfg, name, expected):
     """With the classes of the COCO configs."""
-    detector = build_detector(name, 80, 'meta')
-    assert sum(p.numel() for p in detector.parameters()) == expected
+    detector = meta_detector(name)
+    with torch.device('meta'):
+        head = MODELS.build(model_cfg(name, 80).bbox_head)
+    parts = (detector.backbone, detector.neck, head)
+    assert sum(p.numel() for part in parts
+               for p in part.parameters()) == expected
