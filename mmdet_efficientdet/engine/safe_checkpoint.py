@@ -127,7 +127,14 @@ class SafeCheckpointHook(CheckpointHook):
             checkpoint[key] = plain_data(checkpoint[key])
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Restores the objects of the log history."""
+        """Restores the objects of the log history.
+
+        ``meta['config']`` is removed. Checkpoints of MMDetection 2 have it,
+        and mmengine would execute its text to compare the number of GPUs.
+        """
+        meta = checkpoint.get('meta')
+        if isinstance(meta, dict):
+            meta.pop('config', None)
         scalars = checkpoint.get('message_hub', {}).get('log_scalars', {})
         for name, value in scalars.items():
             if isinstance(value, dict):
