@@ -46,6 +46,13 @@ class Scores(BaseMetric):
         return dict(mAP=self.scores.pop(0))
 
 
+class Other(Scores):
+    """A score of another name."""
+
+    def compute_metrics(self, results):
+        return dict(other=self.scores.pop(0))
+
+
 class Watch(Hook):
     """Keeps the weights of every step."""
     priority = 'HIGHEST'
@@ -162,6 +169,38 @@ def test_resuming_executes_no_text(tmp_path):
     again.train()
     assert again.epoch == 2 and again.iter == 6
     assert not marker.exists()
+
+
+@pytest.mark.parametrize('save_best', ['auto', ['mAP', 'other']])
+def test_resuming_removes_no_foreign_files(save_best, tmp_path):
+    """What a checkpoint names as the best one, or as an old one."""
+    toy_runner(tmp_path / 'first', [0.1]).train()
+    path = tmp_path / 'first' / 'epoch_1.pth'
+    mine = tmp_path / 'best_of_mine'
+    (mine / 'folder').mkdir(parents=True)
+    (tmp_path / 'again' / 'epoch_').mkdir(parents=True)
+    checkpoint = torch.load(path, weights_only=True)
+    info = checkpoint['message_hub']['runtime_info']
+    for key in ('best_ckpt', 'best_ckpt_mAP', 'best_ckpt_again'):
+        info[key] = str(mine)
+        checkpoint['message_hub']['resumed_keys'][key] = True
+    (tmp_path / 'mine.pth').touch()
+    info['keep_ckpt_ids'] = ['/../../../mine', 1, 2]
+    torch.save(checkpoint, path)
+    again = toy_runner(tmp_path / 'again', [0.1, 0.2])
+    again.hooks[:] = [
+        h for h in again.hooks if not isinstance(h, SafeCheckpointHook)
+    ]
+    again.register_hook(
+        SafeCheckpointHook(
+            save_best=save_best, rule='greater', max_keep_ckpts=1))
+    if save_best != 'auto':
+        again._val_evaluator = [Scores([0.1, 0.2]), Other([0.1, 0.2])]
+    again._load_from, again._resume = str(path), True
+    again.train()
+    assert list((tmp_path / 'again').glob('best_mAP_epoch_2.pth'))
+    assert (mine / 'folder').is_dir()
+    assert (tmp_path / 'mine.pth').is_file()
 
 
 @pytest.mark.parametrize(
