@@ -16,7 +16,7 @@ from ..scaling import set_classes
 from ..utils import shorten
 from .conventions import adopt_conventions
 from .convert import build_on_meta, convert_source
-from .sources import class_names, open_source
+from .sources import check_unique, class_names, open_source, origin_of
 
 _PREDICTOR = re.compile(rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(weight|bias)')
 
@@ -65,7 +65,7 @@ def transfer_file(path: str,
         head.init_weights()
     new, receipt = transfer_classes(checkpoint, classes, head)
     model.load_state_dict(new['state_dict'], assign=True)  # or raises
-    origin = new['meta'].get('source') or dict(
+    origin = origin_of(new['meta']) or dict(
         file=Path(path).name, sha256=source.sha256, receipt=[])
     new['meta'].update(
         cfg=config.pretty_text,
@@ -109,11 +109,7 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
             "the checkpoint has no class names in meta['dataset_meta']"
             "['classes'], by which rows could be copied. MMDetection's "
             'training and tools/convert_checkpoint.py write them')
-    for names in (old, classes):
-        twice = [name for name in names if list(names).count(name) > 1]
-        if twice:
-            raise ValueError(f'the class name {twice[0]!r} occurs twice in '
-                             f'{shorten(names)}; names must be unique')
+    check_unique(classes)
     # Colors and whatever else belongs to the old classes are dropped.
     new = dict(
         meta=dict(

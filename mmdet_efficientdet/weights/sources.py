@@ -4,14 +4,15 @@ import re
 import tarfile
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Mapping, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from ..utils import import_package
+from ..utils import import_package, shorten, shown
 from .tensorflow import EMA_SUFFIX, read_bundle, read_keras
 
 # The end of the name of a part of a TensorFlow checkpoint.
@@ -188,7 +189,52 @@ def _state_dicts(data: dict) -> Tuple[dict, dict]:
 
 
 def class_names(meta: dict) -> List[str]:
-    """The class names in the ``meta`` of a checkpoint, if any."""
-    names = meta.get('dataset_meta')
-    names = names.get('classes') if isinstance(names, dict) else None
-    return list(names or ())
+    """The class names in the ``meta`` of a checkpoint, if any.
+
+    Raises:
+        ValueError: If they are not a list of different texts.
+    """
+    given = meta.get('dataset_meta')
+    names = given.get('classes') if isinstance(given, dict) else given
+    if names is None:
+        return []
+    if (names is given or not isinstance(names, (list, tuple))
+            or not all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"meta['dataset_meta'] of the checkpoint is {shown(given)}, but "
+            "must be a dict with a list of texts as 'classes', the class "
+            'names')
+    check_unique(names)
+    return list(names)
+
+
+def check_unique(names: Sequence[str]) -> None:
+    """Raises a ValueError that names a class name that occurs twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f'the class name {twice[0]!r} occurs twice in '
+                         f'{shorten(names)}; names must be unique')
+
+
+def origin_of(meta: dict) -> dict:
+    """The origin that the converter has noted in a ``meta``, or {}.
+
+    Raises:
+        ValueError: If it is not what the converter writes.
+    """
+    origin = meta.get('source')
+    if origin is None:
+        return {}
+    if not isinstance(origin, dict):
+        raise ValueError("meta['source'] of the checkpoint is "
+                         f'{shown(origin)}, but must be a dict')
+    receipt = origin.get('receipt')
+    if not isinstance(receipt, list) or not all(
+            isinstance(line, str) for line in receipt):
+        raise ValueError("meta['source']['receipt'] of the checkpoint is "
+                         f'{shown(receipt)}, but must be a list of texts')
+    for key in ('file', 'sha256'):
+        if not isinstance(origin.get(key), str):
+            raise ValueError(f"meta['source'][{key!r}] of the checkpoint is "
+                             f'{shown(origin.get(key))}, but must be a text')
+    return {key: origin[key] for key in ('file', 'sha256', 'receipt')}
