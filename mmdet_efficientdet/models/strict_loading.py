@@ -1,6 +1,8 @@
 """Modules that refuse a checkpoint which does not fit."""
 from typing import Dict, Tuple
 
+from ..utils import printable
+
 
 class StrictLoading:
     """Mixin of modules that refuse a state dict which does not fit.
@@ -53,7 +55,7 @@ class StrictLoading:
         sections = {
             'only in the model': [f'+ {k} {own[k]}' for k in missing],
             'only in the checkpoint':
-            [f'- {k} {given[k]}' for k in unexpected],
+            [f'- {printable(k)} {given[k]}' for k in unexpected],
             'of another shape (checkpoint, model)':
             [f'! {k} {a}, {b}' for k, (a, b) in shapes.items()]
         }

@@ -13,7 +13,7 @@ from ..models import EfficientDetHead
 from ..models.efficientdet import CLASS_PREDICTOR
 from ..registry import MODELS
 from ..scaling import set_classes
-from ..utils import shorten
+from ..utils import printable, shorten
 from .conventions import adopt_conventions
 from .convert import build_on_meta, convert_source
 from .sources import check_unique, class_names, open_source, origin_of
@@ -135,17 +135,16 @@ def _transfer(state_dict: Dict[str, Tensor], old: List[str],
         match = _PREDICTOR.fullmatch(key)
         if not match:
             continue
+        name = f'{printable(key)} of the checkpoint'
         if len(value) != num_anchors * len(old):
             raise ValueError(
-                f'{key} of the checkpoint has {len(value)} rows, which are '
-                f'not {num_anchors} anchors for each of its {len(old)} '
-                f'classes {shorten(old)}')
+                f'{name} has {len(value)} rows, which are not {num_anchors} '
+                f'anchors for each of its {len(old)} classes {shorten(old)}')
         initial = getattr(head.conv_cls.pointwise, match[2]).detach()
         if value.shape[1:] != initial.shape[1:]:
             raise ValueError(
-                f'{key} of the checkpoint has {value.shape[1]} channels, '
-                f'that of the model {initial.shape[1]}: the checkpoint is of '
-                'another size')
+                f'{name} has {value.shape[1]} channels, that of the model '
+                f'{initial.shape[1]}: the checkpoint is of another size')
         rows = initial.to(value, copy=True).unflatten(0, (num_anchors, -1))
         rows[:, copied] = value.unflatten(0, (num_anchors, -1))[:, sources]
         result[key] = rows.flatten(0, 1)
@@ -161,7 +160,7 @@ def _differences(old: List[str], new: Sequence[str]) -> List[str]:
     }
     lines = [
         f'{title}: {len(names)} classes' +
-        (f' ({", ".join(names)})' if names else '')
+        (f' ({printable(", ".join(names))})' if names else '')
         for title, names in groups.items()
     ]
     spellings = {_spelling(name): name for name in old}

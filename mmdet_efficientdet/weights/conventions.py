@@ -1,5 +1,6 @@
 """Settings that weights were trained with and that no tensor shows."""
 import logging
+import shlex
 from functools import reduce
 from math import isfinite
 from typing import List
@@ -147,4 +148,4 @@ def _as_lists(value):
 
 def option(key: str, value) -> str:
     """One value for ``--cfg-options``, quoted for a shell."""
-    return f"'{key}={value}'".replace(' ', '')
+    return shlex.quote(f'{key}={value}'.replace(' ', ''))

@@ -12,7 +12,7 @@ from typing import Dict, List, Mapping, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..utils import import_package, shorten, shown
+from ..utils import import_package, printable, shorten, shown
 from .tensorflow import EMA_SUFFIX, read_bundle, read_keras
 
 # The end of the name of a part of a TensorFlow checkpoint.
@@ -36,6 +36,13 @@ class Source:
     meta: dict = field(default_factory=dict)
     ratio_major: bool = False
     checkpoint: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses names that would control the terminal they are shown in."""
+        for name in self.tensors:
+            if not name.isprintable():
+                raise ValueError(f'the file holds a tensor named {shown(name)}'
+                                 ', which has control characters')
 
 
 def open_source(path: str) -> Source:
@@ -129,7 +136,7 @@ def _read_archive(source: Path) -> Mapping:
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise ValueError(
                 f'{source} cannot be unpacked: it is damaged or cut off, or '
-                f'the disk is full: {error}') from error
+                f'the disk is full: {printable(str(error))}') from error
         return read_bundle(str(_find_prefix(Path(folder))))
 
 
@@ -139,7 +146,8 @@ def _read_safetensors(path: str) -> Dict[str, Tensor]:
         with safetensors.safe_open(path, framework='pt') as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
-        raise ValueError(f'{path} is damaged or cut off: {error}') from error
+        raise ValueError(f'{path} is damaged or cut off: '
+                         f'{printable(str(error))}') from error
 
 
 def _read_torch(path: str) -> Source:
@@ -150,7 +158,8 @@ def _read_torch(path: str) -> Source:
             f'{path} is damaged, or contains more than weights, which is '
             'never executed. If you trained it yourself, save plain data: its '
             "state_dict, and 'cfg' and 'dataset_meta' of its meta. "
-            f'{(str(error) or repr(error)).splitlines()[0]}') from error
+            f'{printable((str(error) or repr(error)).splitlines()[0])}'
+        ) from error
     if not isinstance(data, dict):
         raise ValueError(f'{path} holds {type(data).__name__}, not weights')
     meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
@@ -167,7 +176,7 @@ def _read_torch(path: str) -> Source:
                 continue
             key = key.removeprefix('module.') + suffix
             if key in tensors:
-                raise ValueError(f'{path} holds {key} twice')
+                raise ValueError(f'{path} holds {printable(key)} twice')
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')

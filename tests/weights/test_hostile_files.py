@@ -1,15 +1,19 @@
 """What a file contains beside its weights is not trusted."""
 import os
+import shlex
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
+from helpers.tensorflow_files import write_bundle
 from helpers.tiny_data import LITE0
 from mmengine.config import Config
 
+from mmdet_efficientdet import EfficientNet
 from mmdet_efficientdet.weights.class_transfer import transfer_file
 from mmdet_efficientdet.weights.conventions import (conventions,
-                                                    differing_options,
+                                                    differing_options, option,
                                                     read_conventions)
 from mmdet_efficientdet.weights.convert import COCO, convert_file
 
@@ -114,3 +118,43 @@ def test_tool_refuses_code(lite0, run_converter, tmp_path, monkeypatch):
     code, output = run_converter('x.pth', 'y.pth', '--config', LITE0)
     assert code == 1 and 'the pad_value of the checkpoint' in output
     assert os.listdir() == ['x.pth']
+
+
+@pytest.mark.parametrize('value', [[1.5, -2], "a b';$(c)`d`", 'x"\\y'])
+def test_options_are_quoted(value):
+    """A shell gives the value back, in one word."""
+    word, = shlex.split(option('model.key', value))
+    assert word == f'model.key={value}'.replace(' ', '')
+
+
+CONTROL = '\x1b[2J\n\x07 $(touch marker)'
+
+
+def test_control_characters_of_classes(lite0, run_converter, tmp_path):
+    """Of names that are allowed, and of the receipt, they are escaped."""
+    path, config = tmp_path / 'x.pth', Config.fromfile(LITE0)
+    origin = dict(file='x', sha256=CONTROL, receipt=[CONTROL])
+    meta = dict(dataset_meta=dict(classes=[CONTROL, *COCO[1:]]), source=origin)
+    torch.save(dict(meta=meta, state_dict=lite0), path)
+    receipt = transfer_file(path, config, ['dog'])['meta']['source']['receipt']
+    assert all(line.isprintable() for line in receipt[1:])
+    assert any('[2J' in line for line in receipt[1:])
+    code, output = run_converter(path, tmp_path / 'y.pth', '--config', LITE0)
+    assert code == 0 and '\\x1b[2J\\n' in output
+    assert output.replace('\n', '').isprintable()
+
+
+def test_control_characters_of_keys(lite0, run_converter, tmp_path):
+    """Of a torch file, a TensorFlow checkpoint, and what a model loads."""
+    torch.save({**lite0, CONTROL: torch.ones(1)}, tmp_path / 'x.pth')
+    write_bundle(tmp_path / 'model', {CONTROL: np.ones(1, 'f4')})
+    torch.save(
+        dict(state_dict=lite0, extra=[CONTROL, os.system]),
+        tmp_path / 'code.pth')
+    for name in ('x.pth', 'model', 'code.pth'):
+        code, output = run_converter(tmp_path / name, tmp_path / 'y.pth',
+                                     '--config', LITE0)
+        assert code == 1 and output.replace('\n', '').isprintable()
+    with pytest.raises(ValueError, match='x1b') as error:
+        EfficientNet('lite0').load_state_dict({CONTROL: torch.ones(1)})
+    assert str(error.value).replace('\n', '').isprintable()
