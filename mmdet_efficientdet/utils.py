@@ -1,5 +1,6 @@
 """What every wing needs: registration, the configs' place, whole files."""
 import os
+import reprlib
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -121,3 +122,17 @@ def shorten(classes) -> str:
     """The first ten names, for a message."""
     names = ', '.join(map(repr, classes[:10]))
     return f'({names}{", ..." if len(classes) > 10 else ""})'
+
+
+def shown(value) -> str:
+    """A value of a file in at most 80 characters, none of them a control."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # an int of thousands of digits
+        text = f'a huge {type(value).__name__}'
+    return printable(text)[:80]
+
+
+def printable(text: str) -> str:
+    """The same text with control characters escaped."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

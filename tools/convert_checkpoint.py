@@ -58,6 +58,7 @@ if __name__ == '__main__':
 
 from mmengine.config import Config
 
+from mmdet_efficientdet.utils import printable
 from mmdet_efficientdet.weights.class_transfer import transfer_file
 from mmdet_efficientdet.weights.convert import convert_file, save
 from mmdet_efficientdet.weights.published import fetch, find, find_by_file
@@ -108,8 +109,8 @@ def main():
         raise SystemExit(f'{error}\nNothing was written.') from error
     source = checkpoint['meta']['source']
     print('\n'.join([
-        *source['receipt'], f'sha256 of the source: {source["sha256"]}',
-        args.dst
+        *map(printable, source['receipt']),
+        f'sha256 of the source: {printable(source["sha256"])}', args.dst
     ]))
 
 

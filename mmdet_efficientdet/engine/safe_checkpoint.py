@@ -74,6 +74,7 @@ class SafeCheckpointHook(CheckpointHook):
                 backend='mmdet_efficientdet.atomic',
                 last_checkpoint=self._last)
         super().before_train(runner)
+        self._keep_foreign_files()
         self._remove_half_written()
         # Other messages name it. resumed=False keeps it out of checkpoints.
         runner.message_hub.update_info(
@@ -127,11 +128,42 @@ class SafeCheckpointHook(CheckpointHook):
             checkpoint[key] = plain_data(checkpoint[key])
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Restores the objects of the log history."""
-        scalars = checkpoint.get('message_hub', {}).get('log_scalars', {})
+        """Restores the objects of the log history.
+
+        ``meta['config']`` is removed. Checkpoints of MMDetection 2 have it,
+        and mmengine would execute its text to compare the number of GPUs.
+        """
+        meta = checkpoint.get('meta')
+        if isinstance(meta, dict):
+            meta.pop('config', None)
+        hub = checkpoint.get('message_hub', {})
+        ids = hub.get('runtime_info', {}).get('keep_ckpt_ids')
+        if ids:  # mmengine makes paths of them, whose files it removes
+            hub['runtime_info']['keep_ckpt_ids'] = [
+                i for i in ids if isinstance(i, int)
+            ]
+        scalars = hub.get('log_scalars', {})
         for name, value in scalars.items():
             if isinstance(value, dict):
                 scalars[name] = HistoryBuffer(**value)
+
+    def _keep_foreign_files(self) -> None:
+        """Forgets a best checkpoint that is not of this folder.
+
+        mmengine removes the file or folder that the resumed checkpoint names
+        as the best one, wherever it is, as soon as there is a better one.
+        """
+
+        def own(path) -> bool:
+            folder, name = osp.split(osp.abspath(str(path)))
+            return (folder == osp.abspath(self.out_dir)
+                    and name.startswith('best_'))
+
+        if not own(getattr(self, 'best_ckpt_path', None)):
+            self.best_ckpt_path = None
+        paths = getattr(self, 'best_ckpt_path_dict', {})
+        for key, path in paths.items():
+            paths[key] = path if own(path) else None
 
     @master_only
     def _remove_half_written(self) -> None:

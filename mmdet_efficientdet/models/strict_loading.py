@@ -1,6 +1,8 @@
 """Strict loading of checkpoints."""
 from typing import Dict, Tuple
 
+from ..utils import printable
+
 
 class StrictLoading:
     """Mixin of modules that refuse a state dict that does not fit.
@@ -37,7 +39,7 @@ class StrictLoading:
             if k not in given and not k.endswith('num_batches_tracked')
         ]
         unexpected = [
-            f'- {k} {given[k]}' for k in given
+            f'- {printable(k)} {given[k]}' for k in given
             if k not in own and not self.is_leftover_key(k)
         ]
         shapes = {

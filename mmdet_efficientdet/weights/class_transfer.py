@@ -13,10 +13,10 @@ from ..models import EfficientDetHead
 from ..models.efficientdet import CLASS_PREDICTOR
 from ..registry import MODELS
 from ..scaling import set_classes
-from ..utils import shorten
+from ..utils import printable, shorten
 from .conventions import adopt_conventions
 from .convert import build_on_meta, convert_source
-from .sources import class_names, open_source
+from .sources import check_unique, class_names, open_source, origin_of
 
 _PREDICTOR = re.compile(rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(weight|bias)')
 
@@ -65,7 +65,7 @@ def transfer_file(path: str,
         head.init_weights()
     new, receipt = transfer_classes(checkpoint, classes, head)
     model.load_state_dict(new['state_dict'], assign=True)  # or raises
-    origin = new['meta'].get('source') or dict(
+    origin = origin_of(new['meta']) or dict(
         file=Path(path).name, sha256=source.sha256, receipt=[])
     new['meta'].update(
         cfg=config.pretty_text,
@@ -109,11 +109,7 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
             "the checkpoint has no class names in meta['dataset_meta']"
             "['classes'], by which rows could be copied. MMDetection's "
             'training and tools/convert_checkpoint.py write them')
-    for names in (old, classes):
-        twice = [name for name in names if list(names).count(name) > 1]
-        if twice:
-            raise ValueError(f'the class name {twice[0]!r} occurs twice in '
-                             f'{shorten(names)}; names must be unique')
+    check_unique(classes)
     # Colors and whatever else belongs to the old classes are dropped.
     new = dict(
         meta=dict(
@@ -139,17 +135,16 @@ def _transfer(state_dict: Dict[str, Tensor], old: List[str],
         match = _PREDICTOR.fullmatch(key)
         if not match:
             continue
+        name = f'{printable(key)} of the checkpoint'
         if len(value) != num_anchors * len(old):
             raise ValueError(
-                f'{key} of the checkpoint has {len(value)} rows, which are '
-                f'not {num_anchors} anchors for each of its {len(old)} '
-                f'classes {shorten(old)}')
+                f'{name} has {len(value)} rows, which are not {num_anchors} '
+                f'anchors for each of its {len(old)} classes {shorten(old)}')
         initial = getattr(head.conv_cls.pointwise, match[2]).detach()
         if value.shape[1:] != initial.shape[1:]:
             raise ValueError(
-                f'{key} of the checkpoint has {value.shape[1]} channels, '
-                f'that of the model {initial.shape[1]}: the checkpoint is of '
-                'another size')
+                f'{name} has {value.shape[1]} channels, that of the model '
+                f'{initial.shape[1]}: the checkpoint is of another size')
         rows = initial.to(value, copy=True).unflatten(0, (num_anchors, -1))
         rows[:, copied] = value.unflatten(0, (num_anchors, -1))[:, sources]
         result[key] = rows.flatten(0, 1)
@@ -165,7 +160,7 @@ def _differences(old: List[str], new: Sequence[str]) -> List[str]:
     }
     lines = [
         f'{title}: {len(names)} classes' +
-        (f' ({", ".join(names)})' if names else '')
+        (f' ({printable(", ".join(names))})' if names else '')
         for title, names in groups.items()
     ]
     spellings = {_spelling(name): name for name in old}

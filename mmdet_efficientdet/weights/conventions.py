@@ -1,6 +1,13 @@
 """Settings that weights were trained with and that no tensor shows."""
+import logging
+import shlex
 from functools import reduce
+from math import isfinite
 from typing import List
+
+from mmengine.logging import print_log
+
+from ..utils import shown
 
 # Name in the meta of a checkpoint, and place in the config of a model.
 PLACES = dict(
@@ -11,16 +18,86 @@ PLACES = dict(
     pad_value='data_preprocessor.pad_value')
 
 
+def _is_number(value) -> bool:
+    try:
+        return type(value) in (int, float) and isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
+
+
+def _is_positive(value) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_list(value, is_item, counts) -> bool:
+    return (isinstance(value, (list, tuple)) and len(value) in counts
+            and all(map(is_item, value)))
+
+
+def _is_pair(value) -> bool:
+    return _is_list(value, _is_positive, (2, ))
+
+
+def _is_pairs(value) -> bool:
+    return _is_list(value, _is_pair, range(1, 101))
+
+
+def _is_mean(value) -> bool:  # None: images are not normalized
+    return value is None or _is_list(value, _is_number, (1, 3))
+
+
+def _is_std(value) -> bool:
+    return value is None or _is_list(value, _is_positive, (1, 3))
+
+
+# What the meta may have: a test of the value, and the words of the error.
+_ALLOWED = dict(
+    aspect_pairs=(_is_pairs, 'a list of pairs (width, height) of positive, '
+                  'finite numbers'),
+    anchor_scale=(_is_positive, 'a positive, finite number'),
+    mean=(_is_mean, 'a finite number for each channel'),
+    std=(_is_std, 'a positive, finite number for each channel'),
+    pad_value=(_is_number, 'a finite number'))
+
+
+def read_conventions(meta: dict) -> dict:
+    """The conventions in the meta of a checkpoint, of which none is trusted.
+
+    Args:
+        meta (dict): With any of ``PLACES``.
+
+    Returns:
+        dict: Those that it has, as finite numbers in lists.
+
+    Raises:
+        ValueError: If a value is not allowed. The message has its name.
+    """
+    found = {}
+    for key, (is_allowed, allowed) in _ALLOWED.items():
+        if key not in meta:
+            continue
+        value = meta[key]
+        if not is_allowed(value):
+            raise ValueError(f'the {key} of the checkpoint is {shown(value)}, '
+                             f'but must be {allowed}')
+        found[key] = _as_lists(value)
+    return found
+
+
 def adopt_conventions(config, meta: dict) -> None:
     """Sets the conventions of a checkpoint in a config.
 
     Args:
         config (Config): It is changed.
         meta (dict): Of the checkpoint, with any of ``PLACES``.
+
+    Raises:
+        ValueError: As in :func:`read_conventions`.
     """
     current = conventions(config.model)
+    given = read_conventions(meta)
     for key, place in PLACES.items():
-        value = meta.get(key, current[key])
+        value = given.get(key, current[key])
         if key == 'aspect_pairs':  # tuples, as in the shipped configs
             value = [tuple(pair) for pair in value]
         elif value == current[key]:
@@ -32,14 +109,22 @@ def differing_options(meta: dict, model: dict) -> List[str]:
     """Command-line options that set a checkpoint's conventions in a config.
 
     Args:
-        meta (dict): Of the checkpoint, with any of ``PLACES``.
+        meta (dict): Of the checkpoint, with any of ``PLACES``. If a value is
+            not allowed, this is logged, and there are no options.
         model (dict): Config of the model. Values that it has already are
             skipped.
     """
     current = conventions(model)
+    try:
+        given = read_conventions(meta)
+    except ValueError as error:
+        print_log(
+            f'{error}. The weights are used with the settings of the config',
+            'current', logging.WARNING)
+        return []
     return [
-        option(f'model.{place}', meta[key]) for key, place in PLACES.items()
-        if _as_lists(meta.get(key, current[key])) != current[key]
+        option(f'model.{PLACES[key]}', value) for key, value in given.items()
+        if value != current[key]
     ]
 
 
@@ -49,7 +134,8 @@ def conventions(model: dict) -> dict:
     for key, place in PLACES.items():
         *parents, last = place.split('.')
         node = reduce(lambda node, part: node[part], parents, model)
-        values[key] = _as_lists(node.get(last, 0))
+        values[key] = _as_lists(
+            node.get(last, 0 if key == 'pad_value' else None))
     return values
 
 
@@ -62,4 +148,4 @@ def _as_lists(value):
 
 def option(key: str, value) -> str:
     """One value for ``--cfg-options``, quoted for a shell."""
-    return f"'{key}={value}'".replace(' ', '')
+    return shlex.quote(f'{key}={value}'.replace(' ', ''))

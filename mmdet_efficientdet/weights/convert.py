@@ -19,7 +19,7 @@ from ..utils import write_file
 from .conventions import adopt_conventions, conventions
 from .matching import match
 from .naming import Layout
-from .sources import Source, class_names, open_source
+from .sources import Source, class_names, open_source, origin_of
 
 _BIAS = f'{CLASS_PREDICTOR}.bias'
 COCO = list(CocoDataset.METAINFO['classes'])
@@ -101,8 +101,7 @@ def convert_source(source: Source,
             for key, value in state_dict.items()
         }
         return dict(meta=dict(source=origin), state_dict=backbone)
-    if isinstance(meta.get('source'), dict):
-        origin = meta['source']  # a converted file keeps its origin
+    origin = origin_of(meta) or origin  # a converted file keeps its origin
     receipt = list(origin['receipt'])
     state_dict, names = _select_classes(state_dict,
                                         model.bbox_head.num_base_priors, path,

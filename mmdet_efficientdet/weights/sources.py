@@ -4,14 +4,15 @@ import re
 import tarfile
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Mapping, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from ..utils import import_package
+from ..utils import import_package, printable, shorten, shown
 from .tensorflow import EMA_SUFFIX, read_bundle, read_keras
 
 # The end of the name of a part of a TensorFlow checkpoint.
@@ -35,6 +36,13 @@ class Source:
     meta: dict = field(default_factory=dict)
     ratio_major: bool = False
     checkpoint: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses names that would control the terminal they are shown in."""
+        for name in self.tensors:
+            if not name.isprintable():
+                raise ValueError(f'the file holds a tensor named {shown(name)}'
+                                 ', which has control characters')
 
 
 def open_source(path: str) -> Source:
@@ -128,7 +136,7 @@ def _read_archive(source: Path) -> Mapping:
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise ValueError(
                 f'{source} cannot be unpacked: it is damaged or cut off, or '
-                f'the disk is full: {error}') from error
+                f'the disk is full: {printable(str(error))}') from error
         return read_bundle(str(_find_prefix(Path(folder))))
 
 
@@ -138,7 +146,8 @@ def _read_safetensors(path: str) -> Dict[str, Tensor]:
         with safetensors.safe_open(path, framework='pt') as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
-        raise ValueError(f'{path} is damaged or cut off: {error}') from error
+        raise ValueError(f'{path} is damaged or cut off: '
+                         f'{printable(str(error))}') from error
 
 
 def _read_torch(path: str) -> Source:
@@ -149,7 +158,8 @@ def _read_torch(path: str) -> Source:
             f'{path} is damaged, or contains more than weights, which is '
             'never executed. If you trained it yourself, save plain data: its '
             "state_dict, and 'cfg' and 'dataset_meta' of its meta. "
-            f'{(str(error) or repr(error)).splitlines()[0]}') from error
+            f'{printable((str(error) or repr(error)).splitlines()[0])}'
+        ) from error
     if not isinstance(data, dict):
         raise ValueError(f'{path} holds {type(data).__name__}, not weights')
     meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
@@ -166,7 +176,7 @@ def _read_torch(path: str) -> Source:
                 continue
             key = key.removeprefix('module.') + suffix
             if key in tensors:
-                raise ValueError(f'{path} holds {key} twice')
+                raise ValueError(f'{path} holds {printable(key)} twice')
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')
@@ -188,7 +198,52 @@ def _state_dicts(data: dict) -> Tuple[dict, dict]:
 
 
 def class_names(meta: dict) -> List[str]:
-    """The class names in the ``meta`` of a checkpoint, if any."""
-    names = meta.get('dataset_meta')
-    names = names.get('classes') if isinstance(names, dict) else None
-    return list(names or ())
+    """The class names in the ``meta`` of a checkpoint, if any.
+
+    Raises:
+        ValueError: If they are not a list of different texts.
+    """
+    given = meta.get('dataset_meta')
+    names = given.get('classes') if isinstance(given, dict) else given
+    if names is None:
+        return []
+    if (names is given or not isinstance(names, (list, tuple))
+            or not all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"meta['dataset_meta'] of the checkpoint is {shown(given)}, but "
+            "must be a dict with a list of texts as 'classes', the class "
+            'names')
+    check_unique(names)
+    return list(names)
+
+
+def check_unique(names: Sequence[str]) -> None:
+    """Raises a ValueError that names a class name that occurs twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f'the class name {twice[0]!r} occurs twice in '
+                         f'{shorten(names)}; names must be unique')
+
+
+def origin_of(meta: dict) -> dict:
+    """The origin that the converter has noted in a ``meta``, or {}.
+
+    Raises:
+        ValueError: If it is not what the converter writes.
+    """
+    origin = meta.get('source')
+    if origin is None:
+        return {}
+    if not isinstance(origin, dict):
+        raise ValueError("meta['source'] of the checkpoint is "
+                         f'{shown(origin)}, but must be a dict')
+    receipt = origin.get('receipt')
+    if not isinstance(receipt, list) or not all(
+            isinstance(line, str) for line in receipt):
+        raise ValueError("meta['source']['receipt'] of the checkpoint is "
+                         f'{shown(receipt)}, but must be a list of texts')
+    for key in ('file', 'sha256'):
+        if not isinstance(origin.get(key), str):
+            raise ValueError(f"meta['source'][{key!r}] of the checkpoint is "
+                             f'{shown(origin.get(key))}, but must be a text')
+    return {key: origin[key] for key in ('file', 'sha256', 'receipt')}

@@ -11,7 +11,7 @@ from typing import Dict, Iterator, Tuple
 
 import numpy as np
 
-from ..utils import import_package
+from ..utils import import_package, printable
 
 EMA_SUFFIX = '/ExponentialMovingAverage'  # of the name of a moving average
 _MAGIC = 0xdb4775248b80fb57
@@ -116,7 +116,9 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
         return np.memmap(path, np.uint8, 'r')
 
     return {
-        name: _array(f'{prefix}: {name}', entry, shard(entry.get(3, [0])[0]))
+        name:
+        _array(f'{prefix}: {printable(name)}', entry,
+               shard(entry.get(3, [0])[0]))
         for name, entry in entries.items() if entry.get(1) != [_STRING]
     }
 
@@ -176,7 +178,8 @@ def read_keras(path: str) -> Dict[str, np.ndarray]:
                       for layer in _names(root, 'layer_names')
                       for name in _names(root[layer], 'weight_names')]
     except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged or cut off: {error}') from error
+        raise ValueError(f'{path} is damaged or cut off: '
+                         f'{printable(str(error))}') from error
     tensors = dict(arrays)
     if not tensors:
         raise ValueError(f'{path} holds no weights of Keras 2')

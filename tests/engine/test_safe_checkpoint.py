@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_data import LITE0, files_up_to
+from helpers.tiny_data import CONFIGS, LITE0, files_up_to
 from helpers.two_ranks import errors_of_ranks
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
@@ -44,6 +44,13 @@ class Scores(BaseMetric):
 
     def compute_metrics(self, results):
         return dict(mAP=self.scores.pop(0))
+
+
+class Other(Scores):
+    """A score of another name."""
+
+    def compute_metrics(self, results):
+        return dict(other=self.scores.pop(0))
 
 
 class Watch(Hook):
@@ -144,6 +151,64 @@ def test_resumed_history(tmp_path):
         r.message_hub.get_scalar('train/loss').data[0].tolist()
         for r in (runner, again))
     assert (len(before), len(after)) == (3, 6) and after[:3] == before
+
+
+def test_resuming_executes_no_text(tmp_path):
+    """mmengine would execute meta['config'] as the text of a config."""
+    marker = tmp_path / 'marker'
+    text = f'made = __import__("os").mkdir({str(marker)!r})'
+    Config.fromstring(text, '.py')  # that is what it would do
+    marker.rmdir()
+    toy_runner(tmp_path / 'first', [0.1]).train()
+    path = tmp_path / 'first' / 'epoch_1.pth'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['meta']['config'] = text
+    torch.save(checkpoint, path)
+    again = toy_runner(tmp_path / 'again', [0.1, 0.1])
+    again._load_from, again._resume = str(path), True
+    again.train()
+    assert again.epoch == 2 and again.iter == 6
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('save_best', ['auto', ['mAP', 'other']])
+def test_resuming_removes_no_foreign_files(save_best, tmp_path):
+    """What a checkpoint names as the best one, or as an old one."""
+    toy_runner(tmp_path / 'first', [0.1]).train()
+    path = tmp_path / 'first' / 'epoch_1.pth'
+    mine = tmp_path / 'best_of_mine'
+    (mine / 'folder').mkdir(parents=True)
+    (tmp_path / 'again' / 'epoch_').mkdir(parents=True)
+    checkpoint = torch.load(path, weights_only=True)
+    info = checkpoint['message_hub']['runtime_info']
+    for key in ('best_ckpt', 'best_ckpt_mAP', 'best_ckpt_again'):
+        info[key] = str(mine)
+        checkpoint['message_hub']['resumed_keys'][key] = True
+    (tmp_path / 'mine.pth').touch()
+    info['keep_ckpt_ids'] = ['/../../../mine', 1, 2]
+    torch.save(checkpoint, path)
+    again = toy_runner(tmp_path / 'again', [0.1, 0.2])
+    again.hooks[:] = [
+        h for h in again.hooks if not isinstance(h, SafeCheckpointHook)
+    ]
+    again.register_hook(
+        SafeCheckpointHook(
+            save_best=save_best, rule='greater', max_keep_ckpts=1))
+    if save_best != 'auto':
+        again._val_evaluator = [Scores([0.1, 0.2]), Other([0.1, 0.2])]
+    again._load_from, again._resume = str(path), True
+    again.train()
+    assert list((tmp_path / 'again').glob('best_mAP_epoch_2.pth'))
+    assert (mine / 'folder').is_dir()
+    assert (tmp_path / 'mine.pth').is_file()
+
+
+@pytest.mark.parametrize(
+    'path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
+def test_every_config_has_the_hook(path):
+    """So that no training of EfficientDet executes what it resumes."""
+    hook = Config.fromfile(path).default_hooks.checkpoint
+    assert hook.type == 'mmdet_efficientdet.SafeCheckpointHook'
 
 
 def test_early_stopping(tmp_path):

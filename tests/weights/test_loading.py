@@ -13,7 +13,9 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 
 from mmdet_efficientdet import EfficientNet, PreflightHook
+from mmdet_efficientdet.weights.class_transfer import transfer_file
 from mmdet_efficientdet.weights.conventions import conventions
+from mmdet_efficientdet.weights.convert import convert_file
 
 BIAS = 'bbox_head.conv_cls.pointwise.bias'
 STEM = 'backbone.stem.conv.weight'
@@ -432,3 +434,60 @@ def test_loading_says_nothing_when_it_fits(checkpoint, tmp_path, capsys):
     printed = ''.join(capsys.readouterr())
     assert 'x.pth' in printed  # mmengine's line that it loads
     assert 'match' not in printed and 'key' not in printed
+
+
+@pytest.fixture
+def planted_texts(checkpoint, tmp_path):
+    """A checkpoint with code in every text of a config, and the marker."""
+    marker = tmp_path / 'marker'
+    code = f'made = __import__("os").mkdir({str(marker)!r})'
+    text = f'{checkpoint["meta"]["cfg"]}\n{code}\n'
+    hub = checkpoint['message_hub']
+    path = tmp_path / 'planted.pth'
+    torch.save(
+        dict(
+            checkpoint,
+            meta=dict(checkpoint['meta'], cfg=text, config=text),
+            message_hub=dict(
+                hub, runtime_info=dict(hub['runtime_info'], cfg=text))), path)
+    return path, marker
+
+
+def test_apis_execute_no_text(planted_texts, run, tmp_path):
+    """Except the inferencer without a config, as docs/weights.md says."""
+    path, marker = planted_texts
+    config, init_cfg = Config.fromfile(run.config), dict(
+        type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    converted = str(tmp_path / 'converted.pth')
+
+    def convert():
+        for checkpoint in (convert_file(str(path), config),
+                           transfer_file(str(path), config, ['red', 'cat'])):
+            torch.save(checkpoint, converted)
+            DetInferencer(weights=converted, device='cpu')
+
+    for load in (
+            lambda: DetInferencer(str(run.config), str(path), device='cpu'),
+            lambda: init_detector(str(run.config), str(path), device='cpu'),
+            lambda: load_checkpoint(build(), str(path)), convert,
+            lambda: EfficientNet('lite0', init_cfg=init_cfg).init_weights()):
+        load()
+        assert not marker.exists()
+    DetInferencer(weights=str(path), device='cpu')
+    assert marker.exists()
+
+
+@pytest.mark.slow
+def test_scripts_execute_no_text(planted_texts, run, errors_of_scripts,
+                                 tmp_path):
+    """Neither test.py nor train.py with load_from or --resume."""
+    path, marker = planted_texts
+    train = ('train.py', run.config)
+    calls = dict(
+        test=('test.py', run.config, path),
+        load_from=(*train, '--cfg-options', f'load_from={path}'),
+        resume=(*train, '--resume', path))
+    messages, output = errors_of_scripts(calls, tmp_path)
+    assert not messages, messages
+    assert 'resumed epoch: 2, iter: 6' in output
+    assert not marker.exists()
