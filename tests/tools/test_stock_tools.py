@@ -315,6 +315,7 @@ def test_part_without_objects(tmp_path):
     hook = PreflightHook(enabled=False)
     runner = SimpleNamespace(
         hooks=[hook],
+        logger=SimpleNamespace(warning=print),
         train_dataloader=loader,
         val_loop=None,
         model=SimpleNamespace(bbox_head=head))
@@ -343,6 +344,7 @@ def test_order_in_the_file(kind, stops, tmp_path):
     hook = PreflightHook(enabled=False)
     runner = SimpleNamespace(
         hooks=[hook],
+        logger=SimpleNamespace(warning=print),
         train_dataloader=SimpleNamespace(dataset=dataset),
         val_loop=None,
         model=SimpleNamespace(bbox_head=SimpleNamespace(num_classes=3)))
