@@ -16,6 +16,7 @@ Writes DST, and prints what was converted and the checksum of the source.
 """
 import argparse
 import os
+from pathlib import Path
 
 
 def parse_args():
@@ -61,7 +62,8 @@ from mmengine.config import Config
 from mmdet_efficientdet.utils import printable
 from mmdet_efficientdet.weights.class_transfer import transfer_file
 from mmdet_efficientdet.weights.convert import convert_file, save
-from mmdet_efficientdet.weights.published import fetch, find, find_by_file
+from mmdet_efficientdet.weights.published import (check_named_file, fetch,
+                                                  find, find_by_file)
 from mmdet_efficientdet.weights.schemes import config_of, log_differences
 from mmdet_efficientdet.weights.sources import PART
 
@@ -90,6 +92,8 @@ def main():
         if '://' in path:
             entry, pin = find(path)
             path = str(fetch(entry, pin))
+        elif entry:
+            check_named_file(Path(path), entry)
         if args.config:
             config = read_config(args.config)
             if entry:

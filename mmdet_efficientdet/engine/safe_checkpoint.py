@@ -13,10 +13,12 @@ from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import (EpochBasedTrainLoop, IterBasedTrainLoop,
+                             find_latest_checkpoint)
 
 from ..registry import HOOKS
 from ..utils import TEMPORARY, plain_data, write_file
+from ..weights.sources import check_integrity
 
 
 @contextmanager
@@ -130,9 +132,12 @@ class SafeCheckpointHook(CheckpointHook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Restores the objects of the log history.
 
+        A damaged file raises before its weights reach the model.
+
         ``meta['config']`` is removed. Checkpoints of MMDetection 2 have it,
         and mmengine would execute its text to compare the number of GPUs.
         """
+        self._check_file(runner)
         meta = checkpoint.get('meta')
         if isinstance(meta, dict):
             meta.pop('config', None)
@@ -146,6 +151,20 @@ class SafeCheckpointHook(CheckpointHook):
         for name, value in scalars.items():
             if isinstance(value, dict):
                 scalars[name] = HistoryBuffer(**value)
+
+    @staticmethod
+    def _check_file(runner) -> None:
+        """Verifies the file that the runner is loading.
+
+        torch does not compare its checksums. mmengine's loader of local files
+        could be replaced, but then it would be replaced for all models of the
+        process.
+        """
+        path = runner._load_from
+        if path is None and runner._resume:
+            path = find_latest_checkpoint(runner.work_dir)
+        if path and '://' not in str(path):
+            check_integrity(Path(path).expanduser())
 
     def _keep_foreign_files(self) -> None:
         """Forgets a best checkpoint that is not of this folder.

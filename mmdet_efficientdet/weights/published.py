@@ -6,11 +6,9 @@ files are taken from that folder, and nothing is downloaded. A name may have a
 hash: ``automl://efficientdet-d2#sha256=<at least 8 digits>``.
 """
 import difflib
-import gzip
 import logging
 import os
 import re
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -24,7 +22,7 @@ from filelock import FileLock
 from mmengine.logging import print_log
 from tqdm import tqdm
 
-from .sources import sha256_of
+from .sources import check_integrity, sha256_of
 
 VARIABLE = 'MMDET_EFFICIENTDET_WEIGHTS'
 TIMEOUT = 30  # seconds without data until the next mirror is tried
@@ -258,9 +256,26 @@ def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
         return 'its format does not match its name'
     if suffix not in _MAGIC and not entry.known_hash:
         try:
-            with gzip.open(path) as file:
-                while file.read(_CHUNK):
-                    pass
-        except (OSError, EOFError, zlib.error) as error:
-            return f'it is damaged or cut off ({error})'
+            check_integrity(path)
+        except ValueError as error:
+            return str(error)
     return ''
+
+
+def check_named_file(path: Path, entry: PublishedFile) -> None:
+    """Checks a local file that has the name of a published one.
+
+    Logs that it cannot be checked if no hash is published.
+
+    Raises:
+        ValueError: If it is not the published file.
+    """
+    problem = find_problem(path, entry) if path.is_file() else ''
+    if problem:
+        raise ValueError(
+            f'{path} has the name of {entry.path}, but is not that file: '
+            f'{problem}. If you mean another file, rename it')
+    if not entry.known_hash:
+        print_log(
+            f'No hash of {entry.file} is published, so that {path} is not '
+            'verified to be that file', 'current')

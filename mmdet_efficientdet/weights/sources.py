@@ -1,8 +1,10 @@
 """Reads files of weights in any known format; no code in them is executed."""
+import gzip
 import hashlib
 import re
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -64,6 +66,7 @@ def open_source(path: str) -> Source:
             start = file.read(512)
         if not start:
             raise ValueError(f'{path} is empty')
+    check_integrity(source)
     prefix = Path(PART.sub('', str(path)))
     if not start or Path(f'{prefix}.index').is_file():
         prefix = _find_prefix(prefix)
@@ -83,6 +86,34 @@ def open_source(path: str) -> Source:
             f'{path} is {kind}. Known formats are torch files, safetensors, '
             'Keras .h5 and TensorFlow checkpoints')
     return Source(tensors, sha256_of(source))
+
+
+def check_integrity(path: Path) -> None:
+    """Compares the checksums in gzip archives and zip files.
+
+    Neither torch nor tarfile does. Torch files are zip files, except those of
+    torch < 1.6, which have no checksum.
+
+    Raises:
+        ValueError: If the contents are not those that were written.
+    """
+    if not path.is_file():
+        return
+    with path.open('rb') as file:
+        start = file.read(4)
+    try:
+        if start[:2] == b'\x1f\x8b':
+            with gzip.open(path) as file:
+                while file.read(1 << 20):
+                    pass
+        elif start == b'PK\x03\x04':
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f'the checksum of {damaged!r} differs')
+    except Exception as error:  # gzip, zlib and zipfile raise their own
+        raise ValueError(f'{path} is damaged or cut off: '
+                         f'{printable(str(error))}') from error
 
 
 def sha256_of(*paths: Path) -> str:

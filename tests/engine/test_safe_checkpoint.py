@@ -171,6 +171,31 @@ def test_resuming_executes_no_text(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize('way', ['load_from', 'resume', 'auto', 'test'])
+def test_damaged_checkpoints_are_refused(way, tmp_path):
+    """torch would load other weights."""
+    toy_runner(tmp_path, [0.1]).train()
+    path = tmp_path / 'epoch_1.pth'
+    data = bytearray(path.read_bytes())
+    weight = torch.load(
+        path, weights_only=True)['state_dict']['layer.weight'].numpy()
+    data[data.index(weight.tobytes())] ^= 1
+    path.write_bytes(data)
+    loaded = torch.load(path, weights_only=True)['state_dict']['layer.weight']
+    assert loaded.numpy() != weight
+    runner = toy_runner(tmp_path, [0.1, 0.2])
+    runner._resume = way in ('resume', 'auto')
+    if way != 'auto':
+        runner._load_from = str(path)
+    if way == 'test':
+        runner._test_dataloader = runner._val_dataloader
+        runner._test_loop, runner._test_evaluator = dict(), [Scores([0.1])]
+    before = runner.model.layer.weight.clone()
+    with pytest.raises(ValueError, match='epoch_1.pth is damaged or cut off'):
+        runner.test() if way == 'test' else runner.train()
+    assert torch.equal(runner.model.layer.weight, before)
+
+
 @pytest.mark.parametrize('save_best', ['auto', ['mAP', 'other']])
 def test_resuming_removes_no_foreign_files(save_best, tmp_path):
     """What a checkpoint names as the best one, or as an old one."""

@@ -1,4 +1,5 @@
 """Weights of others become ours: every tensor once, bit for bit."""
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from mmdet_efficientdet.scaling import SCALING, scale_config
 from mmdet_efficientdet.utils import config_file
+from mmdet_efficientdet.weights import published, sources
 from mmdet_efficientdet.weights.convert import (convert_file, save,
                                                 select_coco_classes)
 from mmdet_efficientdet.weights.layouts import LAYOUTS
@@ -807,10 +809,17 @@ def test_target_is_a_file(effdet_file, tmp_path):
 
 
 def test_tool_takes_conventions_of_a_published_file(effdet_file, run_converter,
-                                                    tmp_path):
+                                                    tmp_path, monkeypatch):
     """Known by its file's name, and then without a config."""
     path = tmp_path / 'tf_efficientdet_lite0-dfacfc78.pth'
     path.write_bytes(effdet_file.read_bytes())
+    code, output = run_converter(path, tmp_path / 'x.pth')
+    assert code == 1 and 'should start with dfacfc78' in output
+    name = 'effdet://tf_efficientdet_lite0'
+    path = path.rename(tmp_path /
+                       f'lite0-{sources.sha256_of(effdet_file)[:8]}.pth')
+    entry = dataclasses.replace(published.manifest()[name], file=path.name)
+    monkeypatch.setattr(published, 'manifest', lambda: {name: entry})
     code, output = run_converter(path, tmp_path / 'x.pth')
     assert code == 0, output
     meta = torch.load(tmp_path / 'x.pth', weights_only=True)['meta']
