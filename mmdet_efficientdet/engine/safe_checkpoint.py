@@ -1,24 +1,22 @@
 """Checkpoints that survive an interruption and hold plain data only."""
-import errno
-import os
 import os.path as osp
-import shutil
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
                            is_main_process, master_only)
-from mmengine.fileio import LocalBackend, get_file_backend, register_backend
+from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import (EpochBasedTrainLoop, IterBasedTrainLoop,
                              find_latest_checkpoint)
 
 from ..registry import HOOKS
-from ..utils import TEMPORARY, plain_data, write_file
+from ..utils import TEMPORARY, plain_data
 from ..weights.sources import check_integrity
+from .atomic_backend import AtomicBackend
 
 
 @contextmanager
@@ -266,60 +264,3 @@ class SafeCheckpointHook(CheckpointHook):
     def _clean(self) -> None:
         if isinstance(self.file_backend, AtomicBackend):
             self.file_backend.clean()
-
-
-@register_backend('mmdet_efficientdet.atomic')
-class AtomicBackend(LocalBackend):
-    """Local files that are replaced atomically and removed last.
-
-    Args:
-        last_checkpoint (str): The file that names the last good checkpoint,
-            which the error names when the disk is full.
-    """
-
-    def __init__(self, last_checkpoint: str) -> None:
-        self.last_checkpoint = last_checkpoint
-        self.outdated = []
-
-    def put(self, obj: bytes, filepath: str) -> None:
-        """Writes a file.
-
-        Raises:
-            OSError: If the file cannot be written. If the disk is full, the
-                message says what to do.
-        """
-        try:
-            write_file(filepath, obj)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            folder = os.path.dirname(os.path.abspath(filepath))
-            good = ''
-            with suppress(FileNotFoundError):
-                good = ('The last good checkpoint is '
-                        f'{Path(self.last_checkpoint).read_text()}. ')
-            raise OSError(
-                error.errno, f'{os.strerror(error.errno)}: {filepath} '
-                f'({len(obj) / 1e6:.1f} MB) could not be written, '
-                f'{shutil.disk_usage(folder).free / 1e6:.1f} MB are free. '
-                f'{good}Free space for max_keep_ckpts + 1 checkpoints and the '
-                'best one, lower default_hooks.checkpoint.max_keep_ckpts, or '
-                'set default_hooks.checkpoint.out_dir to another disk. Then '
-                'continue with --resume') from error
-
-    def put_text(self,
-                 obj: str,
-                 filepath: str,
-                 encoding: str = 'utf-8') -> None:
-        """Writes a text as :meth:`put` does."""
-        self.put(obj.encode(encoding), filepath)
-
-    def remove(self, filepath: str) -> None:
-        """Marks a file for removal by :meth:`clean`."""
-        self.outdated.append(filepath)
-
-    def clean(self) -> None:
-        """Removes the marked files."""
-        while self.outdated:
-            with suppress(FileNotFoundError):
-                os.remove(self.outdated.pop())

@@ -13,9 +13,9 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
-import mmdet_efficientdet.engine.safe_checkpoint
+import mmdet_efficientdet.engine.atomic_backend
 from mmdet_efficientdet import SafeCheckpointHook
-from mmdet_efficientdet.engine.safe_checkpoint import AtomicBackend
+from mmdet_efficientdet.engine.atomic_backend import AtomicBackend
 from mmdet_efficientdet.utils import write_file
 
 
@@ -259,7 +259,7 @@ def test_full_disk(kind, tmp_path, monkeypatch):
             write_file(path, data)
 
     name = dict(epoch='epoch_2.pth', best='best_mAP_epoch_2.pth')[kind]
-    monkeypatch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file',
+    monkeypatch.setattr('mmdet_efficientdet.engine.atomic_backend.write_file',
                         limited)
     runner = toy_runner(tmp_path, [0.5, 0.6])
     with pytest.raises(OSError, match=name) as info:
@@ -295,7 +295,7 @@ def raise_from_put(tmp_path):
         def denied(*args):
             raise PermissionError(errno.EACCES, 'denied')
 
-        patch.setattr('mmdet_efficientdet.engine.safe_checkpoint.write_file',
+        patch.setattr('mmdet_efficientdet.engine.atomic_backend.write_file',
                       denied)
         backend.put(b'data', str(tmp_path / 'file'))
 
@@ -337,14 +337,14 @@ def test_spoilt_weights_are_not_the_best(interval, tmp_path):
 def train_with_a_fault(folder, fault):
     """Trains where one file cannot be written, or weights are spoilt."""
     runner = toy_runner(folder, [0.5, 0.6])
-    write = mmdet_efficientdet.engine.safe_checkpoint.write_file
+    write = mmdet_efficientdet.engine.atomic_backend.write_file
 
     def full(path, data):
         if Path(path).name == fault:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    mmdet_efficientdet.engine.safe_checkpoint.write_file = full
+    mmdet_efficientdet.engine.atomic_backend.write_file = full
     # The weights of rank 0 are saved.
     if fault == 'weights' and torch.distributed.get_rank() == 1:
         runner.register_hook(Spoil())

@@ -121,7 +121,7 @@ def test_iterations_survive(tmp_path):
         ((*STEP, 5), 2, in_a_step),
         (('os', 'fsync', 1), 0, in_a_file),
         # The first time is after the validation that is made again.
-        (('mmdet_efficientdet.engine.safe_checkpoint:AtomicBackend', 'clean',
+        (('mmdet_efficientdet.engine.atomic_backend:AtomicBackend', 'clean',
           2), 1, before_removal)
     ]
     _, killed = check_survival(tmp_path, BY_ITERATION, starts, 'iter_8.pth')
