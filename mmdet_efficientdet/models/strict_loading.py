@@ -1,6 +1,8 @@
 """Strict loading of checkpoints."""
 from typing import Dict, Tuple
 
+from torch import Tensor
+
 from ..utils import printable
 
 
@@ -29,6 +31,7 @@ class StrictLoading:
         # the model as a whole may still refuse it.
         if given or not prefix:
             self._raise_on_mismatch(given)
+            self._raise_on_values(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _raise_on_mismatch(self, given: Dict[str, Tuple]) -> None:
@@ -62,3 +65,25 @@ class StrictLoading:
                 lines += [f'  {item}' for item in items[:10]]
                 lines += ['  ...'] * (len(items) > 10)
         raise ValueError('\n'.join(lines))
+
+    def _raise_on_values(self, state_dict, prefix: str) -> None:
+        """Refuses weights with which every detection would be wrong."""
+        wrong = {}
+        for key, own in self.state_dict().items():
+            value = state_dict.get(prefix + key)
+            if value is None or not own.is_floating_point():
+                continue
+            if not isinstance(value, Tensor) or value.is_meta:
+                wrong[key] = 'no data'
+            elif not value.is_floating_point():
+                wrong[key] = f'{value.dtype}'
+            # A sum is faster, but may overflow.
+            elif not (value.sum().isfinite() or value.isfinite().all()):
+                wrong[key] = 'NaN or infinite'
+        if wrong:
+            names = [f'{k} ({reason})' for k, reason in wrong.items()]
+            raise ValueError(
+                f'{len(wrong)} weights of the checkpoint for '
+                f'{type(self).__name__} are not finite floating-point numbers:'
+                f' {", ".join(names[:10])}{", ..." * (len(wrong) > 10)}. Use '
+                'a checkpoint from before they became so')

@@ -33,14 +33,19 @@ def checkpoint(run):
     return torch.load(run.work_dir / 'epoch_2.pth', weights_only=True)
 
 
-def build(**model):
-    """A Lite0 for three classes."""
-    init_default_scope('mmdet')
+def build_config(**model):
+    """The config of a Lite0 for three classes."""
     config = Config.fromfile(LITE0)
     config.model.backbone.init_cfg = None
     config.model.bbox_head.num_classes = 3
     config.merge_from_dict(dict(model=model))
-    return MODELS.build(config.model)
+    return config
+
+
+def build(**model):
+    """A Lite0 for three classes."""
+    init_default_scope('mmdet')
+    return MODELS.build(build_config(**model).model)
 
 
 def renamed(state_dict, edit):
@@ -84,6 +89,40 @@ def test_mismatch_raises(checkpoint, tmp_path, name):
         load_checkpoint(build(), str(tmp_path / 'x.pth'))
     for part in parts:
         assert part in str(error.value)
+
+
+VALUES = dict(
+    nan=lambda value: value.index_fill(0, torch.tensor(0), float('nan')),
+    infinite=lambda value: value / 0,
+    integers=lambda value: value.long(),
+    bool=lambda value: value > 0,
+    meta=lambda value: value.to('meta'))
+
+
+@pytest.mark.parametrize('name', VALUES)
+def test_wrong_values_raise(checkpoint, tmp_path, name):
+    """Names and shapes fit, but nothing could be detected."""
+    state_dict = dict(checkpoint['state_dict'])
+    state_dict[STEM] = VALUES[name](state_dict[STEM])
+    torch.save(dict(state_dict=state_dict), tmp_path / 'x.pth')
+    match = f'1 weights of the checkpoint for EfficientDet .*: {STEM} '
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(build(), str(tmp_path / 'x.pth'))
+    with pytest.raises(ValueError, match=match):
+        init_detector(build_config(), str(tmp_path / 'x.pth'), device='cpu')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_other_precisions_load(checkpoint, dtype):
+    """Counters of batch norms are integers, which is right."""
+    model = build()
+    model.load_state_dict({
+        key:
+        value.to(dtype) if value.is_floating_point() else value
+        for key, value in checkpoint['state_dict'].items()
+    })
+    stem = model.state_dict()[STEM]
+    assert torch.equal(stem, checkpoint['state_dict'][STEM].to(dtype).float())
 
 
 def test_long_lists_are_cut():
