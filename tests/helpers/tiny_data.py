@@ -152,7 +152,8 @@ def run_tool(name, *args, cwd, source=None, timeout=1200):
     script = str(TOOLS / name)
     process = context.Process(
         target=_run,
-        args=(script, [str(a) for a in args], str(cwd), source, str(log)))
+        args=(script, [str(a) for a in args], str(cwd), source, str(log),
+              dict(os.environ)))
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -178,7 +179,10 @@ def run_convert(*args, cwd):
     return run_tool(tool.name, *args, cwd=cwd, source=tool.read_text())
 
 
-def _run(script, args, cwd, source, log):
+def _run(script, args, cwd, source, log, environ):
+    # The server of processes keeps the environment of its first test.
+    os.environ.clear()
+    os.environ.update(environ)
     file = open(log, 'w')
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
