@@ -90,6 +90,7 @@ def test_names_what_is_wrong_and_tries_again(job, losses, onnx, words):
     assert not job.verify()['error'] and job.trained == 2
 
 
+@pytest.mark.slow
 def test_a_failing_script(tmp_path):
     with pytest.raises(RuntimeError, match='train.py: .*unrecognized arg'):
         verify_detectors.run('train.py', tmp_path / 'log', 'config.py',
