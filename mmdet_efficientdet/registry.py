@@ -31,7 +31,11 @@ def _child(name: str) -> Registry:
         parent.name,
         parent=parent,
         scope='mmdet_efficientdet',
-        locations=[f'mmdet_efficientdet.{wing}' for wing in WINGS])
+        # mmengine imports the locations of a registry, not of its parent.
+        locations=[
+            *parent._locations,
+            *(f'mmdet_efficientdet.{wing}' for wing in WINGS)
+        ])
 
 
 DATA_SAMPLERS = _child('DATA_SAMPLERS')
