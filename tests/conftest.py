@@ -21,7 +21,7 @@ def _reproducible():
 
 
 @pytest.fixture
-def logged():
+def log():
     """Messages that mmengine's current logger gets."""
     messages = []
     handler = logging.Handler()

@@ -83,13 +83,13 @@ def test_resumed_beyond_the_end(warmup, end):
     (100, 1000, None),
     (0, 1, None),
 ])
-def test_short_schedules(warmup, end, message, logged):
+def test_short_schedules(warmup, end, message, log):
     """A warning if the rate has no time to fall."""
     scheduler = WarmupCosineLR(sgd(), warmup=warmup, end=end, by_epoch=False)
-    assert len(logged) == bool(message)
+    assert len(log) == bool(message)
     if not message:
         return
-    assert message in logged[0] and 'shorter warmup' in logged[0]
+    assert message in log[0] and 'shorter warmup' in log[0]
     if 'rises' in message:
         rates = []
         for _ in range(end):
@@ -115,7 +115,7 @@ def test_resumed_with_more_epochs():
         long.step()
 
 
-def test_resumed_with_other_steps(logged):
+def test_resumed_with_other_steps(log):
     """Steps of another kind raise, and of another length are named."""
     saved = WarmupCosineLR(sgd(), warmup=2, end=50).state_dict()
     with pytest.raises(ValueError, match='by_epoch=True.*by_epoch=False'):
@@ -123,7 +123,7 @@ def test_resumed_with_other_steps(logged):
             sgd(), warmup=2, end=50, by_epoch=False).load_state_dict(saved)
     for warmup in (2, 3):
         WarmupCosineLR(sgd(), warmup=warmup, end=50).load_state_dict(saved)
-    message, = logged
+    message, = log
     assert 'checkpoint has 2 steps, but that of the config has 3' in message
 
 

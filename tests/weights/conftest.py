@@ -1,6 +1,5 @@
 """Weights of effdet, and the converter, which several files use."""
 import json
-import logging
 import runpy
 import sys
 import tarfile
@@ -14,7 +13,6 @@ from helpers.tensorflow_files import tf_shapes, values, write_bundle
 from helpers.tiny_data import LITE0, TOOLS, run_tool
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from oracles import effdet_reference
 
@@ -104,18 +102,6 @@ def errors_of_scripts():
         return messages, done.output
 
     return run
-
-
-@pytest.fixture
-def log():
-    """Lines that mmengine logs."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
 
 
 @pytest.fixture
