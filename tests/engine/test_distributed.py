@@ -4,7 +4,6 @@ Every rule is checked against its formula, with gradients that one process
 takes of each rank's images alone.
 """
 import copy
-import multiprocessing
 import os
 import socket
 import sys
@@ -15,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import gloo_train
-from helpers.tiny_data import D0, make_dataset, run_tool, write_config
+from helpers.tiny_data import (D0, make_dataset, new_process, run_tool,
+                               write_config)
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -160,11 +160,7 @@ def ranks(tmp_path_factory):
     """A function to (updates, weights) of a case on both ranks."""
     folder = tmp_path_factory.mktemp('ranks')
     port = free_port()
-    context = multiprocessing.get_context('forkserver')
-    processes = [
-        context.Process(target=run_rank, args=(rank, port, folder))
-        for rank in range(2)
-    ]
+    processes = [new_process(run_rank, rank, port, folder) for rank in range(2)]
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):

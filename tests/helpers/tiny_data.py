@@ -126,11 +126,21 @@ randomness = dict(seed=0)
     return path
 
 
+def new_process(target, *args):
+    """A process that has imported the host, and not the package.
+
+    All tests fork from one server, whose imports are set before it starts.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([
+        'matplotlib.pyplot', 'mmdet.apis', 'mmdet.datasets', 'mmdet.engine',
+        'mmdet.evaluation', 'mmdet.visualization'
+    ])
+    return context.Process(target=target, args=args)
+
+
 def run_tool(name, *args, cwd, source=None, timeout=1200):
     """Runs a script of the host, or a source text, in a process of its own.
-
-    The process is forked from one that has imported the host, and not the
-    package; this saves the seconds that the imports take.
 
     Args:
         name (str): Path of the script under the host's tools.
@@ -143,17 +153,10 @@ def run_tool(name, *args, cwd, source=None, timeout=1200):
         SimpleNamespace: ``code``, the exit status, and ``output``, all that
         was printed.
     """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([
-        'matplotlib.pyplot', 'mmdet.apis', 'mmdet.datasets', 'mmdet.engine',
-        'mmdet.evaluation', 'mmdet.visualization'
-    ])
     log = Path(cwd) / f'{Path(name).stem}.txt'
     script = str(TOOLS / name)
-    process = context.Process(
-        target=_run,
-        args=(script, [str(a) for a in args], str(cwd), source, str(log),
-              dict(os.environ)))
+    process = new_process(_run, script, [str(a) for a in args], str(cwd),
+                          source, str(log), dict(os.environ))
     process.start()
     process.join(timeout)
     if process.is_alive():
