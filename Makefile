@@ -181,3 +181,4 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	alive $(PIP) install -q --no-deps --no-build-isolation -e .
 	alive $(PY) tools/check_env.py
 	echo "$(CURDIR)" > $(STAMP)
+	echo "Done. Next: source $(VENV)/bin/activate"

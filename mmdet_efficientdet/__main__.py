@@ -5,6 +5,7 @@ list is made from their source text, which imports neither torch nor mmdet.
 """
 import ast
 import difflib
+import os
 import runpy
 import sys
 from importlib.util import find_spec
@@ -58,7 +59,10 @@ def overview(tools: dict) -> str:
     for title, files in tools.items():
         lines += ['', f'{title}:']
         lines += [f'  {name:20} {describe(f)}' for name, f in files.items()]
-    lines += ['', f'Arguments of a tool: {COMMAND} TOOL --help']
+    lines += [
+        '', f'Arguments of a tool: {COMMAND} TOOL --help',
+        'OMP_NUM_THREADS is 1 unless you set it.'
+    ]
     return '\n'.join(lines)
 
 
@@ -76,10 +80,12 @@ def main() -> int:
         print(f'There is no tool {name!r}.{hint}\n', file=sys.stderr)
         print(overview(tools), file=sys.stderr)
         return 2
-    # What a script sees that is started by its path
-    sys.argv = [str(files[name]), *arguments]
+    # Threads of OpenMP wait in the way of the data loaders.
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    # The first is the name in the usage line, as argparse writes it.
+    sys.argv = [f'{COMMAND} {name}', *arguments]
     sys.path[0] = str(files[name].parent)
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    runpy.run_path(str(files[name]), run_name='__main__')
     return 0
 
 

@@ -1,13 +1,14 @@
-"""What every wing needs: registration, the configs' place, whole files."""
+"""What every wing needs: registration, configs, whole files, plain text."""
 import os
 import reprlib
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, Callable, Union
+from typing import BinaryIO, Callable, Optional, Union
 
 import mmengine
 import numpy as np
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
 from .scaling import SCALING
@@ -48,6 +49,27 @@ def config_file(size: str) -> Path:
     folder = Path(__file__).parent / '.mim' / 'configs' / 'efficientdet'
     epochs = SCALING[size].epochs
     return folder / f'efficientdet_{size}_8xb16-{epochs}e_coco.py'
+
+
+def read_config(path: str, options: Optional[dict] = None) -> Config:
+    """The config that a tool's user names.
+
+    Args:
+        path (str): The file.
+        options (dict, optional): Settings to replace, as by
+            ``--cfg-options``. Defaults to None.
+
+    Raises:
+        ValueError: If it is missing or not a config, with the reason.
+    """
+    try:
+        config = Config.fromfile(path)
+        config.merge_from_dict(options or {})
+    except (OSError, SyntaxError, KeyError, ValueError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(
+            f'{path} cannot be read as a config: {reason}') from error
+    return config
 
 
 def import_package(name: str, needed_by: str, hint: str = ''):

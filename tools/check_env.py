@@ -128,6 +128,8 @@ def main():
     lines = [f'{name:12} {found}' for name, found in table.items()]
     lines += [f'WARNING: {text}.' for text in cautions]
     lines += [f'PROBLEM: {text}' for text in problems]
+    lines.append(f'{len(problems)} problems to fix.' if problems else
+                 f'OK: no problems, {len(cautions)} warnings.')
     print('\n'.join(lines))
     return 1 if problems else 0
 

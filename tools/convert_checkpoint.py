@@ -57,24 +57,13 @@ def parse_args():
 if __name__ == '__main__':
     parse_args()  # answers --help before the libraries are imported
 
-from mmengine.config import Config
-
-from mmdet_efficientdet.utils import printable
+from mmdet_efficientdet.utils import printable, read_config
 from mmdet_efficientdet.weights.class_transfer import transfer_file
 from mmdet_efficientdet.weights.convert import convert_file, save
 from mmdet_efficientdet.weights.published import (check_named_file, fetch,
                                                   find, find_by_file)
 from mmdet_efficientdet.weights.schemes import config_of, log_differences
 from mmdet_efficientdet.weights.sources import PART
-
-
-def read_config(path):
-    """The config, or a ValueError that names its file."""
-    try:
-        return Config.fromfile(path)
-    except (OSError, SyntaxError, KeyError) as error:
-        raise ValueError(f'{path} cannot be read as a config: '
-                         f'{error}') from error
 
 
 def main():
@@ -92,6 +81,8 @@ def main():
         if '://' in path:
             entry, pin = find(path)
             path = str(fetch(entry, pin))
+        elif not (os.path.exists(src) or os.path.exists(parts[0])):
+            raise ValueError(f'{path} does not exist')
         elif entry:
             check_named_file(Path(path), entry)
         if args.config:

@@ -21,7 +21,7 @@ import json
 import math
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,7 +71,7 @@ from mmengine.utils import track_iter_progress
 from report_parts.detection_errors import (class_rows, count_boxes, draw_image,
                                            evaluate)
 
-from mmdet_efficientdet.utils import write_file
+from mmdet_efficientdet.utils import read_config, write_file
 
 CURVES = {
     'Loss': lambda key: 'loss' in key,
@@ -104,7 +104,7 @@ ABOUT = '''<p>Of {images} images, {seen} have detections. From the score of
 <h2>The {num} worst images</h2>
 <p>Of the lowest F1; where it is equal, with the most missed and false boxes.
 Left: ground truth, green where found, red where missed. Right: predictions
-from that score on, in percent, green where right, red where false. Grey:
+from that score on, green where right, red where false. Grey:
 crowds, and predictions in them, which do not count.</p>'''
 
 
@@ -158,6 +158,13 @@ def draw_curves(records: list) -> bytes:
         if panel.lines:
             panel.legend()
             panel.set_ylim(bottom=0)
+        else:
+            panel.text(
+                0.5,
+                0.5,
+                'not logged yet',
+                transform=panel.transAxes,
+                ha='center')
         panel.set(title=title, xlabel='step')
         panel.grid(alpha=0.3)
     file = io.BytesIO()
@@ -226,8 +233,7 @@ def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
 def main() -> None:
     """Writes the page and the curves."""
     args = parse_args()
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
 
@@ -244,4 +250,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f'{error}\nNothing was written.') from error

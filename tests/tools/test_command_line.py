@@ -54,7 +54,8 @@ def test_a_tool_runs_as_by_its_path(tmp_path):
     """Its own name in the usage, its own exit status, its own messages."""
     done = command('prepare_trees', '--help', cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr
-    assert done.stdout.startswith('usage: prepare_trees.py ')
+    assert done.stdout.startswith(
+        'usage: python -m mmdet_efficientdet prepare_trees ')
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'photo.jpg').touch()
     done = command('prepare_trees', '--out', 'mine', cwd=tmp_path)

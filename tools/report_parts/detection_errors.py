@@ -160,16 +160,26 @@ def draw_image(evaluation: COCOeval, matches: list, threshold: float):
     # Where a box reaches beyond it, the host would shrink the picture.
     corner = np.tile(image.shape[1::-1], 2) - 1
 
-    def instances(rows):
-        """Boxes and their verdicts, as the host draws them."""
+    visualizer = DetLocalVisualizer(line_width=2)
+    visualizer.dataset_meta = dict(palette=PALETTE)
+
+    def draw(rows, scored):
+        """Draws boxes in the colours of their verdicts."""
         boxes = np.array([box['bbox'] for box, _ in rows]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        names = [truth.cats[box['category_id']]['name'] for box, _ in rows]
-        return InstanceData(
+        # The label has the score, since the host's has no percent sign.
+        names = [
+            truth.cats[box['category_id']]['name'] +
+            (f' {box["score"]:.0%}' if scored else '') for box, _ in rows
+        ]
+        instances = InstanceData(
             bboxes=torch.tensor((boxes * scale).clip(0, corner)),
             labels=torch.tensor([verdict for _, verdict in rows]),
             # matplotlib would typeset what stands between dollars.
             label_names=[name.replace('$', r'\$') for name in names])
+        visualizer.add_datasample('', image,
+                                  DetDataSample(gt_instances=instances))
+        return visualizer.get_image()
 
     objects, predictions = [], []
     for match in matches:
@@ -188,11 +198,5 @@ def draw_image(evaluation: COCOeval, matches: list, threshold: float):
             if id_ in shown:
                 predictions.append(
                     (found.anns[id_], IGNORED if ignored else verdict))
-    sample = DetDataSample(
-        gt_instances=instances(objects), pred_instances=instances(predictions))
-    sample.pred_instances.scores = torch.tensor(
-        [box['score'] for box, _ in predictions])
-    visualizer = DetLocalVisualizer(line_width=2)
-    visualizer.dataset_meta = dict(palette=PALETTE)
-    visualizer.add_datasample('', image, sample, pred_score_thr=-1)
-    return visualizer.get_image()
+    return np.concatenate(
+        [draw(objects, False), draw(predictions, True)], axis=1)

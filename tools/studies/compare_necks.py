@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from study_configs import BATCH_SIZE, RECIPE, ROOT, STUDIES, make_config
@@ -204,8 +204,11 @@ def main(argv=None):
         repeats=REPEATS,
         data=receipt['files_sha256'],
         recipe_sha256=hashlib.sha256(recipe.encode()).hexdigest(),
-        **{name: version(name)
-           for name in ('torch', 'mmdet', 'mmcv')})
+        # mmdet and mmcv may come from distributions of other names.
+        **{
+            name: version(packages_distributions()[name][0])
+            for name in ('torch', 'mmdet', 'mmcv')
+        })
     check_settings(out, settings)
     if not (out / 'folds').is_dir():
         tree_folds.write_folds(args.data, out / 'folds')
