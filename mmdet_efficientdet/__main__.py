@@ -82,10 +82,10 @@ def main() -> int:
         return 2
     # Threads of OpenMP wait in the way of the data loaders.
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    # The first is the name in the usage line, as argparse writes it.
-    sys.argv = [f'{COMMAND} {name}', *arguments]
+    # What a script sees that is started by its path
+    sys.argv = [str(files[name]), *arguments]
     sys.path[0] = str(files[name].parent)
-    runpy.run_path(str(files[name]), run_name='__main__')
+    runpy.run_path(sys.argv[0], run_name='__main__')
     return 0
 
 

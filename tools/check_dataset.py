@@ -20,6 +20,7 @@ from mmengine.config import Config, DictAction
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
+        prog='python -m mmdet_efficientdet check_dataset',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config that you want to train with')

@@ -94,6 +94,7 @@ def check_nms(torch, device):
 def main():
     """Prints the table; returns the exit status."""
     argparse.ArgumentParser(
+        prog='python -m mmdet_efficientdet check_env',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter('ignore')  # those of other projects

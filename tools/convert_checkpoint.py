@@ -22,6 +22,7 @@ from pathlib import Path
 def parse_args():
     """Reads the command line."""
     parser = argparse.ArgumentParser(
+        prog='python -m mmdet_efficientdet convert_checkpoint',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -77,6 +78,7 @@ def main():
         if dst == src or dst.startswith(parts):
             raise ValueError('DST is SRC itself or a part of it; give another '
                              'name')
+        config = read_config(args.config) if args.config else None
         path, entry = args.src, find_by_file(args.src)
         if '://' in path:
             entry, pin = find(path)
@@ -85,13 +87,11 @@ def main():
             raise ValueError(f'{path} does not exist')
         elif entry:
             check_named_file(Path(path), entry)
-        if args.config:
-            config = read_config(args.config)
-            if entry:
-                log_differences(entry)
+        if config and entry:
+            log_differences(entry)
         elif entry:
             config = config_of(entry)
-        else:
+        elif not config:
             raise ValueError('give the config of the size, --config '
                              'configs/efficientdet/efficientdet_<size>_...')
         averages = not args.raw

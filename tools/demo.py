@@ -125,6 +125,7 @@ def draw(work_dir: Path, checkpoint: Path, threshold: float) -> Path:
 def main() -> None:
     """Runs all steps and prints AP, AP50 and the path of the picture."""
     parser = argparse.ArgumentParser(
+        prog='python -m mmdet_efficientdet demo',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

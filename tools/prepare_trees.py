@@ -273,6 +273,7 @@ def prepare(out, wheel=None, window=400, stride=None):
 def main():
     """Runs the tool; an error in the input is one message."""
     parser = argparse.ArgumentParser(
+        prog='python -m mmdet_efficientdet prepare_trees',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -289,9 +290,8 @@ def main():
         '--stride',
         type=int,
         help='pixels from one window to the next (default: half of it)')
-    args = parser.parse_args()
     try:
-        prepare(args.out, args.wheel, args.window, args.stride)
+        prepare(**vars(parser.parse_args()))
     except ValueError as error:
         raise SystemExit(f'prepare_trees.py: {error}') from None
 

@@ -27,6 +27,7 @@ from mmengine.config import DictAction
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
+        prog='python -m mmdet_efficientdet report',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config of the training')

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers.tiny_data import CONFIGS, TOOLS, trained_run
+from helpers.tiny_data import CONFIGS, TOOLS, run_tool, trained_run
 
 ROOT = CONFIGS.parents[1]
 OWN = [path.stem for path in sorted((ROOT / 'tools').glob('*.py'))]
@@ -150,11 +150,11 @@ print(json.dumps(texts))
 def test_help(helps, path):
     """It says what the tool does and how it is called, before torch loads."""
     text = helps[str(path)]
-    assert text.startswith(f'usage: {path.name} ')
-    example = text.partition('\nExample:\n')[2].partition('\n\n')[0]
-    name = (f'python -m mmdet_efficientdet {path.stem}'
-            if path.stem in OWN else f'python {path.relative_to(ROOT)}')
-    assert name in example
+    own = f'python -m mmdet_efficientdet {path.stem}'
+    usage, name = ((own, own) if path.stem in OWN else
+                   (path.name, f'python {path.relative_to(ROOT)}'))
+    assert text.startswith(f'usage: {usage} ')
+    assert name in text.partition('\nExample:\n')[2].partition('\n\n')[0]
     # Every argument has words, and every option its default.
     options = text.partition('\noptions:\n')[2]
     for option in re.split(r'\n(?=  -)', options)[1:]:
@@ -169,3 +169,23 @@ def test_files_are_short():
         for path in Path(ROOT / 'tools').rglob('*.py')
     }
     assert {k: n for k, n in lengths.items() if n > 300} == {}
+
+
+@pytest.mark.parametrize('tool, arguments', [
+    ('report', ['nosuch.py', '.']),
+    ('convert_checkpoint', ['effdet://tf_efficientdet_d0', 'a.pth', '--config',
+                            'nosuch.py']),
+    ('convert_checkpoint', ['nosuch.pth', 'a.pth']),
+])  # yapf: disable
+def test_missing_file(tool, arguments, tmp_path):
+    """One line names the file, and nothing is written."""
+    missing = next(name for name in arguments if name.startswith('nosuch'))
+    done = run_tool(
+        tool,
+        *arguments,
+        cwd=tmp_path,
+        source=(ROOT / 'tools' / f'{tool}.py').read_text())
+    assert done.code == 1
+    first, second, *rest = done.output.splitlines()
+    assert missing in first and second == 'Nothing was written.' and not rest
+    assert {path.name for path in tmp_path.iterdir()} == {f'{tool}.txt'}

@@ -177,8 +177,8 @@ def draw_image(evaluation: COCOeval, matches: list, threshold: float):
             labels=torch.tensor([verdict for _, verdict in rows]),
             # matplotlib would typeset what stands between dollars.
             label_names=[name.replace('$', r'\$') for name in names])
-        visualizer.add_datasample('', image,
-                                  DetDataSample(gt_instances=instances))
+        sample = DetDataSample(gt_instances=instances)
+        visualizer.add_datasample('', image, sample, draw_pred=False)
         return visualizer.get_image()
 
     objects, predictions = [], []
