@@ -1,7 +1,8 @@
 """Checkpoints that survive an interruption and hold plain data only."""
 import os.path as osp
+import re
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ from ..registry import HOOKS
 from ..utils import TEMPORARY, plain_data
 from ..weights.sources import check_integrity
 from .atomic_backend import AtomicBackend
+
+# Names of numbers without their prefix, the most wanted first
+WANTED = (r'(bbox_)?m?AP', r'\w+_m?AP', r'(\w+_)?m?AP[_@]?\d+',
+          r'(\w+_)?AR@\d+', r'recall@.*')
+NAME_IT = ('set default_hooks.checkpoint.save_best to the name of a number, '
+           'and default_hooks.checkpoint.rule to greater or less')
 
 
 @contextmanager
@@ -54,6 +61,10 @@ class SafeCheckpointHook(CheckpointHook):
     numbers and restores the history when the run is resumed, so that every
     tool can load a checkpoint with ``weights_only=True``.
 
+    ``save_best='auto'`` takes the mean AP, wherever the evaluator puts it, and
+    if there is none, AP at one IoU, then recall. mmengine takes the first
+    number, which may be the AP of one class.
+
     Args:
         kwargs: See mmengine's ``CheckpointHook``.
     """
@@ -64,7 +75,8 @@ class SafeCheckpointHook(CheckpointHook):
         """Removes half-written files of an interrupted run.
 
         Raises:
-            ValueError: If an iteration-based loop would save by epochs.
+            ValueError: If an iteration-based loop would save by epochs, or
+                the evaluator has no number of the name in ``save_best``.
         """
         backend = get_file_backend(self.out_dir or runner.work_dir)
         self._last = osp.join(runner.work_dir, 'last_checkpoint')
@@ -103,7 +115,26 @@ class SafeCheckpointHook(CheckpointHook):
                 'default_hooks=dict(checkpoint=dict(by_epoch=False, '
                 'interval=...)) with the interval in iterations, and '
                 'log_processor=dict(by_epoch=False)')
+        if runner.val_loop is not None:
+            self._check_save_best(runner)
         self._validate_again(runner, by_epoch)
+
+    def _check_save_best(self, runner) -> None:
+        """Says now what the first validation could not decide."""
+        metrics = runner.val_evaluator.metrics
+        starts = [f'{getattr(metric, "prefix", "")}/' for metric in metrics]
+        auto = self.save_best == ['auto']
+        known = [m for m in metrics if "'mmdet." in str(type(m).__mro__)]
+        if auto and self.rules == [None] and not known:
+            runner.logger.warning(
+                f"save_best='auto' may not find the number of "
+                f'{type(metrics[0]).__name__} that you want: {NAME_IT}')
+        elif not auto and known == metrics:
+            for name in self.save_best or ():
+                if not any(start in name for start in starts):
+                    raise ValueError(
+                        f'save_best={name!r} is no number of val_evaluator. '
+                        f"Write '{starts[0]}{name}'")
 
     @staticmethod
     def _validate_again(runner, by_epoch: bool) -> None:
@@ -229,6 +260,13 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
         if not self.save_best:
             return
+        if 'auto' in self.key_indicators:
+            self._choose(metrics)
+        if not metrics.keys() >= {*self.key_indicators}:
+            runner.logger.warning(
+                f'No best checkpoint is saved: {self.key_indicators} is none '
+                f'of {[*metrics]}. To get one, {NAME_IT}')
+            return
         self._check_finite(runner)
         # mmengine's method also saves the last checkpoint again, on all
         # ranks, when the first rank may have failed already.
@@ -241,6 +279,21 @@ class SafeCheckpointHook(CheckpointHook):
         if self._afterwards:
             self._save_checkpoint_with_step(runner, *self._afterwards)
         self._clean()
+
+    def _choose(self, metrics: dict) -> None:
+        """Replaces 'auto' by the most wanted number, if there is one."""
+
+        def rank(name: str) -> list:
+            end = name.rpartition('/')[2]
+            return [bool(re.fullmatch(wanted, end)) for wanted in WANTED
+                    ] + [not end.endswith('_precision')]  # of one class
+
+        rule, = self.rules
+        for name in sorted(metrics, key=rank, reverse=True):
+            known = 'greater' if any(rank(name)[:-1]) else None
+            with suppress(ValueError):  # for which more may be worse
+                return self._init_rule([rule or known], [name])
+            self.rules = [rule]  # which the failure has cleared
 
     def _check_finite(self, runner) -> None:
         """Prevents weights that are not finite from replacing good ones.

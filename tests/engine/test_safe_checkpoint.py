@@ -3,10 +3,13 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers.tiny_data import CONFIGS, LITE0, files_up_to
+from helpers.tiny_data import (CLASSES, CONFIGS, LITE0, files_up_to,
+                               make_dataset)
 from helpers.two_ranks import errors_of_ranks
+from mmdet.evaluation import CocoMetric, OpenImagesMetric, VOCMetric
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -137,6 +140,126 @@ def test_best_checkpoint_is_the_average(tmp_path):
         average = average + momentum * (weight - average)
     torch.testing.assert_close(saved['layer.weight'], average)
     assert (saved['layer.weight'] - watch.weights[5]).abs() > 1e-4
+
+
+def coco_numbers(root, **options):
+    """What the host's metric finds in one image where all is found."""
+    metric = CocoMetric(str(root / 'coco.json'), **options)
+    metric.dataset_meta = dict(classes=CLASSES)
+    found = dict(
+        img_id=1,
+        bboxes=np.array([[10., 10, 60, 50], [70, 60, 110, 110]]),
+        scores=np.ones(2),
+        labels=np.arange(2))
+    return metric, metric.compute_metrics([(dict(width=128,
+                                                 height=128), found)])
+
+
+def voc_numbers(metric):
+    """The same of a metric that gets the ground truth with the results."""
+    box, no_box = np.array([[10., 10, 60, 50]]), np.zeros((0, 4))
+    truth = dict(
+        bboxes=box,
+        labels=np.zeros(1, int),
+        bboxes_ignore=no_box,
+        labels_ignore=np.zeros(0, int),
+        is_group_ofs=np.zeros(1, bool),
+        gt_is_group_ofs=np.zeros(1, bool))
+    metric.dataset_meta = dict(classes=('cat', ))
+    return metric, metric.compute_metrics([(truth,
+                                            [np.c_[box, np.ones((1, 1))]])])
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp('best') / 'data')
+
+
+def train_two(folder, metric, first, second, **options):
+    """Trains two epochs with these numbers.
+
+    Returns the name of the best checkpoint, and the warnings.
+    """
+    numbers = iter((first, second))
+    metric.process = lambda *args: metric.results.append(0)
+    metric.compute_metrics = lambda results: dict(next(numbers))
+    runner = toy_runner(folder, [0, 0])
+    options = dict(save_best='auto', save_param_scheduler=False) | options
+    runner.register_hook(SafeCheckpointHook(**options))
+    runner._hooks[:] = [
+        hook for hook in runner.hooks
+        if not isinstance(hook, SafeCheckpointHook) or hook.interval < 0
+    ]
+    runner._val_evaluator = [metric]
+    warnings = []
+    runner.logger.warning = warnings.append
+    runner.train()
+    return [path.name for path in folder.glob('best_*')], warnings
+
+
+@pytest.mark.parametrize('wanted, numbers', [
+    ('coco/bbox_mAP', lambda root: coco_numbers(root, classwise=True)),
+    ('coco/bbox_mAP',
+     lambda root: coco_numbers(root, metric=['proposal', 'bbox'])),
+    ('coco/bbox_mAP_50', lambda root: coco_numbers(
+        root, classwise=True, metric_items=['mAP_s', 'mAP_50'])),
+    ('coco/AR@100', lambda root: coco_numbers(root, metric='proposal')),
+    ('openimages/mAP', lambda root: voc_numbers(OpenImagesMetric())),
+    ('pascal_voc/recall@100@0.5',
+     lambda root: voc_numbers(VOCMetric(metric='recall'))),
+])
+def test_best_of_the_hosts_metrics(wanted, numbers, root, tmp_path):
+    """The number that stands for the detector, wherever it comes."""
+    metric, found = numbers(root)
+    key = wanted.rpartition('/')[2]
+    name = f'best_{wanted.replace("/", "_")}_epoch_2.pth'
+    assert train_two(tmp_path, metric, {
+        **dict.fromkeys(found, 1), key: 0.1
+    }, {
+        **dict.fromkeys(found, 0), key: 0.2
+    }) == ([name], [])
+
+
+@pytest.mark.parametrize('wanted, others', [
+    ('bbox_AP', ['bbox_AP50', 'cat_precision', 'bbox_APs']),
+    ('AP', ['APr', 'AP50', 'cat_precision']),
+    ('mAP', ['loss', 'segm_mAP', 'mAP_50']),
+    ('acc', ['f1', 'cat_precision']),
+    ('mean_precision', []),
+])
+def test_best_of_other_metrics(wanted, others, tmp_path):
+    """LVIS, for which the host needs a package, and metrics of one's own."""
+    best, (warning, ) = train_two(tmp_path, Scores([]), {
+        **dict.fromkeys(others, 1), wanted: 0
+    }, {
+        **dict.fromkeys(others, 0), wanted: 0.1
+    })
+    assert best == [f'best_{wanted}_epoch_2.pth']
+    for part in ("save_best='auto'", 'Scores', 'default_hooks.checkpoint'
+                 '.save_best', '.rule'):
+        assert part in warning
+
+
+def test_best_of_unknown_numbers(tmp_path):
+    """The training goes on, and each validation says what to do."""
+    metric = Scores([])
+    best, warnings = train_two(tmp_path / '1', metric, dict(f1=1, mse=1),
+                               dict(f1=2, mse=2))
+    assert not best and len(warnings) == 3
+    assert all('checkpoint.rule to greater or less' in w for w in warnings)
+    assert all("['f1', 'mse']" in warning for warning in warnings[1:])
+    for options in (dict(rule='less'), dict(rule='less', save_best='f1')):
+        folder = tmp_path / options.get('save_best', 'rule')
+        assert train_two(folder, metric, dict(f1=2), dict(f1=1),
+                         **options) == (['best_f1_epoch_2.pth'], [])
+
+
+def test_best_of_a_wrong_name(root, tmp_path):
+    """Names have the prefix of their metric: said before the first step."""
+    metric, found = coco_numbers(root)
+    with pytest.raises(ValueError, match="'bbox_mAP' .*'coco/bbox_mAP'"):
+        train_two(tmp_path, metric, found, found, save_best='bbox_mAP')
+    assert not list(tmp_path.glob('*.pth'))
 
 
 def test_resumed_history(tmp_path):
