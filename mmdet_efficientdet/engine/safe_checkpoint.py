@@ -4,20 +4,21 @@ import re
 from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Optional
 
 import torch
 from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
-                           is_main_process, master_only)
+                           is_main_process)
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import (EpochBasedTrainLoop, IterBasedTrainLoop,
-                             find_latest_checkpoint)
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from ..registry import HOOKS
-from ..utils import TEMPORARY, plain_data
+from ..utils import plain_data
 from ..weights.sources import check_integrity
 from .atomic_backend import AtomicBackend
+from .work_dir import find_checkpoint, lock_folder
 
 # Names of numbers without their prefix, the most wanted first
 WANTED = (r'(bbox_)?m?AP', r'\w+_m?AP', r'(\w+_)?m?AP[_@]?\d+',
@@ -71,10 +72,17 @@ class SafeCheckpointHook(CheckpointHook):
 
     _best_first = False  # True while the best checkpoint is being saved
 
+    def before_run(self, runner) -> None:
+        """Finds what to resume; mmengine takes its path as it was saved."""
+        if runner._resume and runner._load_from is None:
+            runner._load_from = find_checkpoint(runner.work_dir,
+                                                self.filename_tmpl)
+
     def before_train(self, runner) -> None:
-        """Removes half-written files of an interrupted run.
+        """Locks the folders and removes half-written files in them.
 
         Raises:
+            BlockingIOError: If another training has one of the folders.
             ValueError: If an iteration-based loop would save by epochs, or
                 the evaluator has no number of the name in ``save_best``.
         """
@@ -86,8 +94,13 @@ class SafeCheckpointHook(CheckpointHook):
                 backend='mmdet_efficientdet.atomic',
                 last_checkpoint=self._last)
         super().before_train(runner)
+        folders = {osp.abspath(runner.work_dir)}
+        if isinstance(self.file_backend, LocalBackend):
+            folders.add(osp.abspath(self.out_dir))
+        with _together():
+            if is_main_process():
+                self._locks = [lock_folder(folder) for folder in folders]
         self._keep_foreign_files()
-        self._remove_half_written()
         # Other messages name it. resumed=False keeps it out of checkpoints.
         runner.message_hub.update_info(
             'work_dir', runner.work_dir, resumed=False)
@@ -153,6 +166,11 @@ class SafeCheckpointHook(CheckpointHook):
                 and (done % loop.val_interval == 0 or done == end)):
             runner.val_loop.run()
 
+    def after_train(self, runner) -> None:
+        """Publishes a checkpoint as mmengine does, and ends the lock."""
+        super().after_train(runner)
+        self._locks = None
+
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Replaces Python objects by plain data."""
         for key in ('meta', 'message_hub'):
@@ -190,34 +208,25 @@ class SafeCheckpointHook(CheckpointHook):
         process.
         """
         path = runner._load_from
-        if path is None and runner._resume:
-            path = find_latest_checkpoint(runner.work_dir)
         if path and '://' not in str(path):
             check_integrity(Path(path).expanduser())
 
     def _keep_foreign_files(self) -> None:
-        """Forgets a best checkpoint that is not of this folder.
+        """Looks for the best checkpoint in this folder only.
 
         mmengine removes the file or folder that the resumed checkpoint names
-        as the best one, wherever it is, as soon as there is a better one.
+        as the best one, wherever it is, as soon as there is a better one. The
+        folder may have been moved.
         """
 
-        def own(path) -> bool:
-            folder, name = osp.split(osp.abspath(str(path)))
-            return (folder == osp.abspath(self.out_dir)
-                    and name.startswith('best_'))
+        def own(path) -> Optional[str]:
+            name = osp.basename(str(path))
+            path = osp.join(self.out_dir, name)
+            return path if name.startswith('best_') else None
 
-        if not own(getattr(self, 'best_ckpt_path', None)):
-            self.best_ckpt_path = None
+        self.best_ckpt_path = own(getattr(self, 'best_ckpt_path', None))
         paths = getattr(self, 'best_ckpt_path_dict', {})
-        for key, path in paths.items():
-            paths[key] = path if own(path) else None
-
-    @master_only
-    def _remove_half_written(self) -> None:
-        for path in (*Path(self.out_dir).glob(f'*.pth{TEMPORARY}'),
-                     Path(self._last + TEMPORARY)):
-            path.unlink(missing_ok=True)
+        paths.update({key: own(path) for key, path in paths.items()})
 
     def _save_checkpoint_with_step(self, runner, step: int,
                                    meta: dict) -> None:

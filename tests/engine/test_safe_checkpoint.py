@@ -1,52 +1,21 @@
 """Checkpoints are whole or not there, and a run is never without one."""
 import errno
 import os
-from pathlib import Path
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_data import (CLASSES, CONFIGS, LITE0, files_up_to,
-                               make_dataset)
+from helpers.tiny_data import CLASSES, CONFIGS, files_up_to, make_dataset
+from helpers.toy_training import Scores, toy_runner
 from helpers.two_ranks import errors_of_ranks
 from mmdet.evaluation import CocoMetric, OpenImagesMetric, VOCMetric
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
 
-import mmdet_efficientdet.engine.atomic_backend
 from mmdet_efficientdet import SafeCheckpointHook
 from mmdet_efficientdet.engine.atomic_backend import AtomicBackend
 from mmdet_efficientdet.utils import write_file
-
-
-class Toy(BaseModel):
-    """A model of one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def forward(self, inputs, mode):
-        if mode == 'predict':
-            return [inputs]
-        return dict(loss=(self.layer(inputs) - 3).square().mean())
-
-
-class Scores(BaseMetric):
-    """Scores that are known beforehand, one for each validation."""
-
-    def __init__(self, scores):
-        super().__init__()
-        self.scores = list(scores)
-
-    def process(self, data_batch, data_samples):
-        self.results.append(0)
-
-    def compute_metrics(self, results):
-        return dict(mAP=self.scores.pop(0))
 
 
 class Other(Scores):
@@ -65,33 +34,6 @@ class Watch(Hook):
 
     def after_train_iter(self, runner, *args, **kwargs):
         self.weights.append(runner.model.layer.weight.detach().clone())
-
-
-def toy_runner(folder, scores, **hooks):
-    """A training of one epoch for each score, with the shipped hooks."""
-    shipped = Config.fromfile(LITE0).default_hooks
-    shipped.checkpoint.interval = 1
-    loader = dict(
-        dataset=[dict(inputs=torch.ones(1) * i) for i in range(3)],
-        sampler=dict(type='mmdet_efficientdet.SeededSampler'),
-        batch_size=1,
-        num_workers=0)
-    return Runner(
-        Toy(),
-        work_dir=str(folder),
-        experiment_name=folder.name,
-        train_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
-        val_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
-        train_cfg=dict(by_epoch=True, max_epochs=len(scores)),
-        val_cfg=dict(),
-        val_evaluator=[Scores(scores)],
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
-        default_hooks=dict(
-            checkpoint=dict(shipped.checkpoint, max_keep_ckpts=1),
-            ema=shipped.ema,
-            **hooks),
-        default_scope='mmdet',
-        log_level='ERROR')
 
 
 def test_never_without_a_checkpoint(tmp_path, monkeypatch):
@@ -373,19 +315,27 @@ def test_early_stopping(tmp_path):
     assert (tmp_path / 'best_mAP_epoch_4.pth').is_file()
 
 
+class FullDisk(Hook):
+    """Lets no large file be written, from some checkpoint on."""
+
+    def __init__(self, epoch, best):
+        self.epoch, self.best = epoch, best
+        self.limit = ExitStack()
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        best = 'optimizer' not in checkpoint
+        if checkpoint['meta']['epoch'] == self.epoch and best == self.best:
+            self.limit.enter_context(files_up_to(1000))
+
+
 @pytest.mark.parametrize('kind', ['epoch', 'best'])
-def test_full_disk(kind, tmp_path, monkeypatch):
+def test_full_disk(kind, tmp_path):
     """The error says what to do, and the last good checkpoint stays."""
-
-    def limited(path, data):
-        with files_up_to(1000 if Path(path).name == name else -1):
-            write_file(path, data)
-
     name = dict(epoch='epoch_2.pth', best='best_mAP_epoch_2.pth')[kind]
-    monkeypatch.setattr('mmdet_efficientdet.engine.atomic_backend.write_file',
-                        limited)
     runner = toy_runner(tmp_path, [0.5, 0.6])
-    with pytest.raises(OSError, match=name) as info:
+    disk = FullDisk(2, kind == 'best')
+    runner.register_hook(disk)
+    with disk.limit, pytest.raises(OSError, match=name) as info:
         runner.train()
     assert info.value.errno == errno.EFBIG
     good = 'epoch_1.pth' if kind == 'epoch' else 'epoch_2.pth'
@@ -407,20 +357,24 @@ def test_write_file(tmp_path):
         write_file(path, b'two')
     assert path.read_bytes() == b'one'
     assert [p.name for p in path.parent.iterdir()] == ['file']
-    with pytest.raises(PermissionError, match='denied'):  # not a full disk
-        raise_from_put(tmp_path)
-
-
-def raise_from_put(tmp_path):
     backend = AtomicBackend(str(tmp_path / 'last_checkpoint'))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(IsADirectoryError) as info:  # not a full disk
+        backend.put(b'data', str(path.parent))
+    assert 'MB' not in str(info.value)
 
-        def denied(*args):
-            raise PermissionError(errno.EACCES, 'denied')
 
-        patch.setattr('mmdet_efficientdet.engine.atomic_backend.write_file',
-                      denied)
-        backend.put(b'data', str(tmp_path / 'file'))
+def test_two_writers(tmp_path):
+    """Neither takes the half-written file of the other."""
+
+    def slowly(file):
+        file.write(b'slow, ')
+        write_file(path, b'fast')
+        file.write(b'but complete')
+
+    path = tmp_path / 'file'
+    write_file(path, slowly)
+    assert path.read_bytes() == b'slow, but complete'
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 
 class Spoil(Hook):
@@ -460,31 +414,25 @@ def test_spoilt_weights_are_not_the_best(interval, tmp_path):
 def train_with_a_fault(folder, fault):
     """Trains where one file cannot be written, or weights are spoilt."""
     runner = toy_runner(folder, [0.5, 0.6])
-    write = mmdet_efficientdet.engine.atomic_backend.write_file
-
-    def full(path, data):
-        if Path(path).name == fault:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, data)
-
-    mmdet_efficientdet.engine.atomic_backend.write_file = full
+    if fault != 'weights':
+        (folder / fault).mkdir(exist_ok=True)
     # The weights of rank 0 are saved.
-    if fault == 'weights' and torch.distributed.get_rank() == 1:
+    elif torch.distributed.get_rank() == 1:
         runner.register_hook(Spoil())
     runner.train()
 
 
 @pytest.mark.parametrize('fault, message', [
-    ('epoch_1.pth', 'epoch_1.pth (0.0 MB) could not be written'),
-    ('last_checkpoint', 'last_checkpoint (0.0 MB) could not be written'),
-    ('best_mAP_epoch_1.pth', 'best_mAP_epoch_1.pth (0.0 MB) could not'),
+    ('epoch_1.pth', "-> '{folder}/epoch_1.pth'"),
+    ('last_checkpoint', "-> '{folder}/last_checkpoint'"),
+    ('best_mAP_epoch_1.pth', "-> '{folder}/best_mAP_epoch_1.pth'"),
     ('weights', 'weights are not finite'),
 ])
 def test_all_ranks_stop(fault, message, tmp_path):
     """None waits for a rank that has raised."""
     for error in errors_of_ranks(train_with_a_fault, tmp_path, tmp_path,
                                  fault):
-        assert message in error
+        assert message.format(folder=tmp_path) in error
 
 
 def test_interrupted_validation_is_made_again(tmp_path):
@@ -534,10 +482,14 @@ def test_iterations_are_saved_by_iteration(by_epoch, tmp_path):
 
 
 def test_half_written_files_are_removed(tmp_path):
-    """By the next start; files of others stay."""
-    for name in ('epoch_9.pth.tmp', 'last_checkpoint.tmp', 'mine.tmp'):
+    """By the next start; files of others stay, and none of them is loaded."""
+    for name in ('epoch_9.pth.tmp', 'epoch_8.pth.0a1b.tmp', 'mine.tmp',
+                 'best_mAP_epoch_8.pth.0a.tmp', 'last_checkpoint.0a1b.tmp'):
         (tmp_path / name).write_text('half')
-    toy_runner(tmp_path, [0.5]).train()
+    runner = toy_runner(tmp_path, [0.5])
+    runner._resume = True
+    runner.train()
+    assert runner.iter == 3  # from scratch
     assert [p.name for p in tmp_path.glob('*.tmp')] == ['mine.tmp']
 
 
