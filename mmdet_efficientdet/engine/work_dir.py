@@ -68,20 +68,19 @@ def find_checkpoint(work_dir: str, template: str) -> Optional[str]:
     pointer, named = folder / 'last_checkpoint', ''
     if pointer.is_file():
         named = pointer.read_text(errors='replace').strip()
-    beside = folder / Path(named).name
-    if beside.is_file():
-        return str(beside)
-    if '://' in named or Path(named).is_file():
+    if '://' in named:
         return named
     pattern = re.escape(template).replace(r'\{\}', r'(\d+)')
     found = [re.fullmatch(pattern, path.name) for path in folder.iterdir()]
-    newest = max(filter(None, found), key=lambda m: int(m[1]), default=None)
-    problem = f'{pointer} names {shown(named)}, which does not exist'
-    if newest:
-        print_log(f'{problem}: resuming from {newest[0]}', 'current',
-                  logging.WARNING)
-        return str(folder / newest[0])
+    numbers = {int(match[1]): match[0] for match in found if match}
+    newest = numbers[max(numbers)] if numbers else ''
+    for path in folder / Path(named).name, Path(named), folder / newest:
+        if path.is_file():
+            print_log(f'{pointer} names {shown(named)}; resuming from {path}',
+                      'current')
+            return str(path)
     if pointer.is_file():
         raise FileNotFoundError(
-            f'{problem}: leave out --resume, or write --resume FILE')
+            f'{pointer} names {shown(named)}, which does not exist: leave out '
+            '--resume, or write --resume FILE')
     return None
