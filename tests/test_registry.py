@@ -31,6 +31,7 @@ CLASSES = dict(
     OPTIM_WRAPPER_CONSTRUCTORS=['GroupedOptimWrapperConstructor'],
     OPTIM_WRAPPERS=['LocalClipOptimWrapper'],
     PARAM_SCHEDULERS=['WarmupCosineLR'],
+    RUNNERS=['LenientRunner'],
     TRANSFORMS=['ResizeCrop', 'SeedTransforms'])
 
 

@@ -3,7 +3,8 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+
+from mmdet_efficientdet import LenientRunner
 
 from .tiny_data import LITE0
 
@@ -43,8 +44,9 @@ def toy_runner(folder, scores, **hooks):
         dataset=[dict(inputs=torch.ones(1) * i) for i in range(3)],
         sampler=dict(type='mmdet_efficientdet.SeededSampler'),
         batch_size=1,
-        num_workers=0)
-    return Runner(
+        num_workers=0,
+        persistent_workers=True)  # which the shipped runner ignores
+    return LenientRunner(
         Toy(),
         work_dir=str(folder),
         experiment_name=str(folder).replace('/', '_'),
@@ -56,7 +58,6 @@ def toy_runner(folder, scores, **hooks):
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
         default_hooks=dict(
             checkpoint=dict(shipped.checkpoint, max_keep_ckpts=1),
-            ema=shipped.ema,
-            **hooks),
+            ema=shipped.ema) | hooks,
         default_scope='mmdet',
         log_level='ERROR')
