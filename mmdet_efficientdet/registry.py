@@ -23,14 +23,9 @@ if '{}.{}'.format(*sys.version_info) not in PYTHONS or \
         'on Linux; this environment is untested',
         stacklevel=2)
 
+_wings = [f'{__package__}.{wing}' for wing in WINGS]
 for _name, _parent in vars(mmdet_registry).items():
     if isinstance(_parent, Registry) and _parent.scope == 'mmdet':
-        globals()[_name] = Registry(
-            _parent.name,
-            parent=_parent,
-            scope='mmdet_efficientdet',
-            # mmengine imports the locations of a registry, not of its parent.
-            locations=[
-                *_parent._locations,
-                *(f'mmdet_efficientdet.{wing}' for wing in WINGS)
-            ])
+        # mmengine imports the locations of a registry, not of its parent.
+        globals()[_name] = Registry(_parent.name, None, _parent, __package__,
+                                    _parent._locations + _wings)

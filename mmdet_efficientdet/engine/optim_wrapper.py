@@ -38,11 +38,10 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """
 
     def _validate_cfg(self) -> None:
-        parameter = nn.Parameter(torch.zeros(1))
-        defaults = OPTIMIZERS.build(
-            dict(self.optimizer_cfg, params=[parameter])).defaults
-        self.base_lr = defaults.get('lr')
-        self.base_wd = defaults.get('weight_decay')
+        one = dict(self.optimizer_cfg, params=[nn.Parameter(torch.zeros(1))])
+        like = OPTIMIZERS.build(one)
+        self.base_lr = like.defaults.get('lr')
+        self.base_wd = like.defaults.get('weight_decay')
         super()._validate_cfg()
 
     def add_params(self,
@@ -64,34 +63,29 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         finally:
             logger.removeFilter(_is_needed)
         flat = self.paramwise_cfg.get('flat_decay_mult')
+        keys = self.paramwise_cfg.get('custom_keys', ())
         names = {id(p): name for name, p in module.named_parameters()}
         groups, seen = {}, set()
-        for single in params:
-            parameter, = single['params']
-            name = names[id(parameter)]
+        for options in params:
+            param, = options.pop('params')
+            name = names[id(param)]
             if name in seen:
                 raise ValueError(
                     f'{name} is shared by several modules. Set optim_wrapper'
                     '.paramwise_cfg.bypass_duplicate=True')
             seen.add(name)
-            options = dict(lr=self.base_lr, weight_decay=self.base_wd)
-            if (flat is not None and parameter.ndim < 2
-                    and 'decay_mult' not in single and any(
-                        key in name
-                        for key in self.paramwise_cfg.get('custom_keys', ()))):
-                single['weight_decay'] = (self.base_wd or 0) * flat
             # mmengine has applied the multipliers to lr and weight_decay.
-            options.update({
-                key: value
-                for key, value in single.items()
-                if key not in ('params', 'lr_mult', 'decay_mult')
-            })
-            group = groups.setdefault(repr(options), (options, []))
-            group[1].append(parameter)
+            options.pop('lr_mult', None)
+            if (options.pop('decay_mult', None) is None and flat is not None
+                    and param.ndim < 2 and any(key in name for key in keys)):
+                options['weight_decay'] = (self.base_wd or 0) * flat
+            options = dict(
+                lr=self.base_lr, weight_decay=self.base_wd) | options
+            groups.setdefault(repr(options), (options, []))[1].append(param)
         params[:] = [dict(o, params=p) for o, p in groups.values()]
-        logger.info('Parameters: ' + '; '.join(f'{len(p)} with {o}'
-                                               for o, p in groups.values()) +
-                    f'; {len(names) - len(seen)} frozen')
+        parts = [f'{len(p)} with {o}' for o, p in groups.values()]
+        parts.append(f'{len(names) - len(seen)} frozen')
+        logger.info(f'Parameters: {"; ".join(parts)}')
 
 
 def _is_needed(record) -> bool:

@@ -10,8 +10,8 @@ class LenientRunner(Runner):
     """Takes None for every hook, and ``num_workers=0`` alone.
 
     ``--cfg-options default_hooks.ema=None`` turns a hook off. mmengine takes
-    None only for its own six hooks. Without workers, ``persistent_workers``
-    and ``prefetch_factor`` are ignored, which mmengine's data loaders refuse.
+    None only for its own six hooks. Without workers, ``persistent_workers`` is
+    ignored, which data loaders refuse.
     """
 
     def register_default_hooks(self, hooks: dict = None) -> None:
@@ -25,7 +25,5 @@ class LenientRunner(Runner):
     def build_dataloader(dataloader, *args, **kwargs):
         """Builds a data loader as mmengine does."""
         if isinstance(dataloader, dict) and not dataloader.get('num_workers'):
-            dataloader = dict(dataloader)
-            for option in ('persistent_workers', 'prefetch_factor'):
-                dataloader.pop(option, None)
+            dataloader = dict(dataloader, persistent_workers=False)
         return Runner.build_dataloader(dataloader, *args, **kwargs)

@@ -4,7 +4,6 @@ import re
 from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Optional
 
 import torch
 from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
@@ -20,11 +19,12 @@ from ..weights.sources import check_integrity
 from .atomic_backend import AtomicBackend
 from .work_dir import find_checkpoint, lock_folder
 
-# Names of numbers without their prefix, the most wanted first
+# Names of numbers without their prefix, the most wanted first. The last are
+# all but the AP of a class.
 WANTED = (r'(bbox_)?m?AP', r'\w+_m?AP', r'(\w+_)?m?AP[_@]?\d+',
-          r'(\w+_)?AR@\d+', r'recall@.*')
-NAME_IT = ('set default_hooks.checkpoint.save_best to the name of a number, '
-           'and default_hooks.checkpoint.rule to greater or less')
+          r'(\w+_)?AR@\d+', r'recall@.*', r'(?!.*_precision$).*')
+NAME_IT = ('name it by default_hooks.checkpoint.save_best, and set '
+           'default_hooks.checkpoint.rule to greater or less')
 
 
 @contextmanager
@@ -94,12 +94,13 @@ class SafeCheckpointHook(CheckpointHook):
                 backend='mmdet_efficientdet.atomic',
                 last_checkpoint=self._last)
         super().before_train(runner)
-        folders = {osp.abspath(runner.work_dir)}
-        if isinstance(self.file_backend, LocalBackend):
-            folders.add(osp.abspath(self.out_dir))
         with _together():
             if is_main_process():
-                self._locks = [lock_folder(folder) for folder in folders]
+                self._locks = [
+                    lock_folder(folder)
+                    for folder in {runner.work_dir, self.out_dir}
+                    if '://' not in folder
+                ]
         self._keep_foreign_files()
         # Other messages name it. resumed=False keeps it out of checkpoints.
         runner.message_hub.update_info(
@@ -110,23 +111,20 @@ class SafeCheckpointHook(CheckpointHook):
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if every > 0 and every % counts:
             runner.logger.warning(
-                f'A checkpoint is saved every {every} iterations, but the '
-                f'optimizer steps every {counts} iterations. Gradients that '
-                'are still being accumulated are lost when such a checkpoint '
-                f'is resumed. Set the interval to a multiple of {counts}')
+                f'A checkpoint every {every} iterations loses the gradients '
+                'that are being accumulated: set the interval to a multiple of'
+                f' {counts}')
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         if by_epoch and not self.by_epoch:
             runner.logger.warning(
-                'An epoch-based loop resumes at the beginning of an epoch, so '
-                'that checkpoints by iterations are not exact. Remove '
-                'default_hooks.checkpoint.by_epoch=False')
+                'An epoch-based loop does not exactly resume checkpoints by '
+                'iterations: remove default_hooks.checkpoint.by_epoch=False')
         if (isinstance(runner.train_loop, IterBasedTrainLoop) and self.by_epoch
                 and self.interval > 0):
             raise ValueError(
-                'An iteration-based loop is a single epoch, so that nothing '
-                'would be saved before its end. Write '
-                'default_hooks=dict(checkpoint=dict(by_epoch=False, '
-                'interval=...)) with the interval in iterations, and '
+                'An iteration-based loop would save nothing before its end: '
+                'write default_hooks=dict(checkpoint=dict(by_epoch=False, '
+                'interval=<iterations>)) and '
                 'log_processor=dict(by_epoch=False)')
         if runner.val_loop is not None:
             self._check_save_best(runner)
@@ -135,19 +133,18 @@ class SafeCheckpointHook(CheckpointHook):
     def _check_save_best(self, runner) -> None:
         """Says now what the first validation could not decide."""
         metrics = runner.val_evaluator.metrics
-        starts = [f'{getattr(metric, "prefix", "")}/' for metric in metrics]
-        auto = self.save_best == ['auto']
-        known = [m for m in metrics if "'mmdet." in str(type(m).__mro__)]
-        if auto and self.rules == [None] and not known:
-            runner.logger.warning(
-                f"save_best='auto' may not find the number of "
-                f'{type(metrics[0]).__name__} that you want: {NAME_IT}')
-        elif not auto and known == metrics:
-            for name in self.save_best or ():
-                if not any(start in name for start in starts):
-                    raise ValueError(
-                        f'save_best={name!r} is no number of val_evaluator. '
-                        f"Write '{starts[0]}{name}'")
+        known = ["'mmdet." in str(type(m).__mro__) for m in metrics]
+        if self.save_best == ['auto']:
+            if self.rules == [None] and not any(known):
+                runner.logger.warning(
+                    f"save_best='auto' may not find the number of "
+                    f'{type(metrics[0]).__name__} that you want: {NAME_IT}')
+            return
+        for name in self.save_best or ():
+            if all(known) and not any(f'{m.prefix}/' in name for m in metrics):
+                raise ValueError(
+                    f'save_best={name!r} is no number of val_evaluator: write '
+                    f"'{metrics[0].prefix}/{name}'")
 
     @staticmethod
     def _validate_again(runner, by_epoch: bool) -> None:
@@ -159,9 +156,8 @@ class SafeCheckpointHook(CheckpointHook):
         loop = runner.train_loop
         if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             return
-        done, end = (loop.epoch,
-                     loop.max_epochs) if by_epoch else (loop.iter,
-                                                        loop.max_iters)
+        done = loop.epoch if by_epoch else loop.iter
+        end = loop.max_epochs if by_epoch else loop.max_iters
         if (runner.val_loop is not None and done > 0 and done >= loop.val_begin
                 and (done % loop.val_interval == 0 or done == end)):
             runner.val_loop.run()
@@ -179,12 +175,16 @@ class SafeCheckpointHook(CheckpointHook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Restores the objects of the log history.
 
-        A damaged file raises before its weights reach the model.
+        A damaged file raises before its weights reach the model. torch does
+        not compare its checksums. mmengine's loader of local files could be
+        replaced, but then it would be replaced for all models of the process.
 
         ``meta['config']`` is removed. Checkpoints of MMDetection 2 have it,
         and mmengine would execute its text to compare the number of GPUs.
         """
-        self._check_file(runner)
+        path = str(runner._load_from or '')
+        if path and '://' not in path:
+            check_integrity(Path(path).expanduser())
         meta = checkpoint.get('meta')
         if isinstance(meta, dict):
             meta.pop('config', None)
@@ -199,18 +199,6 @@ class SafeCheckpointHook(CheckpointHook):
             if isinstance(value, dict):
                 scalars[name] = HistoryBuffer(**value)
 
-    @staticmethod
-    def _check_file(runner) -> None:
-        """Verifies the file that the runner is loading.
-
-        torch does not compare its checksums. mmengine's loader of local files
-        could be replaced, but then it would be replaced for all models of the
-        process.
-        """
-        path = runner._load_from
-        if path and '://' not in str(path):
-            check_integrity(Path(path).expanduser())
-
     def _keep_foreign_files(self) -> None:
         """Looks for the best checkpoint in this folder only.
 
@@ -219,7 +207,7 @@ class SafeCheckpointHook(CheckpointHook):
         folder may have been moved.
         """
 
-        def own(path) -> Optional[str]:
+        def own(path):
             name = osp.basename(str(path))
             path = osp.join(self.out_dir, name)
             return path if name.startswith('best_') else None
@@ -255,7 +243,8 @@ class SafeCheckpointHook(CheckpointHook):
                 backend_args=self.backend_args,
                 **self.args)
             if is_main_process():
-                AtomicBackend(self._last).put_text(self.last_ckpt, self._last)
+                AtomicBackend(self._last).put(self.last_ckpt.encode(),
+                                              self._last)
         if ids:
             self.keep_ckpt_ids = deque(ids, self.max_keep_ckpts)
             if is_main_process():
@@ -274,7 +263,7 @@ class SafeCheckpointHook(CheckpointHook):
         if not metrics.keys() >= {*self.key_indicators}:
             runner.logger.warning(
                 f'No best checkpoint is saved: {self.key_indicators} is none '
-                f'of {[*metrics]}. To get one, {NAME_IT}')
+                f'of {[*metrics]}; {NAME_IT}')
             return
         self._check_finite(runner)
         # mmengine's method also saves the last checkpoint again, on all
@@ -294,8 +283,7 @@ class SafeCheckpointHook(CheckpointHook):
 
         def rank(name: str) -> list:
             end = name.rpartition('/')[2]
-            return [bool(re.fullmatch(wanted, end)) for wanted in WANTED
-                    ] + [not end.endswith('_precision')]  # of one class
+            return [bool(re.fullmatch(wanted, end)) for wanted in WANTED]
 
         rule, = self.rules
         for name in sorted(metrics, key=rank, reverse=True):

@@ -67,9 +67,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             print_log(
                 f'With {warmup} steps of warm-up out of {end}, the rate {what}'
                 f'. Train for at least {10 * warmup} steps, or count in '
-                'iterations: param_scheduler=[dict(type="mmdet_efficientdet.'
-                'WarmupCosineLR", by_epoch=False, warmup=...)]; see Length of '
-                'the training in docs/training.md', 'current', logging.WARNING)
+                'iterations by param_scheduler=[dict(by_epoch=False, warmup=..'
+                '., ...)], see docs/training.md', 'current', logging.WARNING)
 
     @classmethod
     def build_iter_from_epoch(cls,

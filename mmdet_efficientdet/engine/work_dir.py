@@ -3,7 +3,6 @@ import fcntl
 import logging
 import os
 import re
-import socket
 from pathlib import Path
 from typing import IO, Optional
 
@@ -32,18 +31,17 @@ def lock_folder(folder: str) -> Optional[IO]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BlockingIOError(
-            error.errno, f'{shown(path.read_text())} trains in {folder}. Two '
-            'trainings would replace the checkpoints of each other: wait, or '
-            'choose another folder with --work-dir. If that one has ended, '
-            f'remove {path}') from error
+            error.errno, f'{shown(path.read_text(errors="replace"))} trains in'
+            f' {folder}, and two trainings would replace their checkpoints: '
+            f'wait, or set another --work-dir. If it has ended, remove {path}'
+        ) from error
     except OSError as error:
         print_log(
             f'{folder} cannot be locked, so that a second training in '
             f'it would not be noticed: {error}', 'current', logging.WARNING)
         return None
     file.truncate(0)
-    print('process', os.getpid(), 'on', socket.gethostname(), file=file)
-    file.flush()
+    print(f'process {os.getpid()} on {os.uname()[1]}', file=file, flush=True)
     for name in ('*.pth', 'last_checkpoint'):
         for half in path.parent.glob(f'{name}*{TEMPORARY}'):
             half.unlink(missing_ok=True)
@@ -72,9 +70,8 @@ def find_checkpoint(work_dir: str, template: str) -> Optional[str]:
         return named
     pattern = re.escape(template).replace(r'\{\}', r'(\d+)')
     found = [re.fullmatch(pattern, path.name) for path in folder.iterdir()]
-    numbers = {int(match[1]): match[0] for match in found if match}
-    newest = numbers[max(numbers)] if numbers else ''
-    for path in folder / Path(named).name, Path(named), folder / newest:
+    newest = max(filter(None, found), key=lambda m: int(m[1]), default=[''])
+    for path in folder / Path(named).name, Path(named), folder / newest[0]:
         if path.is_file():
             print_log(f'{pointer} names {shown(named)}; resuming from {path}',
                       'current')
