@@ -23,38 +23,9 @@ if '{}.{}'.format(*sys.version_info) not in PYTHONS or \
         'on Linux; this environment is untested',
         stacklevel=2)
 
-
-def _child(name: str) -> Registry:
-    """Returns the child of MMDetection's registry ``name``."""
-    parent = getattr(mmdet_registry, name)
-    return Registry(
-        parent.name,
-        parent=parent,
-        scope='mmdet_efficientdet',
+_wings = [f'{__package__}.{wing}' for wing in WINGS]
+for _name, _parent in vars(mmdet_registry).items():
+    if isinstance(_parent, Registry) and _parent.scope == 'mmdet':
         # mmengine imports the locations of a registry, not of its parent.
-        locations=[
-            *parent._locations,
-            *(f'mmdet_efficientdet.{wing}' for wing in WINGS)
-        ])
-
-
-DATA_SAMPLERS = _child('DATA_SAMPLERS')
-DATASETS = _child('DATASETS')
-EVALUATOR = _child('EVALUATOR')
-HOOKS = _child('HOOKS')
-LOG_PROCESSORS = _child('LOG_PROCESSORS')
-LOOPS = _child('LOOPS')
-METRICS = _child('METRICS')
-MODEL_WRAPPERS = _child('MODEL_WRAPPERS')
-MODELS = _child('MODELS')
-OPTIM_WRAPPER_CONSTRUCTORS = _child('OPTIM_WRAPPER_CONSTRUCTORS')
-OPTIM_WRAPPERS = _child('OPTIM_WRAPPERS')
-OPTIMIZERS = _child('OPTIMIZERS')
-PARAM_SCHEDULERS = _child('PARAM_SCHEDULERS')
-RUNNER_CONSTRUCTORS = _child('RUNNER_CONSTRUCTORS')
-RUNNERS = _child('RUNNERS')
-TASK_UTILS = _child('TASK_UTILS')
-TRANSFORMS = _child('TRANSFORMS')
-VISBACKENDS = _child('VISBACKENDS')
-VISUALIZERS = _child('VISUALIZERS')
-WEIGHT_INITIALIZERS = _child('WEIGHT_INITIALIZERS')
+        globals()[_name] = Registry(_parent.name, None, _parent, __package__,
+                                    _parent._locations + _wings)

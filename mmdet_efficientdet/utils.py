@@ -95,7 +95,8 @@ def write_file(path: str, data: Union[bytes, Callable[[BinaryIO],
     """Writes a file under a temporary name and then renames it.
 
     If the process is killed or the power fails, ``path`` is either as it was
-    or complete. After an error nothing is left of the new file.
+    or complete. After an error nothing is left of the new file. Of several
+    processes that write the same file, the last one wins.
 
     Args:
         path (str): Missing folders are created.
@@ -105,15 +106,16 @@ def write_file(path: str, data: Union[bytes, Callable[[BinaryIO],
     path = os.fspath(path)
     folder = os.path.dirname(os.path.abspath(path))
     mmengine.mkdir_or_exist(folder)
+    temporary = f'{path}.{os.urandom(4).hex()}{TEMPORARY}'
     try:
-        with open(path + TEMPORARY, 'wb') as file:
+        with open(temporary, 'xb') as file:
             data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + TEMPORARY, path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.remove(path + TEMPORARY)
+            os.remove(temporary)
         raise
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -31,6 +31,7 @@ CLASSES = dict(
     OPTIM_WRAPPER_CONSTRUCTORS=['GroupedOptimWrapperConstructor'],
     OPTIM_WRAPPERS=['LocalClipOptimWrapper'],
     PARAM_SCHEDULERS=['WarmupCosineLR'],
+    RUNNERS=['LenientRunner'],
     TRANSFORMS=['ResizeCrop', 'SeedTransforms'])
 
 
@@ -279,6 +280,23 @@ def test_base_by_name_of_the_package():
         f"_base_ = 'mmdet_efficientdet::efficientdet/{D0.name}'", '.py')
     assert config.model.backbone.arch == 'b0'
     assert config.image_size == 512
+
+
+def test_base_where_the_package_is_unknown(run):
+    """The line of the docs, for scripts that import the package later."""
+    page = (D0.parents[2] / 'docs' / 'training.md').read_text()
+    line, = re.findall(r'^_base_ = __import__.*\n.*', page, re.M)
+    run('''
+from mmengine.config import Config
+try:
+    Config.fromstring(line.replace('__import__', 'str'), '.py')
+except AssertionError as error:
+    assert 'does not support to load mmdet_efficientdet' in str(error)
+else:
+    raise ValueError('the line could be shorter')
+assert Config.fromstring(line, '.py').image_size == 512
+''',
+        line=line)
 
 
 def test_versions_are_the_same_everywhere():

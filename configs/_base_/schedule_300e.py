@@ -1,5 +1,7 @@
 # The official recipe for 8 GPUs with 16 images each, and the runtime.
 default_scope = 'mmdet'
+# Takes default_hooks.NAME=None for every hook, and num_workers=0 alone.
+runner_type = 'mmdet_efficientdet.LenientRunner'
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=300, val_interval=10)
 val_cfg = dict(type='ValLoop')

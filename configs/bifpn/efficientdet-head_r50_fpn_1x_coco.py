@@ -8,3 +8,6 @@ model = dict(
         num_classes=80,
         in_channels=256,
         norm_cfg=dict(type='GN', num_groups=32)))
+# Text in a checkpoint that is resumed is not executed.
+default_hooks = dict(
+    checkpoint=dict(type='mmdet_efficientdet.SafeCheckpointHook'))

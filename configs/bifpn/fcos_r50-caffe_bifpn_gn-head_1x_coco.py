@@ -10,3 +10,6 @@ model = dict(
         num_outs=5,
         start_level=1,
         norm_cfg=dict(type='GN', num_groups=32)))
+# Text in a checkpoint that is resumed is not executed.
+default_hooks = dict(
+    checkpoint=dict(type='mmdet_efficientdet.SafeCheckpointHook'))

@@ -22,3 +22,6 @@ model = dict(
         out_channels=256,
         num_outs=5,
         norm_cfg=dict(type='GN', num_groups=32)))
+# Text in a checkpoint that is resumed is not executed.
+default_hooks = dict(
+    checkpoint=dict(type='mmdet_efficientdet.SafeCheckpointHook'))

@@ -11,3 +11,6 @@ model = dict(
 # Without decay, as the base has it for norms.
 optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(fusion_weights=dict(decay_mult=0))))
+# Text in a checkpoint that is resumed is not executed.
+default_hooks = dict(
+    checkpoint=dict(type='mmdet_efficientdet.SafeCheckpointHook'))

@@ -10,3 +10,6 @@ model = dict(
             type='Pretrained',
             checkpoint='timm://tf_efficientnet_b0.aa_in1k')),
     neck=dict(in_channels=[40, 112, 320], start_level=0))
+# Text in a checkpoint that is resumed is not executed.
+default_hooks = dict(
+    checkpoint=dict(type='mmdet_efficientdet.SafeCheckpointHook'))

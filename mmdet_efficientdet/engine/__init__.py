@@ -5,12 +5,13 @@ from .optim_wrapper import (GroupedOptimWrapperConstructor,
 from .preflight import PreflightHook
 from .reproducible import (SeededIterBasedTrainLoop, SeededSampler, SeedHook,
                            SeedTransforms)
+from .runner import LenientRunner
 from .safe_checkpoint import SafeCheckpointHook
 from .schedule import BatchScaleHook, WarmupCosineLR
 
 __all__ = [
     'BatchScaleHook', 'ClassTransferHook', 'GroupedOptimWrapperConstructor',
-    'LocalClipOptimWrapper', 'PreflightHook', 'SafeCheckpointHook', 'SeedHook',
-    'SeedTransforms', 'SeededIterBasedTrainLoop', 'SeededSampler',
-    'WarmupCosineLR'
+    'LenientRunner', 'LocalClipOptimWrapper', 'PreflightHook',
+    'SafeCheckpointHook', 'SeedHook', 'SeedTransforms',
+    'SeededIterBasedTrainLoop', 'SeededSampler', 'WarmupCosineLR'
 ]

@@ -35,8 +35,7 @@ class AtomicBackend(LocalBackend):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            folder = os.path.dirname(os.path.abspath(filepath))
-            good = ''
+            good, folder = '', os.path.dirname(os.path.abspath(filepath))
             with suppress(FileNotFoundError):
                 good = ('The last good checkpoint is '
                         f'{Path(self.last_checkpoint).read_text()}. ')
@@ -48,13 +47,6 @@ class AtomicBackend(LocalBackend):
                 'best one, lower default_hooks.checkpoint.max_keep_ckpts, or '
                 'set default_hooks.checkpoint.out_dir to another disk. Then '
                 'continue with --resume') from error
-
-    def put_text(self,
-                 obj: str,
-                 filepath: str,
-                 encoding: str = 'utf-8') -> None:
-        """Writes a text as :meth:`put` does."""
-        self.put(obj.encode(encoding), filepath)
 
     def remove(self, filepath: str) -> None:
         """Marks a file for removal by :meth:`clean`."""

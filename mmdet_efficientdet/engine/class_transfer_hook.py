@@ -44,8 +44,8 @@ class ClassTransferHook(Hook):
         if self._wanted(runner) and not runner._has_loaded:
             raise ValueError(
                 'transfer_classes=True needs a checkpoint, and none was '
-                'loaded: set load_from, and leave out --resume until there '
-                'is something to resume')
+                'loaded: set load_from, leave out --resume until there is one '
+                'to resume, or inherit another recipe (docs/training.md)')
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Replaces the rows of the class predictor and logs a receipt."""

@@ -2,11 +2,14 @@
 
 Source: google/automl ``efficientdet/det_model_fn.py``.
 """
+import re
 from typing import List
 
 import torch
 from mmengine.dist import all_reduce_params, get_world_size
+from mmengine.logging import MMLogger
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIMIZERS
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
@@ -26,50 +29,68 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     mmengine's constructor, another learning rate for the backbone turns on
     the weight decay of its norms and biases.
 
+    A learning rate or weight decay that the config leaves out is the default
+    of the optimizer.
+
     Raises:
         ValueError: If modules share a parameter, which mmengine's groups do
             not allow either.
     """
+
+    def _validate_cfg(self) -> None:
+        one = dict(self.optimizer_cfg, params=[nn.Parameter(torch.zeros(1))])
+        like = OPTIMIZERS.build(one)
+        self.base_lr = like.defaults.get('lr')
+        self.base_wd = like.defaults.get('weight_decay')
+        super()._validate_cfg()
 
     def add_params(self,
                    params: List[dict],
                    module: nn.Module,
                    prefix: str = '',
                    **kwargs) -> None:
-        """Adds the parameters of ``module`` as mmengine's method does."""
-        super().add_params(params, module, prefix=prefix, **kwargs)
-        if prefix:
-            return  # a call for a submodule
+        """Adds the parameters of ``module`` as mmengine's method does.
+
+        mmengine logs each option of each parameter; this method, one line.
+        """
+        if prefix:  # a call for a submodule
+            super().add_params(params, module, prefix=prefix, **kwargs)
+            return
+        logger = MMLogger.get_current_instance()
+        logger.addFilter(_is_needed)
+        try:
+            super().add_params(params, module, **kwargs)
+        finally:
+            logger.removeFilter(_is_needed)
         flat = self.paramwise_cfg.get('flat_decay_mult')
+        keys = self.paramwise_cfg.get('custom_keys', ())
         names = {id(p): name for name, p in module.named_parameters()}
         groups, seen = {}, set()
-        for single in params:
-            parameter, = single['params']
-            name = names[id(parameter)]
+        for options in params:
+            param, = options.pop('params')
+            name = names[id(param)]
             if name in seen:
                 raise ValueError(
                     f'{name} is shared by several modules. Set optim_wrapper'
                     '.paramwise_cfg.bypass_duplicate=True')
             seen.add(name)
-            options = dict(lr=self.base_lr, weight_decay=self.base_wd)
-            if (flat is not None and self.base_wd is not None
-                    and parameter.ndim < 2 and 'decay_mult' not in single
-                    and any(
-                        key in name
-                        for key in self.paramwise_cfg.get('custom_keys', ()))):
-                single['weight_decay'] = self.base_wd * flat
             # mmengine has applied the multipliers to lr and weight_decay.
-            options.update({
-                key: value
-                for key, value in single.items()
-                if key not in ('params', 'lr_mult', 'decay_mult')
-            })
-            group = groups.setdefault(repr(options), dict(options, params=[]))
-            group['params'] += single['params']
-        params[:] = [{
-            key: value
-            for key, value in group.items() if value is not None
-        } for group in groups.values()]
+            options.pop('lr_mult', None)
+            if (options.pop('decay_mult', None) is None and flat is not None
+                    and param.ndim < 2 and any(key in name for key in keys)):
+                options['weight_decay'] = (self.base_wd or 0) * flat
+            options = dict(
+                lr=self.base_lr, weight_decay=self.base_wd) | options
+            groups.setdefault(repr(options), (options, []))[1].append(param)
+        params[:] = [dict(o, params=p) for o, p in groups.values()]
+        parts = [f'{len(p)} with {o}' for o, p in groups.values()]
+        parts.append(f'{len(names) - len(seen)} frozen')
+        logger.info(f'Parameters: {"; ".join(parts)}')
+
+
+def _is_needed(record) -> bool:
+    return not re.match('paramwise_options|.* is skipped since its requires_g',
+                        record.getMessage())
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -1,22 +1,30 @@
 """Checkpoints that survive an interruption and hold plain data only."""
 import os.path as osp
+import re
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from mmengine.dist import (all_reduce, broadcast_object_list, get_comm_device,
-                           is_main_process, master_only)
+                           is_main_process)
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import (EpochBasedTrainLoop, IterBasedTrainLoop,
-                             find_latest_checkpoint)
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from ..registry import HOOKS
-from ..utils import TEMPORARY, plain_data
+from ..utils import plain_data
 from ..weights.sources import check_integrity
 from .atomic_backend import AtomicBackend
+from .work_dir import find_checkpoint, lock_folder
+
+# Names of numbers without their prefix, the most wanted first. The last are
+# all but the AP of a class.
+WANTED = (r'(bbox_)?m?AP', r'\w+_m?AP', r'(\w+_)?m?AP[_@]?\d+',
+          r'(\w+_)?AR@\d+', r'recall@.*', r'(?!.*_precision$).*')
+NAME_IT = ('name it by default_hooks.checkpoint.save_best, and set '
+           'default_hooks.checkpoint.rule to greater or less')
 
 
 @contextmanager
@@ -54,17 +62,29 @@ class SafeCheckpointHook(CheckpointHook):
     numbers and restores the history when the run is resumed, so that every
     tool can load a checkpoint with ``weights_only=True``.
 
+    ``save_best='auto'`` takes the mean AP, wherever the evaluator puts it, and
+    if there is none, AP at one IoU, then recall. mmengine takes the first
+    number, which may be the AP of one class.
+
     Args:
         kwargs: See mmengine's ``CheckpointHook``.
     """
 
     _best_first = False  # True while the best checkpoint is being saved
 
+    def before_run(self, runner) -> None:
+        """Finds what to resume; mmengine takes its path as it was saved."""
+        if runner._resume and runner._load_from is None:
+            runner._load_from = find_checkpoint(runner.work_dir,
+                                                self.filename_tmpl)
+
     def before_train(self, runner) -> None:
-        """Removes half-written files of an interrupted run.
+        """Locks the folders and removes half-written files in them.
 
         Raises:
-            ValueError: If an iteration-based loop would save by epochs.
+            BlockingIOError: If another training has one of the folders.
+            ValueError: If an iteration-based loop would save by epochs, or
+                the evaluator has no number of the name in ``save_best``.
         """
         backend = get_file_backend(self.out_dir or runner.work_dir)
         self._last = osp.join(runner.work_dir, 'last_checkpoint')
@@ -74,8 +94,14 @@ class SafeCheckpointHook(CheckpointHook):
                 backend='mmdet_efficientdet.atomic',
                 last_checkpoint=self._last)
         super().before_train(runner)
+        with _together():
+            if is_main_process():
+                self._locks = [
+                    lock_folder(folder)
+                    for folder in {runner.work_dir, self.out_dir}
+                    if '://' not in folder
+                ]
         self._keep_foreign_files()
-        self._remove_half_written()
         # Other messages name it. resumed=False keeps it out of checkpoints.
         runner.message_hub.update_info(
             'work_dir', runner.work_dir, resumed=False)
@@ -85,25 +111,40 @@ class SafeCheckpointHook(CheckpointHook):
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if every > 0 and every % counts:
             runner.logger.warning(
-                f'A checkpoint is saved every {every} iterations, but the '
-                f'optimizer steps every {counts} iterations. Gradients that '
-                'are still being accumulated are lost when such a checkpoint '
-                f'is resumed. Set the interval to a multiple of {counts}')
+                f'A checkpoint every {every} iterations loses the gradients '
+                'that are being accumulated: set the interval to a multiple of'
+                f' {counts}')
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         if by_epoch and not self.by_epoch:
             runner.logger.warning(
-                'An epoch-based loop resumes at the beginning of an epoch, so '
-                'that checkpoints by iterations are not exact. Remove '
-                'default_hooks.checkpoint.by_epoch=False')
+                'An epoch-based loop does not exactly resume checkpoints by '
+                'iterations: remove default_hooks.checkpoint.by_epoch=False')
         if (isinstance(runner.train_loop, IterBasedTrainLoop) and self.by_epoch
                 and self.interval > 0):
             raise ValueError(
-                'An iteration-based loop is a single epoch, so that nothing '
-                'would be saved before its end. Write '
-                'default_hooks=dict(checkpoint=dict(by_epoch=False, '
-                'interval=...)) with the interval in iterations, and '
+                'An iteration-based loop would save nothing before its end: '
+                'write default_hooks=dict(checkpoint=dict(by_epoch=False, '
+                'interval=<iterations>)) and '
                 'log_processor=dict(by_epoch=False)')
+        if runner.val_loop is not None:
+            self._check_save_best(runner)
         self._validate_again(runner, by_epoch)
+
+    def _check_save_best(self, runner) -> None:
+        """Says now what the first validation could not decide."""
+        metrics = runner.val_evaluator.metrics
+        known = ["'mmdet." in str(type(m).__mro__) for m in metrics]
+        if self.save_best == ['auto']:
+            if self.rules == [None] and not any(known):
+                runner.logger.warning(
+                    f"save_best='auto' may not find the number of "
+                    f'{type(metrics[0]).__name__} that you want: {NAME_IT}')
+            return
+        for name in self.save_best or ():
+            if all(known) and not any(f'{m.prefix}/' in name for m in metrics):
+                raise ValueError(
+                    f'save_best={name!r} is no number of val_evaluator: write '
+                    f"'{metrics[0].prefix}/{name}'")
 
     @staticmethod
     def _validate_again(runner, by_epoch: bool) -> None:
@@ -115,12 +156,16 @@ class SafeCheckpointHook(CheckpointHook):
         loop = runner.train_loop
         if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             return
-        done, end = (loop.epoch,
-                     loop.max_epochs) if by_epoch else (loop.iter,
-                                                        loop.max_iters)
+        done = loop.epoch if by_epoch else loop.iter
+        end = loop.max_epochs if by_epoch else loop.max_iters
         if (runner.val_loop is not None and done > 0 and done >= loop.val_begin
                 and (done % loop.val_interval == 0 or done == end)):
             runner.val_loop.run()
+
+    def after_train(self, runner) -> None:
+        """Publishes a checkpoint as mmengine does, and ends the lock."""
+        super().after_train(runner)
+        self._locks = None
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Replaces Python objects by plain data."""
@@ -130,12 +175,16 @@ class SafeCheckpointHook(CheckpointHook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Restores the objects of the log history.
 
-        A damaged file raises before its weights reach the model.
+        A damaged file raises before its weights reach the model. torch does
+        not compare its checksums. mmengine's loader of local files could be
+        replaced, but then it would be replaced for all models of the process.
 
         ``meta['config']`` is removed. Checkpoints of MMDetection 2 have it,
         and mmengine would execute its text to compare the number of GPUs.
         """
-        self._check_file(runner)
+        path = str(runner._load_from or '')
+        if path and '://' not in path:
+            check_integrity(Path(path).expanduser())
         meta = checkpoint.get('meta')
         if isinstance(meta, dict):
             meta.pop('config', None)
@@ -150,43 +199,22 @@ class SafeCheckpointHook(CheckpointHook):
             if isinstance(value, dict):
                 scalars[name] = HistoryBuffer(**value)
 
-    @staticmethod
-    def _check_file(runner) -> None:
-        """Verifies the file that the runner is loading.
-
-        torch does not compare its checksums. mmengine's loader of local files
-        could be replaced, but then it would be replaced for all models of the
-        process.
-        """
-        path = runner._load_from
-        if path is None and runner._resume:
-            path = find_latest_checkpoint(runner.work_dir)
-        if path and '://' not in str(path):
-            check_integrity(Path(path).expanduser())
-
     def _keep_foreign_files(self) -> None:
-        """Forgets a best checkpoint that is not of this folder.
+        """Looks for the best checkpoint in this folder only.
 
         mmengine removes the file or folder that the resumed checkpoint names
-        as the best one, wherever it is, as soon as there is a better one.
+        as the best one, wherever it is, as soon as there is a better one. The
+        folder may have been moved.
         """
 
-        def own(path) -> bool:
-            folder, name = osp.split(osp.abspath(str(path)))
-            return (folder == osp.abspath(self.out_dir)
-                    and name.startswith('best_'))
+        def own(path):
+            name = osp.basename(str(path))
+            path = osp.join(self.out_dir, name)
+            return path if name.startswith('best_') else None
 
-        if not own(getattr(self, 'best_ckpt_path', None)):
-            self.best_ckpt_path = None
+        self.best_ckpt_path = own(getattr(self, 'best_ckpt_path', None))
         paths = getattr(self, 'best_ckpt_path_dict', {})
-        for key, path in paths.items():
-            paths[key] = path if own(path) else None
-
-    @master_only
-    def _remove_half_written(self) -> None:
-        for path in (*Path(self.out_dir).glob(f'*.pth{TEMPORARY}'),
-                     Path(self._last + TEMPORARY)):
-            path.unlink(missing_ok=True)
+        paths.update({key: own(path) for key, path in paths.items()})
 
     def _save_checkpoint_with_step(self, runner, step: int,
                                    meta: dict) -> None:
@@ -215,7 +243,8 @@ class SafeCheckpointHook(CheckpointHook):
                 backend_args=self.backend_args,
                 **self.args)
             if is_main_process():
-                AtomicBackend(self._last).put_text(self.last_ckpt, self._last)
+                AtomicBackend(self._last).put(self.last_ckpt.encode(),
+                                              self._last)
         if ids:
             self.keep_ckpt_ids = deque(ids, self.max_keep_ckpts)
             if is_main_process():
@@ -229,6 +258,13 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
         if not self.save_best:
             return
+        if 'auto' in self.key_indicators:
+            self._choose(metrics)
+        if not metrics.keys() >= {*self.key_indicators}:
+            runner.logger.warning(
+                f'No best checkpoint is saved: {self.key_indicators} is none '
+                f'of {[*metrics]}; {NAME_IT}')
+            return
         self._check_finite(runner)
         # mmengine's method also saves the last checkpoint again, on all
         # ranks, when the first rank may have failed already.
@@ -241,6 +277,20 @@ class SafeCheckpointHook(CheckpointHook):
         if self._afterwards:
             self._save_checkpoint_with_step(runner, *self._afterwards)
         self._clean()
+
+    def _choose(self, metrics: dict) -> None:
+        """Replaces 'auto' by the most wanted number, if there is one."""
+
+        def rank(name: str) -> list:
+            end = name.rpartition('/')[2]
+            return [bool(re.fullmatch(wanted, end)) for wanted in WANTED]
+
+        rule, = self.rules
+        for name in sorted(metrics, key=rank, reverse=True):
+            known = 'greater' if any(rank(name)[:-1]) else None
+            with suppress(ValueError):  # for which more may be worse
+                return self._init_rule([rule or known], [name])
+            self.rules = [rule]  # which the failure has cleared
 
     def _check_finite(self, runner) -> None:
         """Prevents weights that are not finite from replacing good ones.

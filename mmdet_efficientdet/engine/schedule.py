@@ -60,20 +60,15 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         self.warmup = warmup
         self.start_factor = start_factor
         super().__init__(optimizer, 0, end, -1, by_epoch, verbose)
-        if end <= 2 * warmup:
+        if end < 10 * warmup and (warmup > 1 or end < 3):
+            what = (f'falls to 0 at step {end - warmup} and then rises again '
+                    f'to {self._factor(end - 1):.0%} of the peak' if end > 2 *
+                    warmup else 'hardly reaches the peak')
             print_log(
-                f'The warm-up takes {warmup} of {end} steps, so that the '
-                'training hardly reaches the peak rate. Set a shorter warmup. '
-                'An iteration-based loop needs param_scheduler=[dict('
-                "type='mmdet_efficientdet.WarmupCosineLR', by_epoch=False, "
-                'warmup=<iterations>)]', 'current', logging.WARNING)
-        elif end < 10 * warmup:
-            print_log(
-                f'The official cosine counts from step 0. With {warmup} steps '
-                f'of warm-up out of {end}, its rate falls to 0 at step '
-                f'{end - warmup} and then rises again to '
-                f'{self._factor(end - 1):.0%} of the peak. Set a shorter '
-                'warmup', 'current', logging.WARNING)
+                f'With {warmup} steps of warm-up out of {end}, the rate {what}'
+                f'. Train for at least {10 * warmup} steps, or count in '
+                'iterations by param_scheduler=[dict(by_epoch=False, warmup=..'
+                '., ...)], see docs/training.md', 'current', logging.WARNING)
 
     @classmethod
     def build_iter_from_epoch(cls,

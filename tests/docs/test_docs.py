@@ -192,6 +192,9 @@ def test_configs(text, tmp_path):
     """Each loads, and its model can be built."""
     # Bases are relative to the folder in which the docs save the file.
     text = text.replace("'configs/", f"'{CONFIGS}/")
+    text = text.replace(
+        './my_config.py',
+        f'{CONFIGS}/efficientdet/efficientdet_d0_8xb16-300e_coco.py')
     text = text.replace("'./", f"'{CONFIGS}/efficientdet/")
     file = tmp_path / 'my_config.py'
     file.write_text(text)

@@ -5,6 +5,7 @@ from helpers.models import SIZES
 from helpers.tiny_data import CONFIGS
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
@@ -79,6 +80,47 @@ def test_groups_keep_their_options():
     learned = [p for p in model.parameters() if p.requires_grad]
     assert sum(len(group['params']) for group in groups) == len(learned)
     assert len(learned) < len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('kind, decay', [('AdamW', 1e-2), ('SGD', 0),
+                                         (torch.optim.AdamW, 1e-2)])
+def test_decay_is_the_optimizers(kind, decay, model_cfg):
+    """A recipe that leaves rate and decay out gets torch's own numbers."""
+    with torch.device('meta'):
+        model = MODELS.build(model_cfg('d0'))
+    config = Config.fromfile(SIZES['d0']).optim_wrapper
+    config.optimizer = dict(type=kind)
+    config.paramwise_cfg.custom_keys.backbone = dict(lr_mult=0.1)
+    groups = build_optim_wrapper(model, config).optimizer.param_groups
+    assert {(round(g['lr'], 9), g['weight_decay'])
+            for g in groups} == {(rate, d)
+                                 for rate in (1e-3, 1e-4)
+                                 for d in (decay, 0)}
+    for group in groups:
+        if {p.ndim for p in group['params']} == {4}:
+            assert group['weight_decay'] == decay
+
+
+def test_log_of_the_groups(log):
+    """One line in place of one or more for each parameter."""
+    config = Config.fromfile(CONFIGS / 'efficientdet_lite0_1xb8_trees.py')
+    config.model.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    model = MODELS.build(config.model)
+    log.clear()
+    groups = build_optim_wrapper(model,
+                                 config.optim_wrapper).optimizer.param_groups
+    assert not [m for m in log if 'paramwise' in m or 'is skipped' in m]
+    line, = (line for line in log if line.startswith('Parameters: '))
+    for group in groups:
+        part = (f"{len(group['params'])} with {{'lr': {group['lr']}, "
+                f"'weight_decay': {group['weight_decay']}}}")
+        assert part in line
+    frozen = sum(not p.requires_grad for p in model.parameters())
+    assert frozen and f'; {frozen} frozen' in line
+    # Others are heard, then as now.
+    MMLogger.get_current_instance().info('paramwise_options of mine')
+    assert log[-1] == 'paramwise_options of mine'
 
 
 def test_decay_of_a_key():

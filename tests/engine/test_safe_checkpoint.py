@@ -1,49 +1,21 @@
 """Checkpoints are whole or not there, and a run is never without one."""
 import errno
 import os
-from pathlib import Path
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
-from helpers.tiny_data import CONFIGS, LITE0, files_up_to
+from helpers.tiny_data import CLASSES, CONFIGS, files_up_to, make_dataset
+from helpers.toy_training import Scores, toy_runner
 from helpers.two_ranks import errors_of_ranks
+from mmdet.evaluation import CocoMetric, OpenImagesMetric, VOCMetric
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
 
-import mmdet_efficientdet.engine.atomic_backend
 from mmdet_efficientdet import SafeCheckpointHook
 from mmdet_efficientdet.engine.atomic_backend import AtomicBackend
 from mmdet_efficientdet.utils import write_file
-
-
-class Toy(BaseModel):
-    """A model of one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def forward(self, inputs, mode):
-        if mode == 'predict':
-            return [inputs]
-        return dict(loss=(self.layer(inputs) - 3).square().mean())
-
-
-class Scores(BaseMetric):
-    """Scores that are known beforehand, one for each validation."""
-
-    def __init__(self, scores):
-        super().__init__()
-        self.scores = list(scores)
-
-    def process(self, data_batch, data_samples):
-        self.results.append(0)
-
-    def compute_metrics(self, results):
-        return dict(mAP=self.scores.pop(0))
 
 
 class Other(Scores):
@@ -62,33 +34,6 @@ class Watch(Hook):
 
     def after_train_iter(self, runner, *args, **kwargs):
         self.weights.append(runner.model.layer.weight.detach().clone())
-
-
-def toy_runner(folder, scores, **hooks):
-    """A training of one epoch for each score, with the shipped hooks."""
-    shipped = Config.fromfile(LITE0).default_hooks
-    shipped.checkpoint.interval = 1
-    loader = dict(
-        dataset=[dict(inputs=torch.ones(1) * i) for i in range(3)],
-        sampler=dict(type='mmdet_efficientdet.SeededSampler'),
-        batch_size=1,
-        num_workers=0)
-    return Runner(
-        Toy(),
-        work_dir=str(folder),
-        experiment_name=folder.name,
-        train_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
-        val_dataloader=dict(loader, collate_fn=dict(type='default_collate')),
-        train_cfg=dict(by_epoch=True, max_epochs=len(scores)),
-        val_cfg=dict(),
-        val_evaluator=[Scores(scores)],
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
-        default_hooks=dict(
-            checkpoint=dict(shipped.checkpoint, max_keep_ckpts=1),
-            ema=shipped.ema,
-            **hooks),
-        default_scope='mmdet',
-        log_level='ERROR')
 
 
 def test_never_without_a_checkpoint(tmp_path, monkeypatch):
@@ -139,6 +84,160 @@ def test_best_checkpoint_is_the_average(tmp_path):
     assert (saved['layer.weight'] - watch.weights[5]).abs() > 1e-4
 
 
+def test_saved_average_includes_the_step(tmp_path):
+    """A checkpoint after a step has the average up to this step."""
+
+    class Average(Hook):
+        """The official rule, before any hook can save."""
+        priority = 'HIGHEST'
+        averages = []
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            weight = runner.model.layer.weight.detach().clone()
+            steps = len(self.averages)
+            if steps:  # of mmengine, a step late
+                momentum = max(2e-4, 9 / (9 + steps))
+                last = self.averages[-1]
+                weight = last + momentum * (weight - last)
+            self.averages.append(weight)
+
+    runner = toy_runner(tmp_path, [0.5])
+    runner._train_loop = dict(type='IterBasedTrainLoop', max_iters=4)
+    runner.hooks[:] = [
+        hook for hook in runner.hooks
+        if not isinstance(hook, SafeCheckpointHook)
+    ]
+    runner.register_hook(SafeCheckpointHook(by_epoch=False, interval=1))
+    runner.register_hook(Average())
+    runner.train()
+    for step, average in enumerate(Average.averages, 1):
+        saved = torch.load(tmp_path / f'iter_{step}.pth', weights_only=True)
+        torch.testing.assert_close(saved['state_dict']['layer.weight'],
+                                   average)
+        current = saved['ema_state_dict']['module.layer.weight']
+        assert step == 1 or (current - average).abs() > 1e-4
+
+
+def coco_numbers(root, **options):
+    """What the host's metric finds in one image where all is found."""
+    metric = CocoMetric(str(root / 'coco.json'), **options)
+    metric.dataset_meta = dict(classes=CLASSES)
+    found = dict(
+        img_id=1,
+        bboxes=np.array([[10., 10, 60, 50], [70, 60, 110, 110]]),
+        scores=np.ones(2),
+        labels=np.arange(2))
+    return metric, metric.compute_metrics([(dict(width=128,
+                                                 height=128), found)])
+
+
+def voc_numbers(metric):
+    """The same of a metric that gets the ground truth with the results."""
+    box, no_box = np.array([[10., 10, 60, 50]]), np.zeros((0, 4))
+    truth = dict(
+        bboxes=box,
+        labels=np.zeros(1, int),
+        bboxes_ignore=no_box,
+        labels_ignore=np.zeros(0, int),
+        is_group_ofs=np.zeros(1, bool),
+        gt_is_group_ofs=np.zeros(1, bool))
+    metric.dataset_meta = dict(classes=('cat', ))
+    return metric, metric.compute_metrics([(truth,
+                                            [np.c_[box, np.ones((1, 1))]])])
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp('best') / 'data')
+
+
+def train_two(folder, metric, first, second, **options):
+    """Trains two epochs with these numbers.
+
+    Returns the name of the best checkpoint, and the warnings.
+    """
+    numbers = iter((first, second))
+    metric.process = lambda *args: metric.results.append(0)
+    metric.compute_metrics = lambda results: dict(next(numbers))
+    runner = toy_runner(folder, [0, 0])
+    options = dict(save_best='auto', save_param_scheduler=False) | options
+    runner.register_hook(SafeCheckpointHook(**options))
+    runner._hooks[:] = [
+        hook for hook in runner.hooks
+        if not isinstance(hook, SafeCheckpointHook) or hook.interval < 0
+    ]
+    runner._val_evaluator = [metric]
+    warnings = []
+    runner.logger.warning = warnings.append
+    runner.train()
+    return [path.name for path in folder.glob('best_*')], warnings
+
+
+@pytest.mark.parametrize('wanted, numbers', [
+    ('coco/bbox_mAP', lambda root: coco_numbers(root, classwise=True)),
+    ('coco/bbox_mAP',
+     lambda root: coco_numbers(root, metric=['proposal', 'bbox'])),
+    ('coco/bbox_mAP_50', lambda root: coco_numbers(
+        root, classwise=True, metric_items=['mAP_s', 'mAP_50'])),
+    ('coco/AR@100', lambda root: coco_numbers(root, metric='proposal')),
+    ('openimages/mAP', lambda root: voc_numbers(OpenImagesMetric())),
+    ('pascal_voc/recall@100@0.5',
+     lambda root: voc_numbers(VOCMetric(metric='recall'))),
+])
+def test_best_of_the_hosts_metrics(wanted, numbers, root, tmp_path):
+    """The number that stands for the detector, wherever it comes."""
+    metric, found = numbers(root)
+    key = wanted.rpartition('/')[2]
+    name = f'best_{wanted.replace("/", "_")}_epoch_2.pth'
+    assert train_two(tmp_path, metric, {
+        **dict.fromkeys(found, 1), key: 0.1
+    }, {
+        **dict.fromkeys(found, 0), key: 0.2
+    }) == ([name], [])
+
+
+@pytest.mark.parametrize('wanted, others', [
+    ('bbox_AP', ['bbox_AP50', 'cat_precision', 'bbox_APs']),
+    ('AP', ['APr', 'AP50', 'cat_precision']),
+    ('mAP', ['loss', 'segm_mAP', 'mAP_50']),
+    ('acc', ['f1', 'cat_precision']),
+    ('mean_precision', []),
+])
+def test_best_of_other_metrics(wanted, others, tmp_path):
+    """LVIS, for which the host needs a package, and metrics of one's own."""
+    best, (warning, ) = train_two(tmp_path, Scores([]), {
+        **dict.fromkeys(others, 1), wanted: 0
+    }, {
+        **dict.fromkeys(others, 0), wanted: 0.1
+    })
+    assert best == [f'best_{wanted}_epoch_2.pth']
+    for part in ("save_best='auto'", 'Scores', 'default_hooks.checkpoint'
+                 '.save_best', '.rule'):
+        assert part in warning
+
+
+def test_best_of_unknown_numbers(tmp_path):
+    """The training goes on, and each validation says what to do."""
+    metric = Scores([])
+    best, warnings = train_two(tmp_path / '1', metric, dict(f1=1, mse=1),
+                               dict(f1=2, mse=2))
+    assert not best and len(warnings) == 3
+    assert all('checkpoint.rule to greater or less' in w for w in warnings)
+    assert all("['f1', 'mse']" in warning for warning in warnings[1:])
+    for options in (dict(rule='less'), dict(rule='less', save_best='f1')):
+        folder = tmp_path / options.get('save_best', 'rule')
+        assert train_two(folder, metric, dict(f1=2), dict(f1=1),
+                         **options) == (['best_f1_epoch_2.pth'], [])
+
+
+def test_best_of_a_wrong_name(root, tmp_path):
+    """Names have the prefix of their metric: said before the first step."""
+    metric, found = coco_numbers(root)
+    with pytest.raises(ValueError, match="'bbox_mAP' .*'coco/bbox_mAP'"):
+        train_two(tmp_path, metric, found, found, save_best='bbox_mAP')
+    assert not list(tmp_path.glob('*.pth'))
+
+
 def test_resumed_history(tmp_path):
     """What was logged before goes on to be averaged, from plain data."""
     runner = toy_runner(tmp_path / 'first', [0.1])
@@ -153,8 +252,14 @@ def test_resumed_history(tmp_path):
     assert (len(before), len(after)) == (3, 6) and after[:3] == before
 
 
-def test_resuming_executes_no_text(tmp_path):
+@pytest.mark.parametrize('path', [
+    'efficientdet/efficientdet_lite0_8xb16-300e_coco.py',
+    'bifpn/retinanet_r50_bifpn_1x_coco.py',
+    'bifpn/rtmdet_tiny_bifpn_8xb32-300e_coco.py'
+])
+def test_resuming_executes_no_text(path, tmp_path):
     """mmengine would execute meta['config'] as the text of a config."""
+    hook = Config.fromfile(CONFIGS.parent / path).default_hooks.checkpoint
     marker = tmp_path / 'marker'
     text = f'made = __import__("os").mkdir({str(marker)!r})'
     Config.fromstring(text, '.py')  # that is what it would do
@@ -164,7 +269,7 @@ def test_resuming_executes_no_text(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint['meta']['config'] = text
     torch.save(checkpoint, path)
-    again = toy_runner(tmp_path / 'again', [0.1, 0.1])
+    again = toy_runner(tmp_path / 'again', [0.1, 0.1], checkpoint=hook)
     again._load_from, again._resume = str(path), True
     again.train()
     assert again.epoch == 2 and again.iter == 6
@@ -229,9 +334,11 @@ def test_resuming_removes_no_foreign_files(save_best, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
+    'path',
+    sorted(CONFIGS.parent.glob('[!_]*/*.py')),
+    ids=lambda path: path.stem)
 def test_every_config_has_the_hook(path):
-    """So that no training of EfficientDet executes what it resumes."""
+    """So that no training by a config of ours executes what it resumes."""
     hook = Config.fromfile(path).default_hooks.checkpoint
     assert hook.type == 'mmdet_efficientdet.SafeCheckpointHook'
 
@@ -250,19 +357,27 @@ def test_early_stopping(tmp_path):
     assert (tmp_path / 'best_mAP_epoch_4.pth').is_file()
 
 
+class FullDisk(Hook):
+    """Lets no large file be written, from some checkpoint on."""
+
+    def __init__(self, epoch, best):
+        self.epoch, self.best = epoch, best
+        self.limit = ExitStack()
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        best = 'optimizer' not in checkpoint
+        if checkpoint['meta']['epoch'] == self.epoch and best == self.best:
+            self.limit.enter_context(files_up_to(1000))
+
+
 @pytest.mark.parametrize('kind', ['epoch', 'best'])
-def test_full_disk(kind, tmp_path, monkeypatch):
+def test_full_disk(kind, tmp_path):
     """The error says what to do, and the last good checkpoint stays."""
-
-    def limited(path, data):
-        with files_up_to(1000 if Path(path).name == name else -1):
-            write_file(path, data)
-
     name = dict(epoch='epoch_2.pth', best='best_mAP_epoch_2.pth')[kind]
-    monkeypatch.setattr('mmdet_efficientdet.engine.atomic_backend.write_file',
-                        limited)
     runner = toy_runner(tmp_path, [0.5, 0.6])
-    with pytest.raises(OSError, match=name) as info:
+    disk = FullDisk(2, kind == 'best')
+    runner.register_hook(disk)
+    with disk.limit, pytest.raises(OSError, match=name) as info:
         runner.train()
     assert info.value.errno == errno.EFBIG
     good = 'epoch_1.pth' if kind == 'epoch' else 'epoch_2.pth'
@@ -284,20 +399,24 @@ def test_write_file(tmp_path):
         write_file(path, b'two')
     assert path.read_bytes() == b'one'
     assert [p.name for p in path.parent.iterdir()] == ['file']
-    with pytest.raises(PermissionError, match='denied'):  # not a full disk
-        raise_from_put(tmp_path)
-
-
-def raise_from_put(tmp_path):
     backend = AtomicBackend(str(tmp_path / 'last_checkpoint'))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(IsADirectoryError) as info:  # not a full disk
+        backend.put(b'data', str(path.parent))
+    assert 'MB' not in str(info.value)
 
-        def denied(*args):
-            raise PermissionError(errno.EACCES, 'denied')
 
-        patch.setattr('mmdet_efficientdet.engine.atomic_backend.write_file',
-                      denied)
-        backend.put(b'data', str(tmp_path / 'file'))
+def test_two_writers(tmp_path):
+    """Neither takes the half-written file of the other."""
+
+    def slowly(file):
+        file.write(b'slow, ')
+        write_file(path, b'fast')
+        file.write(b'but complete')
+
+    path = tmp_path / 'file'
+    write_file(path, slowly)
+    assert path.read_bytes() == b'slow, but complete'
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 
 class Spoil(Hook):
@@ -337,31 +456,25 @@ def test_spoilt_weights_are_not_the_best(interval, tmp_path):
 def train_with_a_fault(folder, fault):
     """Trains where one file cannot be written, or weights are spoilt."""
     runner = toy_runner(folder, [0.5, 0.6])
-    write = mmdet_efficientdet.engine.atomic_backend.write_file
-
-    def full(path, data):
-        if Path(path).name == fault:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, data)
-
-    mmdet_efficientdet.engine.atomic_backend.write_file = full
+    if fault != 'weights':
+        (folder / fault).mkdir(exist_ok=True)
     # The weights of rank 0 are saved.
-    if fault == 'weights' and torch.distributed.get_rank() == 1:
+    elif torch.distributed.get_rank() == 1:
         runner.register_hook(Spoil())
     runner.train()
 
 
 @pytest.mark.parametrize('fault, message', [
-    ('epoch_1.pth', 'epoch_1.pth (0.0 MB) could not be written'),
-    ('last_checkpoint', 'last_checkpoint (0.0 MB) could not be written'),
-    ('best_mAP_epoch_1.pth', 'best_mAP_epoch_1.pth (0.0 MB) could not'),
+    ('epoch_1.pth', "-> '{folder}/epoch_1.pth'"),
+    ('last_checkpoint', "-> '{folder}/last_checkpoint'"),
+    ('best_mAP_epoch_1.pth', "-> '{folder}/best_mAP_epoch_1.pth'"),
     ('weights', 'weights are not finite'),
 ])
 def test_all_ranks_stop(fault, message, tmp_path):
     """None waits for a rank that has raised."""
     for error in errors_of_ranks(train_with_a_fault, tmp_path, tmp_path,
                                  fault):
-        assert message in error
+        assert message.format(folder=tmp_path) in error
 
 
 def test_interrupted_validation_is_made_again(tmp_path):
@@ -411,10 +524,14 @@ def test_iterations_are_saved_by_iteration(by_epoch, tmp_path):
 
 
 def test_half_written_files_are_removed(tmp_path):
-    """By the next start; files of others stay."""
-    for name in ('epoch_9.pth.tmp', 'last_checkpoint.tmp', 'mine.tmp'):
+    """By the next start; files of others stay, and none of them is loaded."""
+    for name in ('epoch_9.pth.tmp', 'epoch_8.pth.0a1b.tmp', 'mine.tmp',
+                 'best_mAP_epoch_8.pth.0a.tmp', 'last_checkpoint.0a1b.tmp'):
         (tmp_path / name).write_text('half')
-    toy_runner(tmp_path, [0.5]).train()
+    runner = toy_runner(tmp_path, [0.5])
+    runner._resume = True
+    runner.train()
+    assert runner.iter == 3  # from scratch
     assert [p.name for p in tmp_path.glob('*.tmp')] == ['mine.tmp']
 
 

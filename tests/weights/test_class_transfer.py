@@ -392,8 +392,10 @@ STOPS = dict(
           ['num_classes=5', "20 classes ('aeroplane'", 'scale_config(_base_']),
     names=(['transfer_classes=[cat,dog]'],
            ["transfer_classes=['cat', 'dog'] must be True or False"]),
-    from_nothing=(['load_from=None'],
-                  ['needs a checkpoint, and none was loaded: set load_from']),
+    from_nothing=(['load_from=None'], [
+        'needs a checkpoint, and none was loaded: set load_from',
+        'inherit another recipe', '(docs/training.md)'
+    ]),
     resume_nothing=(['transfer_classes=False', '--resume'], [
         '--resume found no checkpoint in ', "load_from='", 'leave out --resume'
     ]),
