@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Dict, List, Mapping, Sequence, Tuple
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..utils import import_package, printable, shorten, shown
-from .tensorflow import EMA_SUFFIX, read_bundle, read_keras
+from .tensorflow import (EMA_SUFFIX, check_size, largest_contents, read_bundle,
+                         read_keras)
 
 # The end of the name of a part of a TensorFlow checkpoint.
 PART = re.compile(r'\.(index|meta|data-\d{5}-of-\d{5})$')
@@ -32,12 +34,14 @@ class Source:
         ratio_major (bool): Whether its anchors are in the order of
             MMDetection's generator.
         checkpoint (dict): Everything in a torch file.
+        checksums (bool): Whether the format has any, which were compared.
     """
     tensors: Mapping
     sha256: str
     meta: dict = field(default_factory=dict)
     ratio_major: bool = False
     checkpoint: dict = field(default_factory=dict)
+    checksums: bool = True
 
     def __post_init__(self) -> None:
         """Refuses names that would control the terminal they are shown in."""
@@ -78,14 +82,15 @@ def open_source(path: str) -> Source:
     elif start[8:9] == b'{' and start[7:8] == b'\0':
         tensors = _read_safetensors(path)
     elif start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
-        return _read_torch(path)
+        return _read_torch(path, checksums=start[:1] == b'P')
     else:
         kind = 'a web page, not weights' if b'<' in start.lstrip()[:1] else \
             'in no known format'
         raise ValueError(
             f'{path} is {kind}. Known formats are torch files, safetensors, '
             'Keras .h5 and TensorFlow checkpoints')
-    return Source(tensors, sha256_of(source))
+    checksums = start[:1] != b'\x89' and start[8:9] != b'{'
+    return Source(tensors, sha256_of(source), checksums=checksums)
 
 
 def check_integrity(path: Path) -> None:
@@ -103,11 +108,15 @@ def check_integrity(path: Path) -> None:
         start = file.read(4)
     try:
         if start[:2] == b'\x1f\x8b':
+            size = 0
             with gzip.open(path) as file:
-                while file.read(1 << 20):
-                    pass
+                while chunk := file.read(1 << 20):
+                    size += len(chunk)
+                    check_size('its contents', size, largest_contents(path))
         elif start == b'PK\x03\x04':
             with zipfile.ZipFile(path) as file:
+                size = sum(entry.file_size for entry in file.infolist())
+                check_size('its contents', size, largest_contents(path))
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f'the checksum of {damaged!r} differs')
@@ -119,6 +128,7 @@ def check_integrity(path: Path) -> None:
 def sha256_of(*paths: Path) -> str:
     """The SHA-256 of files one after the other."""
     digest = hashlib.sha256()
+    check_size(str(paths[0]), sum(path.stat().st_size for path in paths))
     for path in paths:
         with path.open('rb') as file:
             while chunk := file.read(1 << 20):
@@ -162,6 +172,11 @@ def _read_archive(source: Path) -> Mapping:
                 if not members:
                     raise ValueError(
                         f'{source} holds no TensorFlow checkpoint')
+                names = [normpath(member.name) for member in members]
+                if len(set(names)) < len(names):
+                    raise ValueError(f'{source} holds files of one name')
+                size = sum(member.size for member in members)
+                check_size(str(source), size, largest_contents(source))
                 # The filter refuses paths that lead out of the folder.
                 archive.extractall(folder, members, filter='data')
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -181,7 +196,7 @@ def _read_safetensors(path: str) -> Dict[str, Tensor]:
                          f'{printable(str(error))}') from error
 
 
-def _read_torch(path: str) -> Source:
+def _read_torch(path: str, checksums: bool) -> Source:
     try:
         data = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # pickle, zip and torch raise their own
@@ -193,8 +208,8 @@ def _read_torch(path: str) -> Source:
         ) from error
     if not isinstance(data, dict):
         raise ValueError(f'{path} holds {type(data).__name__}, not weights')
-    meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
-    config = str(meta.get('cfg', ''))
+    meta, size, limit = meta_of(data), 0, largest_contents(path)
+    config = meta.get('cfg') if isinstance(meta.get('cfg'), str) else ''
     # What the project converted from TensorFlow has TensorFlow's anchors.
     ratio_major = 'EfficientDetSepBNHead' in config and 'YXYX' not in config
     tensors = {}
@@ -205,13 +220,25 @@ def _read_torch(path: str) -> Source:
                                  'the name of a tensor')
             if not isinstance(value, Tensor):
                 continue
+            if value.is_meta:
+                raise ValueError(f'{path} holds no data of {printable(key)}')
+            # A few numbers in the file may be repeated to any size.
+            size += value.numel() * value.element_size()
+            check_size(f'{path} up to {printable(key)}', size, limit)
             key = key.removeprefix('module.') + suffix
             if key in tensors:
                 raise ValueError(f'{path} holds {printable(key)} twice')
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')
-    return Source(tensors, sha256_of(Path(path)), meta, ratio_major, data)
+    return Source(tensors, sha256_of(Path(path)), meta, ratio_major, data,
+                  checksums)
+
+
+def meta_of(checkpoint: dict) -> dict:
+    """The ``meta`` of a checkpoint, or {} if it has none or it is no dict."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
 
 
 def _state_dicts(data: dict) -> Tuple[dict, dict]:
