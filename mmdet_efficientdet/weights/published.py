@@ -9,6 +9,8 @@ import difflib
 import logging
 import os
 import re
+import socket
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -18,14 +20,16 @@ from urllib.request import Request, urlopen
 
 import torch
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from mmengine.logging import print_log
 from tqdm import tqdm
 
 from .sources import check_integrity, sha256_of
+from .tensorflow import LIMIT
 
 VARIABLE = 'MMDET_EFFICIENTDET_WEIGHTS'
-TIMEOUT = 30  # seconds without data until the next mirror is tried
+TIMEOUT = 30  # seconds
+_SLOWEST = 4000  # bytes per second, below which the next mirror is tried
 _CHUNK = 1 << 18  # bytes
 # First bytes of a file by suffix; the others are gzip archives.
 _MAGIC = {'.pth': (b'PK', b'\x80'), '.h5': b'\x89HDF'}
@@ -131,12 +135,21 @@ def manifest() -> Dict[str, PublishedFile]:
     return {entry.path: entry for entry in entries}
 
 
-def fetch(entry: PublishedFile, pin: str = '') -> Path:
+def fetch(entry: PublishedFile,
+          pin: str = '',
+          timeout: float = TIMEOUT) -> Path:
     """Returns the verified file and downloads it if necessary.
 
     Several processes may ask for it at once. One on each machine downloads,
     the others wait for its lock. At a barrier they would wait forever if one
     failed.
+
+    Args:
+        entry (PublishedFile): The file.
+        pin (str): The first digits of the SHA-256 that the user asks for.
+            Defaults to ''.
+        timeout (float): Seconds in which a mirror must send something.
+            Defaults to 30.
 
     Raises:
         ValueError: If the file is not available. The message lists every
@@ -150,9 +163,9 @@ def fetch(entry: PublishedFile, pin: str = '') -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f'{target}.lock'):
+        with _lock(target):
             if not target.is_file() or find_problem(target, entry, pin):
-                _from_mirrors(entry, pin, target)
+                _from_mirrors(entry, pin, target, timeout)
     except OSError as error:
         raise ValueError(
             f'{entry.path}: cannot write {target} ({error}). Set TORCH_HOME '
@@ -165,7 +178,8 @@ def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
     # Of several files with the same name, the first may lie in the folder
     # itself. The others must lie in their subfolders.
     name = Path(entry.file).name
-    first = next(e for e in manifest().values() if Path(e.file).name == name)
+    first = next((e for e in manifest().values() if Path(e.file).name == name),
+                 entry)
     names = dict.fromkeys([entry.file, name] if first ==
                           entry else [entry.file])
     places = [folder / name for name in names]
@@ -184,14 +198,42 @@ def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
     ]))
 
 
-def _from_mirrors(entry: PublishedFile, pin: str, target: Path) -> None:
+def _partials(target: Path) -> Dict[str, Path]:
+    """Files that are being downloaded, or were, by process@machine."""
+    start, end = f'{target.name}.', '.partial'
+    return {
+        path.name[len(start):-len(end)]: path
+        for path in target.parent.iterdir()
+        if path.name.startswith(start) and path.name.endswith(end)
+    }
+
+
+def _lock(target: Path):
+    """Acquires the lock of a file, and says so if it has to wait."""
+    lock = FileLock(f'{target}.lock')
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        holder = ' and '.join(_partials(target)) or 'another process'
+        print_log(
+            f'Waiting for {holder}, which downloads {target} and holds its '
+            'lock', 'current')
+        return lock.acquire()
+
+
+def _from_mirrors(entry: PublishedFile, pin: str, target: Path,
+                  timeout: float) -> None:
     reasons = []
-    partial = target.with_name(f'{target.name}.{os.getpid()}.partial')
+    for old in _partials(target).values():  # of processes that were killed
+        old.unlink()
+    owner = f'{os.getpid()}@{socket.gethostname()}'
+    partial = target.with_name(f'{target.name}.{owner}.partial')
     for mirror in entry.addresses:
         address = mirror + entry.file
         print_log(f'Downloading {address} to {target}', 'current')
         try:
-            _download(address, partial)
+            partial.touch()
+            _download(address, partial, entry.bytes or LIMIT, timeout)
             problem = find_problem(partial, entry, pin)
             if problem:
                 raise ValueError(problem)
@@ -209,23 +251,58 @@ def _from_mirrors(entry: PublishedFile, pin: str, target: Path) -> None:
     ]))
 
 
-def _download(address: str, target: Path) -> None:
+def _download(address: str, target: Path, limit: int, timeout: float) -> None:
     """Downloads a file completely.
 
     The function of ``torch.hub`` has no timeout and does not notice a body
-    that is cut off.
+    that is cut off. The timeout of a socket starts again with each byte,
+    so a thread downloads, and this one looks at its progress.
     """
+    errors, abandoned = [], threading.Event()
+    worker = threading.Thread(
+        target=_copy,
+        args=(address, target, limit, timeout, errors, abandoned),
+        daemon=True)
+    worker.start()
+    size = 0
+    try:
+        while worker.is_alive():
+            worker.join(timeout)
+            before, size = size, target.stat().st_size
+            if worker.is_alive() and size - before < timeout * _SLOWEST:
+                raise TimeoutError(f'only {size - before} bytes came in '
+                                   f'{timeout} seconds')
+    finally:
+        abandoned.set()
+    if errors:
+        raise errors[0]
+
+
+def _copy(address: str, target: Path, limit: int, timeout: float, errors: list,
+          abandoned: threading.Event) -> None:
+    """Writes what an address sends; an error is appended to the list."""
     request = Request(address, headers={'User-Agent': 'mmdet_efficientdet'})
-    with urlopen(request, timeout=TIMEOUT) as response:
-        length = response.headers.get('Content-Length')
-        length = int(length) if length else None
-        with target.open('wb') as file, tqdm(
-                total=length, unit='B', unit_scale=True, disable=None) as bar:
-            while chunk := response.read(_CHUNK):
-                bar.update(file.write(chunk))
-    size = target.stat().st_size
-    if length is not None and size != length:
-        raise ValueError(f'cut off after {size} of {length} bytes')
+    try:
+        with urlopen(
+                request,
+                timeout=timeout) as response, target.open('wb') as file:
+            length, size = response.length, 0
+            if (length or 0) > limit:
+                raise ValueError(f'{length} bytes are announced, but at most '
+                                 f'{limit} expected')
+            bar = tqdm(total=length, unit='B', unit_scale=True, disable=None)
+            with bar:
+                while (chunk := response.read1(_CHUNK)) and size <= limit:
+                    if abandoned.is_set():
+                        return
+                    size += file.write(chunk)
+                    bar.update(len(chunk))
+        if size > limit:
+            raise ValueError(f'more than the expected {limit} bytes came')
+        if length is not None and size != length:
+            raise ValueError(f'cut off after {size} of {length} bytes')
+    except Exception as error:
+        errors.append(error)
 
 
 def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
