@@ -73,6 +73,9 @@ def read_conventions(meta: dict) -> dict:
         ValueError: If a value is not allowed. The message has its name.
     """
     found = {}
+    if not isinstance(meta, dict):
+        raise ValueError(f'the meta of the checkpoint is {shown(meta)}, but '
+                         'must be a dict')
     for key, (is_allowed, allowed) in _ALLOWED.items():
         if key not in meta:
             continue
