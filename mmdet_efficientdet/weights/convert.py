@@ -94,9 +94,9 @@ def convert_source(source: Source,
     adopt_conventions(config, meta)
     model = build_on_meta(config)
     state_dict, receipt = _rename(source, model, config, averages)
-    if not source.checksums:
-        receipt.append('damage: this format has no checksums, by which it '
-                       'could be found; compare the SHA-256')
+    if Path(path).suffix in ('.h5', '.safetensors'):
+        receipt.append('damage: this format has no checksums; compare the '
+                       'SHA-256')
     origin = dict(file=Path(path).name, sha256=source.sha256, receipt=receipt)
     if _BIAS not in state_dict:
         backbone = {

@@ -10,10 +10,12 @@ import logging
 import os
 import re
 import socket
-import threading
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
+from multiprocessing import ProcessError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 from urllib.request import Request, urlopen
@@ -198,50 +200,36 @@ def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
     ]))
 
 
-def _partials(target: Path) -> Dict[str, Path]:
-    """Files that are being downloaded, or were, by process@machine."""
-    start, end = f'{target.name}.', '.partial'
-    return {
-        path.name[len(start):-len(end)]: path
-        for path in target.parent.iterdir()
-        if path.name.startswith(start) and path.name.endswith(end)
-    }
-
-
 def _lock(target: Path):
-    """Acquires the lock of a file, and says so if it has to wait."""
-    lock = FileLock(f'{target}.lock')
+    """Acquires the lock of a file, and says for whom it waits."""
+    path = Path(f'{target}.lock')
+    lock = FileLock(path)
     try:
-        return lock.acquire(timeout=1)
+        held = lock.acquire(timeout=1)
     except Timeout:
-        holder = ' and '.join(_partials(target)) or 'another process'
-        print_log(
-            f'Waiting for {holder}, which downloads {target} and holds its '
-            'lock', 'current')
-        return lock.acquire()
+        print_log(f'Waiting for {path}, held by {path.read_text()}', 'current')
+        held = lock.acquire()
+    path.write_text(f'process {os.getpid()} of {socket.gethostname()}')
+    return held
 
 
 def _from_mirrors(entry: PublishedFile, pin: str, target: Path,
                   timeout: float) -> None:
-    reasons = []
-    for old in _partials(target).values():  # of processes that were killed
-        old.unlink()
-    owner = f'{os.getpid()}@{socket.gethostname()}'
-    partial = target.with_name(f'{target.name}.{owner}.partial')
+    reasons, partial = [], Path(f'{target}.partial')
     for mirror in entry.addresses:
         address = mirror + entry.file
         print_log(f'Downloading {address} to {target}', 'current')
         try:
-            partial.touch()
             _download(address, partial, entry.bytes or LIMIT, timeout)
             problem = find_problem(partial, entry, pin)
             if problem:
                 raise ValueError(problem)
             os.replace(partial, target)
             return
-        except (OSError, HTTPException, ValueError) as error:
-            reasons.append(f'  {address}: {error}')
-            print_log(f'Failed: {error}', 'current', logging.WARNING)
+        except (OSError, HTTPException, ValueError, ProcessError) as error:
+            reason = str(error) or f'no answer in {timeout} seconds'
+            reasons.append(f'  {address}: {reason}')
+            print_log(f'Failed: {reason}', 'current', logging.WARNING)
         finally:
             partial.unlink(missing_ok=True)
     raise ValueError('\n'.join([
@@ -255,54 +243,28 @@ def _download(address: str, target: Path, limit: int, timeout: float) -> None:
     """Downloads a file completely.
 
     The function of ``torch.hub`` has no timeout and does not notice a body
-    that is cut off. The timeout of a socket starts again with each byte,
-    so a thread downloads, and this one looks at its progress.
+    that is cut off. The timeout of a socket starts again with each byte.
     """
-    errors, abandoned = [], threading.Event()
-    worker = threading.Thread(
-        target=_copy,
-        args=(address, target, limit, timeout, errors, abandoned),
-        daemon=True)
-    worker.start()
-    size = 0
-    try:
-        while worker.is_alive():
-            worker.join(timeout)
-            before, size = size, target.stat().st_size
-            if worker.is_alive() and size - before < timeout * _SLOWEST:
-                raise TimeoutError(f'only {size - before} bytes came in '
-                                   f'{timeout} seconds')
-    finally:
-        abandoned.set()
-    if errors:
-        raise errors[0]
-
-
-def _copy(address: str, target: Path, limit: int, timeout: float, errors: list,
-          abandoned: threading.Event) -> None:
-    """Writes what an address sends; an error is appended to the list."""
     request = Request(address, headers={'User-Agent': 'mmdet_efficientdet'})
-    try:
-        with urlopen(
-                request,
-                timeout=timeout) as response, target.open('wb') as file:
-            length, size = response.length, 0
-            if (length or 0) > limit:
-                raise ValueError(f'{length} bytes are announced, but at most '
-                                 f'{limit} expected')
-            bar = tqdm(total=length, unit='B', unit_scale=True, disable=None)
-            with bar:
-                while (chunk := response.read1(_CHUNK)) and size <= limit:
-                    if abandoned.is_set():
-                        return
-                    size += file.write(chunk)
-                    bar.update(len(chunk))
-        if size > limit:
-            raise ValueError(f'more than the expected {limit} bytes came')
-        if length is not None and size != length:
-            raise ValueError(f'cut off after {size} of {length} bytes')
-    except Exception as error:
-        errors.append(error)
+    # Another thread, because the headers may also come byte by byte.
+    with ThreadPool(1) as pool:
+        response = pool.apply_async(urlopen, (request, None, timeout))
+        response = response.get(timeout)
+    length, size, before, start = response.length, 0, 0, time.monotonic()
+    with response, target.open('wb') as file, tqdm(
+            total=length, unit='B', unit_scale=True, disable=None) as bar:
+        while chunk := response.read1(_CHUNK):
+            size += file.write(chunk)
+            bar.update(len(chunk))
+            if size > limit:
+                raise ValueError(f'more than {limit} bytes came')
+            if time.monotonic() - start > timeout:
+                if size - before < timeout * _SLOWEST:
+                    raise ValueError(
+                        f'{size - before} bytes came in {timeout} seconds')
+                before, start = size, time.monotonic()
+    if length is not None and size != length:
+        raise ValueError(f'cut off after {size} of {length} bytes')
 
 
 def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:

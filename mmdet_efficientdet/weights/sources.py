@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..utils import import_package, printable, shorten, shown
-from .tensorflow import (EMA_SUFFIX, check_size, largest_contents, read_bundle,
-                         read_keras)
+from .tensorflow import EMA_SUFFIX, check_size, read_bundle, read_keras
 
 # The end of the name of a part of a TensorFlow checkpoint.
 PART = re.compile(r'\.(index|meta|data-\d{5}-of-\d{5})$')
@@ -34,14 +33,12 @@ class Source:
         ratio_major (bool): Whether its anchors are in the order of
             MMDetection's generator.
         checkpoint (dict): Everything in a torch file.
-        checksums (bool): Whether the format has any, which were compared.
     """
     tensors: Mapping
     sha256: str
     meta: dict = field(default_factory=dict)
     ratio_major: bool = False
     checkpoint: dict = field(default_factory=dict)
-    checksums: bool = True
 
     def __post_init__(self) -> None:
         """Refuses names that would control the terminal they are shown in."""
@@ -82,15 +79,14 @@ def open_source(path: str) -> Source:
     elif start[8:9] == b'{' and start[7:8] == b'\0':
         tensors = _read_safetensors(path)
     elif start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
-        return _read_torch(path, checksums=start[:1] == b'P')
+        return _read_torch(path)
     else:
         kind = 'a web page, not weights' if b'<' in start.lstrip()[:1] else \
             'in no known format'
         raise ValueError(
             f'{path} is {kind}. Known formats are torch files, safetensors, '
             'Keras .h5 and TensorFlow checkpoints')
-    checksums = start[:1] != b'\x89' and start[8:9] != b'{'
-    return Source(tensors, sha256_of(source), checksums=checksums)
+    return Source(tensors, sha256_of(source))
 
 
 def check_integrity(path: Path) -> None:
@@ -112,11 +108,11 @@ def check_integrity(path: Path) -> None:
             with gzip.open(path) as file:
                 while chunk := file.read(1 << 20):
                     size += len(chunk)
-                    check_size('its contents', size, largest_contents(path))
+                    check_size('its contents', size, path)
         elif start == b'PK\x03\x04':
             with zipfile.ZipFile(path) as file:
                 size = sum(entry.file_size for entry in file.infolist())
-                check_size('its contents', size, largest_contents(path))
+                check_size('its contents', size, path)
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f'the checksum of {damaged!r} differs')
@@ -172,11 +168,11 @@ def _read_archive(source: Path) -> Mapping:
                 if not members:
                     raise ValueError(
                         f'{source} holds no TensorFlow checkpoint')
-                names = [normpath(member.name) for member in members]
-                if len(set(names)) < len(names):
+                names = {normpath(member.name) for member in members}
+                if len(names) < len(members):
                     raise ValueError(f'{source} holds files of one name')
                 size = sum(member.size for member in members)
-                check_size(str(source), size, largest_contents(source))
+                check_size(str(source), size, source)
                 # The filter refuses paths that lead out of the folder.
                 archive.extractall(folder, members, filter='data')
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -196,7 +192,7 @@ def _read_safetensors(path: str) -> Dict[str, Tensor]:
                          f'{printable(str(error))}') from error
 
 
-def _read_torch(path: str, checksums: bool) -> Source:
+def _read_torch(path: str) -> Source:
     try:
         data = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # pickle, zip and torch raise their own
@@ -208,7 +204,7 @@ def _read_torch(path: str, checksums: bool) -> Source:
         ) from error
     if not isinstance(data, dict):
         raise ValueError(f'{path} holds {type(data).__name__}, not weights')
-    meta, size, limit = meta_of(data), 0, largest_contents(path)
+    meta, size = meta_of(data), 0
     config = meta.get('cfg') if isinstance(meta.get('cfg'), str) else ''
     # What the project converted from TensorFlow has TensorFlow's anchors.
     ratio_major = 'EfficientDetSepBNHead' in config and 'YXYX' not in config
@@ -224,15 +220,14 @@ def _read_torch(path: str, checksums: bool) -> Source:
                 raise ValueError(f'{path} holds no data of {printable(key)}')
             # A few numbers in the file may be repeated to any size.
             size += value.numel() * value.element_size()
-            check_size(f'{path} up to {printable(key)}', size, limit)
+            check_size(f'{path} up to {printable(key)}', size, path)
             key = key.removeprefix('module.') + suffix
             if key in tensors:
                 raise ValueError(f'{path} holds {printable(key)} twice')
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')
-    return Source(tensors, sha256_of(Path(path)), meta, ratio_major, data,
-                  checksums)
+    return Source(tensors, sha256_of(Path(path)), meta, ratio_major, data)
 
 
 def meta_of(checkpoint: dict) -> dict:
@@ -292,16 +287,11 @@ def origin_of(meta: dict) -> dict:
     origin = meta.get('source')
     if origin is None:
         return {}
-    if not isinstance(origin, dict):
-        raise ValueError("meta['source'] of the checkpoint is "
-                         f'{shown(origin)}, but must be a dict')
-    receipt = origin.get('receipt')
-    if not isinstance(receipt, list) or not all(
-            isinstance(line, str) for line in receipt):
-        raise ValueError("meta['source']['receipt'] of the checkpoint is "
-                         f'{shown(receipt)}, but must be a list of texts')
-    for key in ('file', 'sha256'):
-        if not isinstance(origin.get(key), str):
-            raise ValueError(f"meta['source'][{key!r}] of the checkpoint is "
-                             f'{shown(origin.get(key))}, but must be a text')
+    for key, kind in dict(file=str, sha256=str, receipt=list).items():
+        value = origin.get(key) if isinstance(origin, dict) else None
+        if not (isinstance(value, kind)
+                and all(isinstance(part, str) for part in value)):
+            raise ValueError(
+                f"meta['source'][{key!r}] of the checkpoint is {shown(value)},"
+                f' but must be a {"list of texts" * (kind is list) or "text"}')
     return {key: origin[key] for key in ('file', 'sha256', 'receipt')}

@@ -7,11 +7,12 @@ of ``tensorflow/core/protobuf/tensor_bundle.proto``. The files
 Nothing that a file says is trusted: time and memory are bounded by its size,
 and no other file is read.
 """
-import struct
-from functools import lru_cache
-from math import prod
+import os
+from functools import lru_cache, partial, reduce
+from math import isqrt, prod
+from operator import xor
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from ..utils import import_package, printable
 
 EMA_SUFFIX = '/ExponentialMovingAverage'  # of the name of a moving average
 LIMIT = 4 << 30  # bytes, three times a training checkpoint of D7x
-_INDEX_LIMIT = 4 << 20  # bytes; the index of a D7x has less than a tenth
+_INDEX_LIMIT = 2 << 20  # bytes; the index of a D7x has less than a quarter
 _MAGIC = 0xdb4775248b80fb57
 _STRING = 7
 # Values of the enum DataType.
@@ -28,61 +29,60 @@ _DTYPES = {
     14: 'bfloat16', 17: 'u2', 19: 'f2', 22: 'u4', 23: 'u8'
 }  # yapf: disable
 
-# CRC-32C of two bytes at a time. 0x82f63b78 is the polynomial of Castagnoli,
+# The CRC-32C of two bytes. 0x82f63b78 is the polynomial of Castagnoli,
 # reversed.
-_CRC_TABLE = np.arange(1 << 16, dtype=np.uint32)
+_CRC = np.arange(1 << 16, dtype=np.uint32)
 for _ in range(16):
-    _CRC_TABLE = _CRC_TABLE >> 1 ^ (_CRC_TABLE & 1) * np.uint32(0x82f63b78)
-# From a register of zeros these bytes lead to its start value, 0xffffffff.
-_CRC_START = b'Td\x1fd'
-_BITS = np.arange(32, dtype=np.uint32)
-
-
-def _transform(columns: np.ndarray, registers: np.ndarray) -> np.ndarray:
-    """Products of a matrix of bits and registers, which are vectors of it."""
-    bits = registers[:, None] >> _BITS & 1
-    return np.bitwise_xor.reduce(np.where(bits, columns, 0), axis=1)
+    _CRC = _CRC >> 1 ^ (_CRC & 1) * np.uint32(0x82f63b78)
 
 
 def masked_crc32c(data: bytes) -> int:
     """CRC-32C, rotated and with a constant added, as TensorFlow stores it.
 
-    The register is a linear function of the data, which zeros at the start do
-    not change. So the parts of the data are computed side by side.
+    It is a linear function of the data. So the rows of a square are computed
+    side by side and then joined.
     """
-    length = len(_CRC_START) + len(data)
-    exponent = max(length.bit_length() // 2 - 1, 0)  # two bytes: one word
-    width = 2 << exponent
-    count = 1 << (-(-length // width) - 1).bit_length()
-    padded = np.zeros(count * width, np.uint8)
-    padded[-length:] = np.frombuffer(_CRC_START + bytes(data), np.uint8)
-    registers = np.zeros(count, np.uint32)
-    for word in padded.view('<u2').reshape(count, -1).T.copy():
-        registers = _CRC_TABLE[registers & 0xffff ^ word] ^ registers >> 16
-    shift = np.uint32(1) << _BITS  # by one word
-    shift = _CRC_TABLE[shift & 0xffff] ^ shift >> 16
-    for _ in range(exponent):
-        shift = _transform(shift, shift)
-    while len(registers) > 1:
-        registers = _transform(shift, registers[::2]) ^ registers[1::2]
-        shift = _transform(shift, shift)
-    crc = int(registers[0]) ^ 0xffffffff
+    # These bytes lead from zero to the start value, 0xffffffff. Zeros before
+    # them change nothing.
+    data = np.frombuffer(b'Td\x1fd' + bytes(data), np.uint8)
+    width = isqrt(len(data)) // 2 + 1
+    rows = -(-len(data) // (2 * width))
+    words = np.zeros((rows + 32, width), '<u2')
+    words[:rows].reshape(-1).view(np.uint8)[-len(data):] = data
+    # The last 32 rows get what becomes of each bit after a row of zeros.
+    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    values = np.append(np.zeros(rows, np.uint32), bits)
+    for word in words.T.copy():
+        values = _CRC[values & 0xffff ^ word] ^ values >> 16
+    values, crc = values.tolist(), 0
+    for value in values[:rows]:
+        shifted = (values[rows + i] for i in range(32) if crc >> i & 1)
+        crc = reduce(xor, shifted, value)
+    crc ^= 0xffffffff
     return ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff
 
 
-def check_size(name: str, size: int, limit: int = LIMIT) -> None:
-    """Raises a ValueError that names what has more bytes than the limit."""
-    if size > limit:
-        raise ValueError(f'{name} has {size} bytes, but at most {limit} are '
-                         'allowed')
+def check_size(name: str, size: int, path: Optional[str] = None) -> None:
+    """Refuses what needs more memory than weights can.
 
+    Args:
+        name (str): What it is, for the message.
+        size (int): In bytes.
+        path (str, optional): A file whose contents it is. Weights cannot be
+            compressed to a 16th.
 
-def largest_contents(path: str) -> int:
-    """The most bytes that a file of weights may become in memory.
-
-    No weights can be compressed that much.
+    Raises:
+        ValueError: If the size is too large.
     """
-    return min(LIMIT, (1 << 20) + 16 * Path(path).stat().st_size)
+    limit = LIMIT
+    if path is not None:
+        limit = min(limit, (1 << 20) + 16 * os.path.getsize(path))
+    if size > limit:
+        raise ValueError(f'{name} has {size} bytes; at most {limit} can be '
+                         'weights')
+
+
+_integer = partial(int.from_bytes, byteorder='little')
 
 
 def _varint(data: bytes, at: int) -> Tuple[int, int]:
@@ -96,23 +96,23 @@ def _varint(data: bytes, at: int) -> Tuple[int, int]:
     raise ValueError('a number has more than 64 bits')
 
 
-def _handle(data: bytes, at: int = 0) -> Tuple[int, int, int]:
+def _handle(data: bytes) -> Tuple[int, int, int]:
     """Offset and size of a block, and where the next handle starts."""
-    offset, at = _varint(data, at)
+    offset, at = _varint(data, 0)
     return offset, *_varint(data, at)
 
 
-def _block(data: bytes, offset: int, size: int,
-           *_) -> Iterator[Tuple[bytes, bytes]]:
+def _block(data: bytes, handle: tuple) -> Iterator[Tuple[bytes, bytes]]:
     """Keys and values of one block; keys share prefixes."""
+    offset, size, _ = handle
     block, kind = data[offset:offset + size], data[offset + size]
     if kind:
         raise ValueError('it is compressed, which is not supported; load and '
                          'save it again with TensorFlow')
-    stored, = struct.unpack('<I', data[offset + size + 1:offset + size + 5])
-    if masked_crc32c(data[offset:offset + size + 1]) != stored:
+    end = offset + size + 1
+    if masked_crc32c(data[offset:end]) != _integer(data[end:end + 4]):
         raise ValueError('a checksum differs')
-    end = size - 4 - 4 * struct.unpack('<I', block[-4:])[0]
+    end = size - 4 - 4 * _integer(block[-4:])
     key, at, total = b'', 0, 0
     while at < end:
         shared, at = _varint(block, at)
@@ -145,17 +145,9 @@ def _message(data: bytes) -> Dict[int, list]:
     return fields
 
 
-def _values(message: Dict[int, list], number: int, kind: type) -> list:
-    """The values of a field, which must be of one type."""
-    values = message.get(number, [])
-    if not all(type(value) is kind for value in values):
-        raise ValueError(f'has a field {number} of the wrong type')
-    return values
-
-
-def _field(message: Dict[int, list], number: int, default):
-    """The last value of a field, or its default."""
-    return (_values(message, number, type(default)) or [default])[-1]
+def _field(message: Dict[int, list], number: int, default=0):
+    """The last value of a field."""
+    return message.get(number, [default])[-1]
 
 
 def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
@@ -172,15 +164,14 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
             big-endian, or a tensor is too large or of an unknown type.
     """
     entries = _read_index(prefix)
-    num_shards = entries.pop('', 1)
+    num_shards = _field(entries.pop('', {}), 1, 1)
 
     @lru_cache(maxsize=None)
     def shard(number: int) -> list:
         """The bytes of a file, and how many no tensor has used yet."""
         path = Path(f'{prefix}.data-{number:05}-of-{num_shards:05}')
         if not path.is_file():
-            raise ValueError(f'is in {path}, which is missing; a TensorFlow '
-                             'checkpoint consists of several files')
+            raise ValueError(f'is in {path}, which is missing')
         size = path.stat().st_size
         check_size(f'is in {path}, which', size)
         # An empty file cannot be mapped.
@@ -189,58 +180,57 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
     tensors = {}
     for name, entry in entries.items():
         try:
-            kind = _field(entry, 1, 0)
-            if kind != _STRING:
-                tensors[name] = _array(entry, kind, shard)
-        except (IndexError, KeyError, ValueError) as error:
-            raise ValueError(f'{prefix}: {printable(name)} {error}') from error
+            if _field(entry, 1) != _STRING:
+                tensors[name] = _array(entry, shard)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            reason = 'has a field of the wrong type' if isinstance(
+                error, TypeError) else error
+            raise ValueError(
+                f'{prefix}: {printable(name)} {reason}') from error
     return tensors
 
 
 def _read_index(prefix: str) -> Dict[str, dict]:
-    """The messages about all tensors, by name; '' has the number of files."""
+    """The messages about all tensors, by name; '' is that of the files."""
     path, entries, last, end = Path(f'{prefix}.index'), {}, None, 0
     try:
-        check_size('it', path.stat().st_size, _INDEX_LIMIT)
-        data = path.read_bytes()
-        if len(data) < 48 or struct.unpack('<Q', data[-8:])[0] != _MAGIC:
-            raise ValueError('it is not of TensorFlow, or cut off')
-        footer = _handle(data, _handle(data, len(data) - 48)[2])
-        for _, handle in _block(data, *footer):
-            offset, size, _ = _handle(handle)
-            if offset < end:
-                raise ValueError('blocks overlap')
-            end = offset + size
-            for key, value in _block(data, offset, size):
+        with path.open('rb') as file:
+            data = file.read(_INDEX_LIMIT)
+        if len(data) < 48 or _integer(data[-8:]) != _MAGIC:
+            raise ValueError('it is not of TensorFlow, cut off, or has more '
+                             f'than {_INDEX_LIMIT} bytes')
+        for _, handle in _block(data,
+                                _handle(data[_handle(data[-48:])[2] - 48:])):
+            handle = _handle(handle)
+            if handle[0] < end:
+                raise ValueError('its blocks overlap')
+            end = sum(handle[:2])
+            for key, value in _block(data, handle):
                 if last is not None and key <= last:
                     raise ValueError('its names are not sorted')
                 last, entries[key.decode()] = key, _message(value)
-        header = entries.pop('', {})
-        if _field(header, 2, 0):
+        if _field(entries.get('', {}), 2):
             raise ValueError('it is big-endian, which is not supported')
-        entries[''] = _field(header, 1, 1)
-    except (IndexError, KeyError, ValueError, struct.error) as error:
+    except (IndexError, KeyError, ValueError) as error:
         raise ValueError(f'{path} cannot be read, it may be damaged: '
                          f'{error}') from error
     return entries
 
 
-def _array(entry: dict, kind: int, shard) -> np.ndarray:
+def _array(entry: dict, shard: Callable) -> np.ndarray:
     """One tensor, from its message and a function that opens its file."""
-    if kind not in _DTYPES:
-        raise ValueError(f'is of the unknown type {kind}')
-    if 7 in entry:
-        raise ValueError('is stored in slices, which is not supported')
+    kind, offset, size = (_field(entry, number) for number in (1, 4, 5))
+    if kind not in _DTYPES or 7 in entry:
+        raise ValueError(f'is of the unknown type {kind}, or in slices')
     is_brain = _DTYPES[kind] == 'bfloat16'
     dtype = np.dtype('u2' if is_brain else _DTYPES[kind]).newbyteorder('<')
-    dims = _values(_message(_field(entry, 2, b'')), 2, bytes)[:9]
-    shape = [_field(_message(dim), 1, 0) for dim in dims]
-    offset, size = _field(entry, 4, 0), _field(entry, 5, 0)
+    dims = _message(_field(entry, 2, b'')).get(2, [])[:9]
+    shape = [_field(_message(dim), 1) for dim in dims]
     if (len(shape) > 8 or max(shape, default=0) > LIMIT
             or prod(shape) * dtype.itemsize != size):
         raise ValueError(f'has {size} bytes, which do not fit its shape '
                          f'{shape} of {dtype.name}')
-    file = shard(_field(entry, 3, 0))
+    file = shard(_field(entry, 3))
     if offset + size > len(file[0]):
         raise ValueError(f'is cut off: it ends at byte {offset + size} of '
                          f'{len(file[0])}')
@@ -248,8 +238,7 @@ def _array(entry: dict, kind: int, shard) -> np.ndarray:
     if file[1] < 0:
         raise ValueError('overlaps other tensors')
     raw = np.asarray(file[0][offset:offset + size], np.uint8)
-    stored = int.from_bytes(_field(entry, 6, bytes(4)), 'little')
-    if masked_crc32c(raw) != stored:
+    if masked_crc32c(raw) != _integer(_field(entry, 6, b'')):
         raise ValueError('is damaged: its checksum differs')
     array = raw.view(dtype)
     if is_brain:
@@ -278,17 +267,15 @@ def read_keras(path: str) -> Dict[str, np.ndarray]:
                 group = _member(root, layer)
                 for given in _names(group, 'weight_names'):
                     data, name = _member(group, given), given.split(':')[0]
-                    if name in sets:
-                        raise ValueError(f'two tensors are named {name}')
-                    if getattr(data, 'shape', None) is None or \
-                            data.dtype.kind not in 'biuf':
-                        raise ValueError(f'{given} holds no numbers')
-                    if data.external or data.is_virtual:
-                        raise ValueError(f'{given} is in another file')
+                    if (name in sets or getattr(data, 'shape', None) is None
+                            or data.dtype.kind not in 'biuf' or data.external
+                            or data.is_virtual):
+                        raise ValueError(f'{given} is no array of numbers in '
+                                         'this file, or occurs twice')
                     count = max(prod(data.shape), prod(data.chunks or ()))
                     size += count * data.dtype.itemsize
                     sets[name] = data
-            check_size('its contents', size, largest_contents(path))
+            check_size('its contents', size, path)
             tensors = {name: data[()] for name, data in sets.items()}
     except Exception as error:  # h5py raises many
         raise ValueError(

@@ -69,15 +69,15 @@ ENTRIES = dict(
     no_checksum=(message(crc=b''), 'checksum differs'),
     unknown=(message(kind=99), 'unknown type 99'),
     slices=(message() + field(7, b''), 'slices'),
-    text_as_type=(field(1, b'1'), 'field 1 of the wrong type'),
-    number_as_shape=(field(1, 1) + field(2, 3), 'field 2 of the wrong type'),
-    number_as_dim=(field(1, 1) + field(2, field(2, 3)), 'field 2 of the wron'),
+    text_as_type=(field(1, b'1'), "unknown type b'1'"),
+    number_as_shape=(field(1, 1) + field(2, 3), 'wrong type'),
+    number_as_dim=(field(1, 1) + field(2, field(2, 3)), 'wrong type'),
     text_as_dim=(field(1, 1) + field(2, field(2, field(1, b'3'))),
-                 'field 1 of the wrong type'),
-    text_as_offset=(message() + field(4, b'0'), 'field 4 of the wrong type'),
-    text_as_size=(message() + field(5, b'0'), 'field 5 of the wrong type'),
-    text_as_file=(message() + field(3, b'0'), 'field 3 of the wrong type'),
-    number_as_checksum=(message(crc=field(6, 5)), 'field 6 of the wrong type'),
+                 'wrong type'),
+    text_as_offset=(message() + field(4, b'0'), 'wrong type'),
+    text_as_size=(message() + field(5, b'0'), 'do not fit its shape'),
+    text_as_file=(message() + field(3, b'0'), 'wrong type'),
+    number_as_checksum=(message(crc=field(6, 5)), 'wrong type'),
     other_file=(message() + field(3, 7), '.data-00007-of-00001',
                 'is missing'),
     cut_off=(message()[:-2], 'a field is cut off'))  # yapf: disable
@@ -118,7 +118,7 @@ INDEXES = dict(
     big_endian=(rows((b'', field(1, 1) + field(2, 1)), (b't', GOOD)), {},
                 'big-endian'),
     header=(rows((b'', field(1, b'x')), (b't', GOOD)), {},
-            'field 1 of the wrong type'),
+            'wrong type'),
     unsorted=(rows(HEADER, (b't', GOOD), (b's', GOOD)), {}, 'not sorted'),
     twice=(rows(HEADER, (b't', GOOD), (b't', GOOD)), {}, 'not sorted'),
     no_text=(rows(HEADER, (b'\xff', GOOD)), {}, "can't decode"),
@@ -140,14 +140,14 @@ def test_indexes(name, tmp_path):
     blocks, options, words = INDEXES[name]
     write_bundle(tmp_path / 'x', dict(t=ONES))
     write_index(tmp_path / 'x', blocks, **options)
-    refuses(tmp_path / 'x', f'{tmp_path / "x"}.index', words)
+    refuses(tmp_path / 'x', words)
 
 
 def test_large_index(tmp_path):
     """A file of holes, whose size is no longer that of an index."""
     with open(tmp_path / 'x.index', 'wb') as file:
         file.truncate(TERABYTE)
-    refuses(tmp_path / 'x', 'x.index', '1099511627776', 'at most 4194304')
+    refuses(tmp_path / 'x', 'x.index', 'more than 2097152 bytes')
 
 
 def test_tensors_of_one_place(tmp_path):
@@ -225,8 +225,8 @@ KERAS = dict(
     soft=(lambda f, g: replace(g, h5py.SoftLink('/nowhere')), 'is a link'),
     storage=(lambda f, g: replace(
         g, shape=(3, ), dtype='f4', external=[('other.h5', 0, 12)]), 'a/t:0',
-        'another file'),
-    virtual=(virtual, 'a/t:0', 'another file'),
+        'no array of numbers in this file'),
+    virtual=(virtual, 'a/t:0', 'in this file'),
     terabytes=(lambda f, g: replace(
         g, shape=(TERABYTE, ), dtype='f4', chunks=(1 << 10, )),
         'contents has 4398046511104'),
@@ -237,11 +237,11 @@ KERAS = dict(
         chunks=((1 << 29) - 1, ), compression='gzip'),
         'contents has 4294967288'),
     hard_links=(hard_links, 'contents has 5368709120'),
-    empty=(lambda f, g: replace(g, h5py.Empty('f4')), 'a/t:0', 'no numbers'),
-    text=(lambda f, g: replace(g, 'text'), 'a/t:0', 'no numbers'),
-    struct=(lambda f, g: replace(g, np.zeros(3, 'i4,f4')), 'no numbers'),
-    group=(lambda f, g: g.attrs.update(weight_names=['a']), 'no numbers'),
-    twice=(twice, 'a/t', 'two tensors'),
+    empty=(lambda f, g: replace(g, h5py.Empty('f4')), 'a/t:0', 'no array'),
+    text=(lambda f, g: replace(g, 'text'), 'a/t:0', 'no array'),
+    struct=(lambda f, g: replace(g, np.zeros(3, 'i4,f4')), 'no array'),
+    group=(lambda f, g: g.attrs.update(weight_names=['a']), 'no array'),
+    twice=(twice, 'a/t', 'twice'),
     numbers=(lambda f, g: g.attrs.update(weight_names=[1]), 'damaged'),
     missing=(lambda f, g: g.attrs.update(weight_names=['b']), 'damaged'),
     no_list=(lambda f, g: g.attrs.update(weight_names=h5py.Empty('f4')),
