@@ -15,7 +15,7 @@ from ..registry import MODELS
 from ..scaling import set_classes
 from ..utils import printable, shorten
 from .conventions import adopt_conventions
-from .convert import build_on_meta, convert_source
+from .convert import build_on_meta, convert_file
 from .sources import check_unique, class_names, meta_of, open_source, origin_of
 
 _PREDICTOR = re.compile(rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(weight|bias)')
@@ -52,7 +52,8 @@ def transfer_file(path: str,
                 f'{path} is a checkpoint of this package, of which raw '
                 'weights and averages are both kept; leave out --raw')
     else:
-        checkpoint = convert_source(source, path, config, averages=averages)
+        checkpoint = convert_file(
+            path, config, averages=averages, source=source)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     set_classes(config, classes)

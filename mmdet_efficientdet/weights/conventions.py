@@ -2,7 +2,6 @@
 import logging
 import shlex
 from functools import reduce
-from math import isfinite
 from typing import List
 
 from mmengine.logging import print_log
@@ -19,10 +18,7 @@ PLACES = dict(
 
 
 def _is_number(value) -> bool:
-    try:
-        return type(value) in (int, float) and isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        return False
+    return type(value) in (int, float) and abs(value) < 1e30  # False for NaN
 
 
 def _is_positive(value) -> bool:

@@ -67,13 +67,6 @@ class PublishedFile:
         return f'{self.scheme}://{self.name}'
 
     @property
-    def provenance(self) -> dict:
-        """What the meta of a converted checkpoint says about the file."""
-        keys = ('origin', 'licence', 'ap', 'resize', 'how_sure')
-        values = {key: getattr(self, key) for key in keys}
-        return dict(name=self.path, **values)
-
-    @property
     def known_hash(self) -> str:
         """Its SHA-256, or the first digits of it in the file name, or ''."""
         short = re.search(r'-([0-9a-f]{8})\.pth$', self.file)
@@ -179,12 +172,10 @@ def fetch(entry: PublishedFile,
 def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
     # Of several files with the same name, the first may lie in the folder
     # itself. The others must lie in their subfolders.
-    name = Path(entry.file).name
-    first = next((e for e in manifest().values() if Path(e.file).name == name),
-                 entry)
-    names = dict.fromkeys([entry.file, name] if first ==
-                          entry else [entry.file])
-    places = [folder / name for name in names]
+    name, places = Path(entry.file).name, [folder / entry.file]
+    same = [e for e in manifest().values() if Path(e.file).name == name]
+    if entry.file != name and entry in same[:1]:
+        places.append(folder / name)
     for place in places:
         if place.is_file():
             problem = find_problem(place, entry, pin)

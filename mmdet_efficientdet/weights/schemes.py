@@ -78,7 +78,10 @@ def load_entry(entry: PublishedFile, pin: str = '') -> dict:
         raise ValueError(f'{entry.path}: {error}\nIf {path} is damaged, '
                          'delete it and try again') from error
     meta = checkpoint['meta']
-    meta['published'] = entry.provenance
+    keys = ('origin', 'licence', 'ap', 'resize', 'how_sure')
+    meta['published'] = dict(
+        name=entry.path, **{key: getattr(entry, key)
+                            for key in keys})
     if not (entry.known_hash or pin):
         print_log(
             f'No hash of {entry.file} is published. To accept only this file, '

@@ -67,11 +67,13 @@ def open_source(path: str) -> Source:
             start = file.read(512)
         if not start:
             raise ValueError(f'{path} is empty')
+        digest = sha256_of(source)
     check_integrity(source)
     prefix = Path(PART.sub('', str(path)))
     if not start or Path(f'{prefix}.index').is_file():
         prefix = _find_prefix(prefix)
-        return Source(read_bundle(str(prefix)), sha256_of(*_files(prefix)))
+        digest = sha256_of(*_files(prefix))
+        return Source(read_bundle(str(prefix)), digest)
     if start[:2] == b'\x1f\x8b' or start[257:262] == b'ustar':
         tensors = _read_archive(source)
     elif start[:8] == b'\x89HDF\r\n\x1a\n':
@@ -79,14 +81,14 @@ def open_source(path: str) -> Source:
     elif start[8:9] == b'{' and start[7:8] == b'\0':
         tensors = _read_safetensors(path)
     elif start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
-        return _read_torch(path)
+        return _read_torch(path, digest)
     else:
         kind = 'a web page, not weights' if b'<' in start.lstrip()[:1] else \
             'in no known format'
         raise ValueError(
             f'{path} is {kind}. Known formats are torch files, safetensors, '
             'Keras .h5 and TensorFlow checkpoints')
-    return Source(tensors, sha256_of(source))
+    return Source(tensors, digest)
 
 
 def check_integrity(path: Path) -> None:
@@ -192,7 +194,7 @@ def _read_safetensors(path: str) -> Dict[str, Tensor]:
                          f'{printable(str(error))}') from error
 
 
-def _read_torch(path: str) -> Source:
+def _read_torch(path: str, digest: str) -> Source:
     try:
         data = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # pickle, zip and torch raise their own
@@ -227,7 +229,7 @@ def _read_torch(path: str) -> Source:
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')
-    return Source(tensors, sha256_of(Path(path)), meta, ratio_major, data)
+    return Source(tensors, digest, meta, ratio_major, data)
 
 
 def meta_of(checkpoint: dict) -> dict:

@@ -74,12 +74,9 @@ def check_size(name: str, size: int, path: Optional[str] = None) -> None:
     Raises:
         ValueError: If the size is too large.
     """
-    limit = LIMIT
-    if path is not None:
-        limit = min(limit, (1 << 20) + 16 * os.path.getsize(path))
+    limit = (1 << 20) + 16 * os.path.getsize(path) if path else LIMIT
     if size > limit:
-        raise ValueError(f'{name} has {size} bytes; at most {limit} can be '
-                         'weights')
+        raise ValueError(f'{name} has {size} bytes, more than {limit}')
 
 
 _integer = partial(int.from_bytes, byteorder='little')
@@ -107,8 +104,7 @@ def _block(data: bytes, handle: tuple) -> Iterator[Tuple[bytes, bytes]]:
     offset, size, _ = handle
     block, kind = data[offset:offset + size], data[offset + size]
     if kind:
-        raise ValueError('it is compressed, which is not supported; load and '
-                         'save it again with TensorFlow')
+        raise ValueError('it is compressed, which is not supported')
     end = offset + size + 1
     if masked_crc32c(data[offset:end]) != _integer(data[end:end + 4]):
         raise ValueError('a checksum differs')
@@ -173,7 +169,6 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
         if not path.is_file():
             raise ValueError(f'is in {path}, which is missing')
         size = path.stat().st_size
-        check_size(f'is in {path}, which', size)
         # An empty file cannot be mapped.
         return [np.memmap(path, np.uint8, 'r') if size else b'', size]
 
@@ -197,8 +192,7 @@ def _read_index(prefix: str) -> Dict[str, dict]:
         with path.open('rb') as file:
             data = file.read(_INDEX_LIMIT)
         if len(data) < 48 or _integer(data[-8:]) != _MAGIC:
-            raise ValueError('it is not of TensorFlow, cut off, or has more '
-                             f'than {_INDEX_LIMIT} bytes')
+            raise ValueError('it is not of TensorFlow, cut off or too large')
         for _, handle in _block(data,
                                 _handle(data[_handle(data[-48:])[2] - 48:])):
             handle = _handle(handle)
@@ -212,8 +206,7 @@ def _read_index(prefix: str) -> Dict[str, dict]:
         if _field(entries.get('', {}), 2):
             raise ValueError('it is big-endian, which is not supported')
     except (IndexError, KeyError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read, it may be damaged: '
-                         f'{error}') from error
+        raise ValueError(f'{path} is damaged or unusual: {error}') from error
     return entries
 
 
@@ -260,13 +253,14 @@ def read_keras(path: str) -> Dict[str, np.ndarray]:
     sets, size = {}, 0
     try:
         with h5py.File(path, 'r') as file:
-            root = file
-            if file.id.links.exists(b'model_weights'):
-                root = _member(file, 'model_weights')
+            link = file.visititems_links(lambda name, link: name *
+                                         (type(link) is not h5py.HardLink))
+            if link:
+                raise ValueError(f'{link} is a link, which may lead elsewhere')
+            root = file.get('model_weights', file)
             for layer in _names(root, 'layer_names'):
-                group = _member(root, layer)
-                for given in _names(group, 'weight_names'):
-                    data, name = _member(group, given), given.split(':')[0]
+                for given in _names(root[layer], 'weight_names'):
+                    data, name = root[layer][given], given.split(':')[0]
                     if (name in sets or getattr(data, 'shape', None) is None
                             or data.dtype.kind not in 'biuf' or data.external
                             or data.is_virtual):
@@ -284,16 +278,6 @@ def read_keras(path: str) -> Dict[str, np.ndarray]:
     if not tensors:
         raise ValueError(f'{path} holds no weights of Keras 2')
     return tensors
-
-
-def _member(group, path: str):
-    """What a path in a HDF5 file leads to, without following links."""
-    for name in path.split('/'):
-        info = group.id.links.get_info(name.encode())
-        if info.type:  # 0: not a link, but an object
-            raise ValueError(f'{path} is a link, which may lead elsewhere')
-        group = group[name]
-    return group
 
 
 def _names(group, key: str) -> list:
