@@ -34,25 +34,17 @@ def _is_pair(value) -> bool:
     return _is_list(value, _is_positive, (2, ))
 
 
-def _is_pairs(value) -> bool:
-    return _is_list(value, _is_pair, range(1, 101))
-
-
-def _is_mean(value) -> bool:  # None: images are not normalized
-    return value is None or _is_list(value, _is_number, (1, 3))
-
-
-def _is_std(value) -> bool:
-    return value is None or _is_list(value, _is_positive, (1, 3))
-
-
 # What the meta may have: a test of the value, and the words of the error.
+# Without mean and std, images are not normalized.
 _ALLOWED = dict(
-    aspect_pairs=(_is_pairs, 'a list of pairs (width, height) of positive, '
-                  'finite numbers'),
+    aspect_pairs=(lambda value: _is_list(value, _is_pair, range(1, 101)),
+                  'a list of pairs (width, height) of positive, finite '
+                  'numbers'),
     anchor_scale=(_is_positive, 'a positive, finite number'),
-    mean=(_is_mean, 'a finite number for each channel'),
-    std=(_is_std, 'a positive, finite number for each channel'),
+    mean=(lambda value: value is None or _is_list(value, _is_number, (1, 3)),
+          'a finite number for each channel'),
+    std=(lambda value: value is None or _is_list(value, _is_positive, (1, 3)),
+         'a positive, finite number for each channel'),
     pad_value=(_is_number, 'a finite number'))
 
 

@@ -106,11 +106,9 @@ def check_integrity(path: Path) -> None:
         start = file.read(4)
     try:
         if start[:2] == b'\x1f\x8b':
-            size = 0
             with gzip.open(path) as file:
-                while chunk := file.read(1 << 20):
-                    size += len(chunk)
-                    check_size('its contents', size, path)
+                while file.read(1 << 20):
+                    check_size('its contents', file.tell(), path)
         elif start == b'PK\x03\x04':
             with zipfile.ZipFile(path) as file:
                 size = sum(entry.file_size for entry in file.infolist())

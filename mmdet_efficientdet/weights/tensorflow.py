@@ -212,15 +212,15 @@ def _read_index(prefix: str) -> Dict[str, dict]:
 
 def _array(entry: dict, shard: Callable) -> np.ndarray:
     """One tensor, from its message and a function that opens its file."""
-    kind, offset, size = (_field(entry, number) for number in (1, 4, 5))
+    # A plus raises a TypeError for text.
+    kind, offset, size = (+_field(entry, number) for number in (1, 4, 5))
     if kind not in _DTYPES or 7 in entry:
         raise ValueError(f'is of the unknown type {kind}, or in slices')
     is_brain = _DTYPES[kind] == 'bfloat16'
     dtype = np.dtype('u2' if is_brain else _DTYPES[kind]).newbyteorder('<')
     dims = _message(_field(entry, 2, b'')).get(2, [])[:9]
-    shape = [_field(_message(dim), 1) for dim in dims]
-    if (len(shape) > 8 or max(shape, default=0) > LIMIT
-            or prod(shape) * dtype.itemsize != size):
+    shape = [+_field(_message(dim), 1) for dim in dims]
+    if prod(shape) * dtype.itemsize != size:
         raise ValueError(f'has {size} bytes, which do not fit its shape '
                          f'{shape} of {dtype.name}')
     file = shard(_field(entry, 3))
