@@ -10,7 +10,7 @@ from ..models import EfficientDetHead
 from ..registry import HOOKS
 from ..utils import shorten
 from ..weights.class_transfer import transfer_classes
-from ..weights.sources import class_names
+from ..weights.sources import class_names, meta_of
 
 
 @HOOKS.register_module()
@@ -61,7 +61,7 @@ class ClassTransferHook(Hook):
                                  'EfficientDetHead; this model has none')
             return
         classes = runner.train_dataloader.dataset.metainfo.get('classes')
-        old = class_names(checkpoint.get('meta') or {})
+        old = class_names(meta_of(checkpoint))
         if not wanted and (not old or classes is None):
             return
         check_class_count(head.num_classes, classes or ())

@@ -137,6 +137,8 @@ class EfficientNet(StrictLoading, ConvInitMixin, NormEvalMixin, BaseModule):
             training. Defaults to False.
         with_cp (bool): Recomputes the blocks in the backward pass to save
             memory. Defaults to False.
+        in_channels (int): Of the images. Weights for 3 are summed to load
+            them for 1. Defaults to 3.
         init_cfg (dict, optional): Defaults to the official initialisers.
 
     Raises:
@@ -153,6 +155,7 @@ class EfficientNet(StrictLoading, ConvInitMixin, NormEvalMixin, BaseModule):
                  act_cfg: Optional[dict] = None,
                  norm_eval: bool = False,
                  with_cp: bool = False,
+                 in_channels: int = 3,
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
         stem, blocks = block_table(arch)
@@ -181,7 +184,8 @@ class EfficientNet(StrictLoading, ConvInitMixin, NormEvalMixin, BaseModule):
         self.out_channels = tuple(blocks[self.level_ends[i]]['out_channels']
                                   for i in out_indices)
         cfgs = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
-        self.stem = ConvModule(3, stem, 3, 2, conv_cfg=SAME_CONV, **cfgs)
+        self.stem = ConvModule(
+            in_channels, stem, 3, 2, conv_cfg=SAME_CONV, **cfgs)
         self.blocks = nn.ModuleList(
             build_block(
                 row,
@@ -206,6 +210,22 @@ class EfficientNet(StrictLoading, ConvInitMixin, NormEvalMixin, BaseModule):
         fan_out *= conv.out_channels // conv.groups
         nn.init.normal_(conv.weight, 0, math.sqrt(2 / fan_out))
 
+    def adapt_weights(self, state_dict: dict, prefix: str) -> None:
+        """Sums the stem of a color image for a gray one, as timm does.
+
+        Raises:
+            ValueError: If the channels differ in another way.
+        """
+        key, own = f'{prefix}stem.conv.weight', self.stem.conv.in_channels
+        given = getattr(state_dict.get(key), 'shape', ())[1:2]
+        if given == (3, ) and own == 1:
+            state_dict[key] = state_dict[key].sum(1, keepdim=True)
+        elif given not in ((), (own, )):
+            raise ValueError(
+                f'the weights are for images of {given[0]} channels, but the '
+                f'backbone has in_channels={own}. Only weights for 3 can be '
+                'loaded for 1; for others set model.backbone.init_cfg=None')
+
     def is_leftover_key(self, key: str) -> bool:
         """Whether a checkpoint's key belongs to a block that is not built."""
         parts = key.split('.')
@@ -216,7 +236,7 @@ class EfficientNet(StrictLoading, ConvInitMixin, NormEvalMixin, BaseModule):
         """Returns the features ``(N, C_i, H / 2**i, W / 2**i)`` of the levels.
 
         Args:
-            x (Tensor): Images ``(N, 3, H, W)``, normalised.
+            x (Tensor): Images ``(N, in_channels, H, W)``, normalised.
         """
         if self.training and x.device.type == 'cpu':
             # All layers keep this format. A training step took 0.68 of the

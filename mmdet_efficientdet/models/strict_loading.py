@@ -18,11 +18,17 @@ class StrictLoading:
         """Whether a key that only the checkpoint has is ignored."""
         return False
 
+    def adapt_weights(self, state_dict: dict, prefix: str) -> None:
+        """Changes what is loaded before it is compared."""
+
     def explain_mismatch(self, shapes: Dict[str, Tuple]) -> str:
         """Returns a sentence about differing shapes for the error message."""
         return ''
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name, module in self.named_modules(prefix=prefix[:-1]):
+            if isinstance(module, StrictLoading):
+                module.adapt_weights(state_dict, name and f'{name}.')
         given = {
             key[len(prefix):]: tuple(getattr(value, 'shape', ()))
             for key, value in state_dict.items() if key.startswith(prefix)

@@ -15,8 +15,8 @@ from ..registry import MODELS
 from ..scaling import set_classes
 from ..utils import printable, shorten
 from .conventions import adopt_conventions
-from .convert import build_on_meta, convert_source
-from .sources import check_unique, class_names, open_source, origin_of
+from .convert import build_on_meta, convert_file
+from .sources import check_unique, class_names, meta_of, open_source, origin_of
 
 _PREDICTOR = re.compile(rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(weight|bias)')
 
@@ -52,7 +52,8 @@ def transfer_file(path: str,
                 f'{path} is a checkpoint of this package, of which raw '
                 'weights and averages are both kept; leave out --raw')
     else:
-        checkpoint = convert_source(source, path, config, averages=averages)
+        checkpoint = convert_file(
+            path, config, averages=averages, source=source)
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     set_classes(config, classes)
@@ -99,11 +100,12 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
     entries = ('state_dict', 'ema_state_dict')[:1 + averaged]
     for entry in entries:
         keys = checkpoint.get(entry, checkpoint)  # it may be a bare one
-        if not any(map(_PREDICTOR.fullmatch, keys)):
+        if not (isinstance(keys, dict)
+                and any(_PREDICTOR.fullmatch(str(key)) for key in keys)):
             raise ValueError(
                 f'the {entry} of the checkpoint has no {CLASS_PREDICTOR}, the '
                 'class predictor of EfficientDet')
-    old = class_names(checkpoint.get('meta') or {})
+    old = class_names(meta_of(checkpoint))
     if not old:
         raise ValueError(
             "the checkpoint has no class names in meta['dataset_meta']"
@@ -116,7 +118,7 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
             checkpoint['meta'], dataset_meta=dict(classes=list(classes))))
     for entry in entries:
         new[entry] = _transfer(checkpoint[entry], old, classes, head)
-    kept = sum(not _PREDICTOR.fullmatch(key) for key in new['state_dict'])
+    kept = sum(not _PREDICTOR.fullmatch(str(key)) for key in new['state_dict'])
     receipt = [
         f'classes of the checkpoint: {len(old)}, requested: {len(classes)}',
         f'kept: {kept} tensors, bit-identical', *_differences(old, classes)
@@ -132,19 +134,20 @@ def _transfer(state_dict: Dict[str, Tensor], old: List[str],
     sources = [old.index(new[i]) for i in copied]
     result = copy.copy(state_dict)
     for key, value in state_dict.items():
-        match = _PREDICTOR.fullmatch(key)
+        match = _PREDICTOR.fullmatch(str(key))
         if not match:
             continue
         name = f'{printable(key)} of the checkpoint'
-        if len(value) != num_anchors * len(old):
-            raise ValueError(
-                f'{name} has {len(value)} rows, which are not {num_anchors} '
-                f'anchors for each of its {len(old)} classes {shorten(old)}')
         initial = getattr(head.conv_cls.pointwise, match[2]).detach()
-        if value.shape[1:] != initial.shape[1:]:
+        count, *shape = getattr(value, 'shape', ()) or (0, )
+        if count != num_anchors * len(old):
             raise ValueError(
-                f'{name} has {value.shape[1]} channels, that of the model '
-                f'{initial.shape[1]}: the checkpoint is of another size')
+                f'{name} has {count} rows, which are not {num_anchors} '
+                f'anchors for each of its {len(old)} classes {shorten(old)}')
+        if shape != list(initial.shape[1:]):
+            raise ValueError(
+                f'{name} has rows of the shape {shape}, that of the model '
+                f'{[*initial.shape[1:]]}: the checkpoint is of another size')
         rows = initial.to(value, copy=True).unflatten(0, (num_anchors, -1))
         rows[:, copied] = value.unflatten(0, (num_anchors, -1))[:, sources]
         result[key] = rows.flatten(0, 1)

@@ -2,7 +2,6 @@
 import logging
 import shlex
 from functools import reduce
-from math import isfinite
 from typing import List
 
 from mmengine.logging import print_log
@@ -19,10 +18,7 @@ PLACES = dict(
 
 
 def _is_number(value) -> bool:
-    try:
-        return type(value) in (int, float) and isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        return False
+    return type(value) in (int, float) and abs(value) < 1e30  # False for NaN
 
 
 def _is_positive(value) -> bool:
@@ -38,25 +34,17 @@ def _is_pair(value) -> bool:
     return _is_list(value, _is_positive, (2, ))
 
 
-def _is_pairs(value) -> bool:
-    return _is_list(value, _is_pair, range(1, 101))
-
-
-def _is_mean(value) -> bool:  # None: images are not normalized
-    return value is None or _is_list(value, _is_number, (1, 3))
-
-
-def _is_std(value) -> bool:
-    return value is None or _is_list(value, _is_positive, (1, 3))
-
-
 # What the meta may have: a test of the value, and the words of the error.
+# Without mean and std, images are not normalized.
 _ALLOWED = dict(
-    aspect_pairs=(_is_pairs, 'a list of pairs (width, height) of positive, '
-                  'finite numbers'),
+    aspect_pairs=(lambda value: _is_list(value, _is_pair, range(1, 101)),
+                  'a list of pairs (width, height) of positive, finite '
+                  'numbers'),
     anchor_scale=(_is_positive, 'a positive, finite number'),
-    mean=(_is_mean, 'a finite number for each channel'),
-    std=(_is_std, 'a positive, finite number for each channel'),
+    mean=(lambda value: value is None or _is_list(value, _is_number, (1, 3)),
+          'a finite number for each channel'),
+    std=(lambda value: value is None or _is_list(value, _is_positive, (1, 3)),
+         'a positive, finite number for each channel'),
     pad_value=(_is_number, 'a finite number'))
 
 
@@ -73,6 +61,9 @@ def read_conventions(meta: dict) -> dict:
         ValueError: If a value is not allowed. The message has its name.
     """
     found = {}
+    if not isinstance(meta, dict):
+        raise ValueError(f'the meta of the checkpoint is {shown(meta)}, but '
+                         'must be a dict')
     for key, (is_allowed, allowed) in _ALLOWED.items():
         if key not in meta:
             continue

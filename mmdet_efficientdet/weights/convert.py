@@ -4,7 +4,7 @@ import os
 from functools import partial
 from math import sqrt
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from mmdet.datasets import CocoDataset
@@ -34,7 +34,8 @@ NUM_CLASSES, NUM_SLOTS = len(COCO), len(SLOTS)  # 80 and 90
 def convert_file(path: str,
                  config: Config,
                  num_classes: int = NUM_CLASSES,
-                 averages: bool = True) -> dict:
+                 averages: bool = True,
+                 source: Optional[Source] = None) -> dict:
     """Converts a file of published weights to a checkpoint of our model.
 
     Args:
@@ -46,6 +47,8 @@ def convert_file(path: str,
             Defaults to 80.
         averages (bool): Whether to prefer moving averages of the weights.
             Defaults to True.
+        source (Source, optional): What :func:`open_source` has read of the
+            file, if it has; it is not changed.
 
     Returns:
         dict: ``state_dict`` and ``meta``, of plain types and tensors only.
@@ -60,22 +63,7 @@ def convert_file(path: str,
         ValueError: If the file cannot be read or does not fit the config. If
             it fits another size, the message names that size.
     """
-    return convert_source(
-        open_source(path), path, config, num_classes, averages)
-
-
-def convert_source(source: Source,
-                   path: str,
-                   config: Config,
-                   num_classes: int = NUM_CLASSES,
-                   averages: bool = True) -> dict:
-    """Converts what :func:`open_source` has read as ``convert_file`` does.
-
-    Args:
-        source (Source): It is not changed.
-        path (str): The path of its file.
-        config, num_classes, averages: As in :func:`convert_file`.
-    """
+    source = source or open_source(path)
     if num_classes not in (NUM_CLASSES, NUM_SLOTS):
         raise ValueError(f'num_classes={num_classes} must be {NUM_CLASSES} or '
                          f'{NUM_SLOTS}')
@@ -94,6 +82,9 @@ def convert_source(source: Source,
     adopt_conventions(config, meta)
     model = build_on_meta(config)
     state_dict, receipt = _rename(source, model, config, averages)
+    if Path(path).suffix in ('.h5', '.safetensors'):
+        receipt.append('damage: this format has no checksums; compare the '
+                       'SHA-256')
     origin = dict(file=Path(path).name, sha256=source.sha256, receipt=receipt)
     if _BIAS not in state_dict:
         backbone = {

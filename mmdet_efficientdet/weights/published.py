@@ -9,23 +9,29 @@ import difflib
 import logging
 import os
 import re
+import socket
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
+from multiprocessing import ProcessError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 from urllib.request import Request, urlopen
 
 import torch
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from mmengine.logging import print_log
 from tqdm import tqdm
 
 from .sources import check_integrity, sha256_of
+from .tensorflow import LIMIT
 
 VARIABLE = 'MMDET_EFFICIENTDET_WEIGHTS'
-TIMEOUT = 30  # seconds without data until the next mirror is tried
+TIMEOUT = 30  # seconds
+_SLOWEST = 4000  # bytes per second, below which the next mirror is tried
 _CHUNK = 1 << 18  # bytes
 # First bytes of a file by suffix; the others are gzip archives.
 _MAGIC = {'.pth': (b'PK', b'\x80'), '.h5': b'\x89HDF'}
@@ -59,13 +65,6 @@ class PublishedFile:
     def path(self) -> str:
         """The name to be written into a config."""
         return f'{self.scheme}://{self.name}'
-
-    @property
-    def provenance(self) -> dict:
-        """What the meta of a converted checkpoint says about the file."""
-        keys = ('origin', 'licence', 'ap', 'resize', 'how_sure')
-        values = {key: getattr(self, key) for key in keys}
-        return dict(name=self.path, **values)
 
     @property
     def known_hash(self) -> str:
@@ -131,12 +130,21 @@ def manifest() -> Dict[str, PublishedFile]:
     return {entry.path: entry for entry in entries}
 
 
-def fetch(entry: PublishedFile, pin: str = '') -> Path:
+def fetch(entry: PublishedFile,
+          pin: str = '',
+          timeout: float = TIMEOUT) -> Path:
     """Returns the verified file and downloads it if necessary.
 
     Several processes may ask for it at once. One on each machine downloads,
     the others wait for its lock. At a barrier they would wait forever if one
     failed.
+
+    Args:
+        entry (PublishedFile): The file.
+        pin (str): The first digits of the SHA-256 that the user asks for.
+            Defaults to ''.
+        timeout (float): Seconds in which a mirror must send something.
+            Defaults to 30.
 
     Raises:
         ValueError: If the file is not available. The message lists every
@@ -150,9 +158,9 @@ def fetch(entry: PublishedFile, pin: str = '') -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f'{target}.lock'):
+        with _lock(target):
             if not target.is_file() or find_problem(target, entry, pin):
-                _from_mirrors(entry, pin, target)
+                _from_mirrors(entry, pin, target, timeout)
     except OSError as error:
         raise ValueError(
             f'{entry.path}: cannot write {target} ({error}). Set TORCH_HOME '
@@ -164,11 +172,10 @@ def fetch(entry: PublishedFile, pin: str = '') -> Path:
 def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
     # Of several files with the same name, the first may lie in the folder
     # itself. The others must lie in their subfolders.
-    name = Path(entry.file).name
-    first = next(e for e in manifest().values() if Path(e.file).name == name)
-    names = dict.fromkeys([entry.file, name] if first ==
-                          entry else [entry.file])
-    places = [folder / name for name in names]
+    name, places = Path(entry.file).name, [folder / entry.file]
+    same = [e for e in manifest().values() if Path(e.file).name == name]
+    if entry.file != name and entry in same[:1]:
+        places.append(folder / name)
     for place in places:
         if place.is_file():
             problem = find_problem(place, entry, pin)
@@ -184,22 +191,36 @@ def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
     ]))
 
 
-def _from_mirrors(entry: PublishedFile, pin: str, target: Path) -> None:
-    reasons = []
-    partial = target.with_name(f'{target.name}.{os.getpid()}.partial')
+def _lock(target: Path):
+    """Acquires the lock of a file, and says for whom it waits."""
+    path = Path(f'{target}.lock')
+    lock = FileLock(path)
+    try:
+        held = lock.acquire(timeout=1)
+    except Timeout:
+        print_log(f'Waiting for {path}, held by {path.read_text()}', 'current')
+        held = lock.acquire()
+    path.write_text(f'process {os.getpid()} of {socket.gethostname()}')
+    return held
+
+
+def _from_mirrors(entry: PublishedFile, pin: str, target: Path,
+                  timeout: float) -> None:
+    reasons, partial = [], Path(f'{target}.partial')
     for mirror in entry.addresses:
         address = mirror + entry.file
         print_log(f'Downloading {address} to {target}', 'current')
         try:
-            _download(address, partial)
+            _download(address, partial, entry.bytes or LIMIT, timeout)
             problem = find_problem(partial, entry, pin)
             if problem:
                 raise ValueError(problem)
             os.replace(partial, target)
             return
-        except (OSError, HTTPException, ValueError) as error:
-            reasons.append(f'  {address}: {error}')
-            print_log(f'Failed: {error}', 'current', logging.WARNING)
+        except (OSError, HTTPException, ValueError, ProcessError) as error:
+            reason = str(error) or f'no answer in {timeout} seconds'
+            reasons.append(f'  {address}: {reason}')
+            print_log(f'Failed: {reason}', 'current', logging.WARNING)
         finally:
             partial.unlink(missing_ok=True)
     raise ValueError('\n'.join([
@@ -209,21 +230,30 @@ def _from_mirrors(entry: PublishedFile, pin: str, target: Path) -> None:
     ]))
 
 
-def _download(address: str, target: Path) -> None:
+def _download(address: str, target: Path, limit: int, timeout: float) -> None:
     """Downloads a file completely.
 
     The function of ``torch.hub`` has no timeout and does not notice a body
-    that is cut off.
+    that is cut off. The timeout of a socket starts again with each byte.
     """
     request = Request(address, headers={'User-Agent': 'mmdet_efficientdet'})
-    with urlopen(request, timeout=TIMEOUT) as response:
-        length = response.headers.get('Content-Length')
-        length = int(length) if length else None
-        with target.open('wb') as file, tqdm(
-                total=length, unit='B', unit_scale=True, disable=None) as bar:
-            while chunk := response.read(_CHUNK):
-                bar.update(file.write(chunk))
-    size = target.stat().st_size
+    # Another thread, because the headers may also come byte by byte.
+    with ThreadPool(1) as pool:
+        response = pool.apply_async(urlopen, (request, None, timeout))
+        response = response.get(timeout)
+    length, size, before, start = response.length, 0, 0, time.monotonic()
+    with response, target.open('wb') as file, tqdm(
+            total=length, unit='B', unit_scale=True, disable=None) as bar:
+        while chunk := response.read1(_CHUNK):
+            size += file.write(chunk)
+            bar.update(len(chunk))
+            if size > limit:
+                raise ValueError(f'more than {limit} bytes came')
+            if time.monotonic() - start > timeout:
+                if size - before < timeout * _SLOWEST:
+                    raise ValueError(
+                        f'{size - before} bytes came in {timeout} seconds')
+                before, start = size, time.monotonic()
     if length is not None and size != length:
         raise ValueError(f'cut off after {size} of {length} bytes')
 

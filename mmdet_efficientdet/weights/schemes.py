@@ -48,14 +48,29 @@ def load_from_published(filename: str, map_location=None) -> dict:
         map_location (str, optional): Ignored.
 
     Returns:
+        dict: As :func:`load_entry`.
+
+    Raises:
+        ValueError: If the name is unknown, and as :func:`load_entry`.
+    """
+    return load_entry(*find(filename))
+
+
+def load_entry(entry: PublishedFile, pin: str = '') -> dict:
+    """Loads a published file as a checkpoint of our model.
+
+    Args:
+        entry (PublishedFile): The file.
+        pin (str): The first digits of its SHA-256, if only this file is
+            accepted. Defaults to ''.
+
+    Returns:
         dict: ``state_dict`` and ``meta`` for 80 classes. ``meta['cfg']`` has
         the conventions of the file, ``meta['published']`` its origin.
 
     Raises:
-        ValueError: If the name is unknown, or the file is not available or
-            does not fit the model.
+        ValueError: If the file is not available or does not fit the model.
     """
-    entry, pin = find(filename)
     path = fetch(entry, pin)
     try:
         checkpoint = convert_file(str(path), config_of(entry))
@@ -63,7 +78,10 @@ def load_from_published(filename: str, map_location=None) -> dict:
         raise ValueError(f'{entry.path}: {error}\nIf {path} is damaged, '
                          'delete it and try again') from error
     meta = checkpoint['meta']
-    meta['published'] = entry.provenance
+    keys = ('origin', 'licence', 'ap', 'resize', 'how_sure')
+    meta['published'] = dict(
+        name=entry.path, **{key: getattr(entry, key)
+                            for key in keys})
     if not (entry.known_hash or pin):
         print_log(
             f'No hash of {entry.file} is published. To accept only this file, '

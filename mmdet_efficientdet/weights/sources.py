@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Dict, List, Mapping, Sequence, Tuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..utils import import_package, printable, shorten, shown
-from .tensorflow import EMA_SUFFIX, read_bundle, read_keras
+from .tensorflow import EMA_SUFFIX, check_size, read_bundle, read_keras
 
 # The end of the name of a part of a TensorFlow checkpoint.
 PART = re.compile(r'\.(index|meta|data-\d{5}-of-\d{5})$')
@@ -66,11 +67,13 @@ def open_source(path: str) -> Source:
             start = file.read(512)
         if not start:
             raise ValueError(f'{path} is empty')
+        digest = sha256_of(source)
     check_integrity(source)
     prefix = Path(PART.sub('', str(path)))
     if not start or Path(f'{prefix}.index').is_file():
         prefix = _find_prefix(prefix)
-        return Source(read_bundle(str(prefix)), sha256_of(*_files(prefix)))
+        digest = sha256_of(*_files(prefix))
+        return Source(read_bundle(str(prefix)), digest)
     if start[:2] == b'\x1f\x8b' or start[257:262] == b'ustar':
         tensors = _read_archive(source)
     elif start[:8] == b'\x89HDF\r\n\x1a\n':
@@ -78,14 +81,14 @@ def open_source(path: str) -> Source:
     elif start[8:9] == b'{' and start[7:8] == b'\0':
         tensors = _read_safetensors(path)
     elif start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
-        return _read_torch(path)
+        return _read_torch(path, digest)
     else:
         kind = 'a web page, not weights' if b'<' in start.lstrip()[:1] else \
             'in no known format'
         raise ValueError(
             f'{path} is {kind}. Known formats are torch files, safetensors, '
             'Keras .h5 and TensorFlow checkpoints')
-    return Source(tensors, sha256_of(source))
+    return Source(tensors, digest)
 
 
 def check_integrity(path: Path) -> None:
@@ -105,9 +108,11 @@ def check_integrity(path: Path) -> None:
         if start[:2] == b'\x1f\x8b':
             with gzip.open(path) as file:
                 while file.read(1 << 20):
-                    pass
+                    check_size('its contents', file.tell(), path)
         elif start == b'PK\x03\x04':
             with zipfile.ZipFile(path) as file:
+                size = sum(entry.file_size for entry in file.infolist())
+                check_size('its contents', size, path)
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f'the checksum of {damaged!r} differs')
@@ -119,6 +124,7 @@ def check_integrity(path: Path) -> None:
 def sha256_of(*paths: Path) -> str:
     """The SHA-256 of files one after the other."""
     digest = hashlib.sha256()
+    check_size(str(paths[0]), sum(path.stat().st_size for path in paths))
     for path in paths:
         with path.open('rb') as file:
             while chunk := file.read(1 << 20):
@@ -162,6 +168,11 @@ def _read_archive(source: Path) -> Mapping:
                 if not members:
                     raise ValueError(
                         f'{source} holds no TensorFlow checkpoint')
+                names = {normpath(member.name) for member in members}
+                if len(names) < len(members):
+                    raise ValueError(f'{source} holds files of one name')
+                size = sum(member.size for member in members)
+                check_size(str(source), size, source)
                 # The filter refuses paths that lead out of the folder.
                 archive.extractall(folder, members, filter='data')
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -181,7 +192,7 @@ def _read_safetensors(path: str) -> Dict[str, Tensor]:
                          f'{printable(str(error))}') from error
 
 
-def _read_torch(path: str) -> Source:
+def _read_torch(path: str, digest: str) -> Source:
     try:
         data = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # pickle, zip and torch raise their own
@@ -193,8 +204,8 @@ def _read_torch(path: str) -> Source:
         ) from error
     if not isinstance(data, dict):
         raise ValueError(f'{path} holds {type(data).__name__}, not weights')
-    meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
-    config = str(meta.get('cfg', ''))
+    meta, size = meta_of(data), 0
+    config = meta.get('cfg') if isinstance(meta.get('cfg'), str) else ''
     # What the project converted from TensorFlow has TensorFlow's anchors.
     ratio_major = 'EfficientDetSepBNHead' in config and 'YXYX' not in config
     tensors = {}
@@ -205,13 +216,24 @@ def _read_torch(path: str) -> Source:
                                  'the name of a tensor')
             if not isinstance(value, Tensor):
                 continue
+            if value.is_meta:
+                raise ValueError(f'{path} holds no data of {printable(key)}')
+            # A few numbers in the file may be repeated to any size.
+            size += value.numel() * value.element_size()
+            check_size(f'{path} up to {printable(key)}', size, path)
             key = key.removeprefix('module.') + suffix
             if key in tensors:
                 raise ValueError(f'{path} holds {printable(key)} twice')
             tensors[key] = value
     if not tensors:
         raise ValueError(f'{path} holds no tensors')
-    return Source(tensors, sha256_of(Path(path)), meta, ratio_major, data)
+    return Source(tensors, digest, meta, ratio_major, data)
+
+
+def meta_of(checkpoint: dict) -> dict:
+    """The ``meta`` of a checkpoint, or {} if it has none or it is no dict."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
 
 
 def _state_dicts(data: dict) -> Tuple[dict, dict]:
@@ -265,16 +287,11 @@ def origin_of(meta: dict) -> dict:
     origin = meta.get('source')
     if origin is None:
         return {}
-    if not isinstance(origin, dict):
-        raise ValueError("meta['source'] of the checkpoint is "
-                         f'{shown(origin)}, but must be a dict')
-    receipt = origin.get('receipt')
-    if not isinstance(receipt, list) or not all(
-            isinstance(line, str) for line in receipt):
-        raise ValueError("meta['source']['receipt'] of the checkpoint is "
-                         f'{shown(receipt)}, but must be a list of texts')
-    for key in ('file', 'sha256'):
-        if not isinstance(origin.get(key), str):
-            raise ValueError(f"meta['source'][{key!r}] of the checkpoint is "
-                             f'{shown(origin.get(key))}, but must be a text')
+    for key, kind in dict(file=str, sha256=str, receipt=list).items():
+        value = origin.get(key) if isinstance(origin, dict) else None
+        if not (isinstance(value, kind)
+                and all(isinstance(part, str) for part in value)):
+            raise ValueError(
+                f"meta['source'][{key!r}] of the checkpoint is {shown(value)},"
+                f' but must be a {"list of texts" * (kind is list) or "text"}')
     return {key: origin[key] for key in ('file', 'sha256', 'receipt')}

@@ -3,17 +3,24 @@
 ``PREFIX.index`` is a table in the format of LevelDB. Its values are messages
 of ``tensorflow/core/protobuf/tensor_bundle.proto``. The files
 ``PREFIX.data-*`` hold the tensors one after the other.
+
+Nothing that a file says is trusted: time and memory are bounded by its size,
+and no other file is read.
 """
-import struct
-from functools import lru_cache
+import os
+from functools import lru_cache, partial, reduce
+from math import isqrt, prod
+from operator import xor
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 
 from ..utils import import_package, printable
 
 EMA_SUFFIX = '/ExponentialMovingAverage'  # of the name of a moving average
+LIMIT = 4 << 30  # bytes, three times a training checkpoint of D7x
+_INDEX_LIMIT = 2 << 20  # bytes; the index of a D7x has less than a quarter
 _MAGIC = 0xdb4775248b80fb57
 _STRING = 7
 # Values of the enum DataType.
@@ -22,71 +29,121 @@ _DTYPES = {
     14: 'bfloat16', 17: 'u2', 19: 'f2', 22: 'u4', 23: 'u8'
 }  # yapf: disable
 
-
-_CRC_TABLE = range(256)
-for _ in range(8):  # 0x82f63b78 is the polynomial of Castagnoli, reversed.
-    _CRC_TABLE = [n >> 1 ^ (0x82f63b78 if n & 1 else 0) for n in _CRC_TABLE]
+# The CRC-32C of two bytes. 0x82f63b78 is the polynomial of Castagnoli,
+# reversed.
+_CRC = np.arange(1 << 16, dtype=np.uint32)
+for _ in range(16):
+    _CRC = _CRC >> 1 ^ (_CRC & 1) * np.uint32(0x82f63b78)
 
 
 def masked_crc32c(data: bytes) -> int:
-    """CRC-32C, rotated and with a constant added, as TensorFlow stores it."""
-    crc = 0xffffffff
-    for byte in data:
-        crc = _CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    """CRC-32C, rotated and with a constant added, as TensorFlow stores it.
+
+    It is a linear function of the data. So the rows of a square are computed
+    side by side and then joined.
+    """
+    # These bytes lead from zero to the start value, 0xffffffff. Zeros before
+    # them change nothing.
+    data = np.frombuffer(b'Td\x1fd' + bytes(data), np.uint8)
+    width = isqrt(len(data)) // 2 + 1
+    rows = -(-len(data) // (2 * width))
+    words = np.zeros((rows + 32, width), '<u2')
+    words[:rows].reshape(-1).view(np.uint8)[-len(data):] = data
+    # The last 32 rows get what becomes of each bit after a row of zeros.
+    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    values = np.append(np.zeros(rows, np.uint32), bits)
+    for word in words.T.copy():
+        values = _CRC[values & 0xffff ^ word] ^ values >> 16
+    values, crc = values.tolist(), 0
+    for value in values[:rows]:
+        shifted = (values[rows + i] for i in range(32) if crc >> i & 1)
+        crc = reduce(xor, shifted, value)
     crc ^= 0xffffffff
     return ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff
 
 
+def check_size(name: str, size: int, path: Optional[str] = None) -> None:
+    """Refuses what needs more memory than weights can.
+
+    Args:
+        name (str): What it is, for the message.
+        size (int): In bytes.
+        path (str, optional): A file whose contents it is. Weights cannot be
+            compressed to a 16th.
+
+    Raises:
+        ValueError: If the size is too large.
+    """
+    limit = (1 << 20) + 16 * os.path.getsize(path) if path else LIMIT
+    if size > limit:
+        raise ValueError(f'{name} has {size} bytes, more than {limit}')
+
+
+_integer = partial(int.from_bytes, byteorder='little')
+
+
 def _varint(data: bytes, at: int) -> Tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-        shift += 7
+    raise ValueError('a number has more than 64 bits')
 
 
-def _block(data: bytes, handle: bytes) -> Iterator[Tuple[bytes, bytes]]:
+def _handle(data: bytes) -> Tuple[int, int, int]:
+    """Offset and size of a block, and where the next handle starts."""
+    offset, at = _varint(data, 0)
+    return offset, *_varint(data, at)
+
+
+def _block(data: bytes, handle: tuple) -> Iterator[Tuple[bytes, bytes]]:
     """Keys and values of one block; keys share prefixes."""
-    offset, at = _varint(handle, 0)
-    size, _ = _varint(handle, at)
+    offset, size, _ = handle
     block, kind = data[offset:offset + size], data[offset + size]
     if kind:
-        raise ValueError('its index is compressed, which is not supported; '
-                         'load and save it again with TensorFlow')
-    # Only the index is verified, some 100 kB. For the tensors of a D7x this
-    # loop would take a minute, and archives have their own checksum.
-    stored, = struct.unpack('<I', data[offset + size + 1:offset + size + 5])
-    if masked_crc32c(data[offset:offset + size + 1]) != stored:
-        raise ValueError('its index is damaged: a checksum differs')
-    end = size - 4 - 4 * struct.unpack('<I', block[-4:])[0]
-    key, at = b'', 0
+        raise ValueError('it is compressed, which is not supported')
+    end = offset + size + 1
+    if masked_crc32c(data[offset:end]) != _integer(data[end:end + 4]):
+        raise ValueError('a checksum differs')
+    end = size - 4 - 4 * _integer(block[-4:])
+    key, at, total = b'', 0, 0
     while at < end:
         shared, at = _varint(block, at)
         rest, at = _varint(block, at)
         length, at = _varint(block, at)
+        if shared > len(key) or at + rest + length > end:
+            raise ValueError('a key or value is cut off')
         key = key[:shared] + block[at:at + rest]
+        total += len(key)
+        if total > 16 * size:  # every 16th key is stored as a whole
+            raise ValueError('its names are too long')
         at += rest + length
         yield key, block[at - length:at]
 
 
 def _message(data: bytes) -> Dict[int, list]:
-    """Fields of a protocol message, by number."""
+    """Fields of a protocol message, by number: integers and bytes."""
     fields, at = {}, 0
     while at < len(data):
         tag, at = _varint(data, at)
-        if tag & 7 == 0:
+        kind, value = tag & 7, 0
+        if kind in (0, 2):
             value, at = _varint(data, at)
-        elif tag & 7 == 2:
-            length, at = _varint(data, at)
-            value, at = data[at:at + length], at + length
-        else:
-            size = {1: 8, 5: 4}[tag & 7]
+        if kind:
+            size = {1: 8, 2: value, 5: 4}[kind]
             value, at = data[at:at + size], at + size
         fields.setdefault(tag >> 3, []).append(value)
+    if at > len(data):
+        raise ValueError('a field is cut off')
     return fields
+
+
+def _field(message: Dict[int, list], number: int, default=0):
+    """The last value of a field."""
+    return message.get(number, [default])[-1]
 
 
 def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
@@ -99,92 +156,127 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
         dict: Name to array. Strings are skipped, bfloat16 becomes float32.
 
     Raises:
-        ValueError: If a file is missing, cut off, damaged or compressed, or
-            the type of a tensor is unknown.
+        ValueError: If a file is missing, cut off, damaged, compressed or
+            big-endian, or a tensor is too large or of an unknown type.
     """
     entries = _read_index(prefix)
-    num_shards = entries.pop('', {}).get(1, [1])[0]
+    num_shards = _field(entries.pop('', {}), 1, 1)
 
     @lru_cache(maxsize=None)
-    def shard(number: int) -> np.ndarray:
+    def shard(number: int) -> list:
+        """The bytes of a file, and how many no tensor has used yet."""
         path = Path(f'{prefix}.data-{number:05}-of-{num_shards:05}')
         if not path.is_file():
-            raise ValueError(f'{path} is missing; a TensorFlow checkpoint '
-                             'consists of several files')
-        if not path.stat().st_size:
-            return np.zeros(0, np.uint8)  # an empty file cannot be mapped
-        return np.memmap(path, np.uint8, 'r')
+            raise ValueError(f'is in {path}, which is missing')
+        size = path.stat().st_size
+        # An empty file cannot be mapped.
+        return [np.memmap(path, np.uint8, 'r') if size else b'', size]
 
-    return {
-        name:
-        _array(f'{prefix}: {printable(name)}', entry,
-               shard(entry.get(3, [0])[0]))
-        for name, entry in entries.items() if entry.get(1) != [_STRING]
-    }
+    tensors = {}
+    for name, entry in entries.items():
+        try:
+            if _field(entry, 1) != _STRING:
+                tensors[name] = _array(entry, shard)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            reason = 'has a field of the wrong type' if isinstance(
+                error, TypeError) else error
+            raise ValueError(
+                f'{prefix}: {printable(name)} {reason}') from error
+    return tensors
 
 
 def _read_index(prefix: str) -> Dict[str, dict]:
-    """The messages about all tensors, by name; '' is that of the file."""
-    data = Path(f'{prefix}.index').read_bytes()
-    if len(data) < 48 or struct.unpack('<Q', data[-8:])[0] != _MAGIC:
-        raise ValueError(f'{prefix}.index is not the index of a TensorFlow '
-                         'checkpoint, or it is cut off')
+    """The messages about all tensors, by name; '' is that of the files."""
+    path, entries, last, end = Path(f'{prefix}.index'), {}, None, 0
     try:
-        _, at = _varint(data, len(data) - 48)
-        _, at = _varint(data, at)
-        return {
-            key.decode(): _message(value)
-            for _, handle in _block(data, data[at:])
-            for key, value in _block(data, handle)
-        }
-    except (IndexError, KeyError, UnicodeDecodeError, struct.error) as error:
-        raise ValueError(f'{prefix}.index is damaged') from error
-    except ValueError as error:
-        raise ValueError(f'{prefix} cannot be read: {error}') from error
+        with path.open('rb') as file:
+            data = file.read(_INDEX_LIMIT)
+        if len(data) < 48 or _integer(data[-8:]) != _MAGIC:
+            raise ValueError('it is not of TensorFlow, cut off or too large')
+        for _, handle in _block(data,
+                                _handle(data[_handle(data[-48:])[2] - 48:])):
+            handle = _handle(handle)
+            if handle[0] < end:
+                raise ValueError('its blocks overlap')
+            end = sum(handle[:2])
+            for key, value in _block(data, handle):
+                if last is not None and key <= last:
+                    raise ValueError('its names are not sorted')
+                last, entries[key.decode()] = key, _message(value)
+        if _field(entries.get('', {}), 2):
+            raise ValueError('it is big-endian, which is not supported')
+    except (IndexError, KeyError, ValueError) as error:
+        raise ValueError(f'{path} is damaged or unusual: {error}') from error
+    return entries
 
 
-def _array(name: str, entry: dict, shard: np.ndarray) -> np.ndarray:
-    """One tensor, from its message and the file that it is in."""
-    kind = entry.get(1, [0])[0]
-    if kind not in _DTYPES:
-        raise ValueError(f'{name} is of the unknown type {kind}')
-    if 7 in entry:
-        raise ValueError(f'{name} is stored in slices, which is not supported')
-    dims = _message(entry.get(2, [b''])[0]).get(2, [])
-    shape = [_message(dim).get(1, [0])[0] for dim in dims]
-    offset, size = entry.get(4, [0])[0], entry.get(5, [0])[0]
-    raw = shard[offset:offset + size]
-    if len(raw) < size:
-        raise ValueError(f'{name} is cut off: it ends at byte '
-                         f'{offset + size} of {len(shard)}')
-    if _DTYPES[kind] == 'bfloat16':
-        array = (raw.view('<u2').astype('<u4') << 16).view('<f4')
-    else:
-        array = raw.view(np.dtype(_DTYPES[kind]).newbyteorder('<'))
+def _array(entry: dict, shard: Callable) -> np.ndarray:
+    """One tensor, from its message and a function that opens its file."""
+    # A plus raises a TypeError for text.
+    kind, offset, size = (+_field(entry, number) for number in (1, 4, 5))
+    if kind not in _DTYPES or 7 in entry:
+        raise ValueError(f'is of the unknown type {kind}, or in slices')
+    is_brain = _DTYPES[kind] == 'bfloat16'
+    dtype = np.dtype('u2' if is_brain else _DTYPES[kind]).newbyteorder('<')
+    dims = _message(_field(entry, 2, b'')).get(2, [])[:9]
+    shape = [+_field(_message(dim), 1) for dim in dims]
+    if prod(shape) * dtype.itemsize != size:
+        raise ValueError(f'has {size} bytes, which do not fit its shape '
+                         f'{shape} of {dtype.name}')
+    file = shard(_field(entry, 3))
+    if offset + size > len(file[0]):
+        raise ValueError(f'is cut off: it ends at byte {offset + size} of '
+                         f'{len(file[0])}')
+    file[1] -= size
+    if file[1] < 0:
+        raise ValueError('overlaps other tensors')
+    raw = np.asarray(file[0][offset:offset + size], np.uint8)
+    if masked_crc32c(raw) != _integer(_field(entry, 6, b'')):
+        raise ValueError('is damaged: its checksum differs')
+    array = raw.view(dtype)
+    if is_brain:
+        array = (array.astype('<u4') << 16).view('<f4')
     return array.reshape(shape)
 
 
 def read_keras(path: str) -> Dict[str, np.ndarray]:
     """The tensors of a Keras ``.h5`` by the names of their variables.
 
+    HDF5 compares checksums only if the file has them, which Keras does not
+    write.
+
     Raises:
-        ValueError: If h5py is not installed or the file is damaged.
+        ValueError: If h5py is not installed, the file is damaged, too large,
+            or refers to another file.
     """
     h5py = import_package('h5py', path)
+    sets, size = {}, 0
     try:
         with h5py.File(path, 'r') as file:
+            link = file.visititems_links(lambda name, link: name *
+                                         (type(link) is not h5py.HardLink))
+            if link:
+                raise ValueError(f'{link} is a link, which may lead elsewhere')
             root = file.get('model_weights', file)
-            arrays = [(name.split(':')[0], root[layer][name][()])
-                      for layer in _names(root, 'layer_names')
-                      for name in _names(root[layer], 'weight_names')]
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged or cut off: '
-                         f'{printable(str(error))}') from error
-    tensors = dict(arrays)
+            for layer in _names(root, 'layer_names'):
+                for given in _names(root[layer], 'weight_names'):
+                    data, name = root[layer][given], given.split(':')[0]
+                    if (name in sets or getattr(data, 'shape', None) is None
+                            or data.dtype.kind not in 'biuf' or data.external
+                            or data.is_virtual):
+                        raise ValueError(f'{given} is no array of numbers in '
+                                         'this file, or occurs twice')
+                    count = max(prod(data.shape), prod(data.chunks or ()))
+                    size += count * data.dtype.itemsize
+                    sets[name] = data
+            check_size('its contents', size, path)
+            tensors = {name: data[()] for name, data in sets.items()}
+    except Exception as error:  # h5py raises many
+        raise ValueError(
+            f'{path} is damaged or cut off, or holds more than weights: '
+            f'{printable(str(error))}') from error
     if not tensors:
         raise ValueError(f'{path} holds no weights of Keras 2')
-    if len(tensors) < len(arrays):
-        raise ValueError(f'{path} holds several tensors of one name')
     return tensors
 
 

@@ -45,41 +45,72 @@ def tf_shapes(own, name, layout=VARIABLES):
     return result
 
 
-def write_bundle(prefix, tensors, compression=b'\0'):
-    """An index of several blocks, and one file of data."""
+def field(number, payload):
+    """A field of a message: an int, a message or text, or 4 bytes of CRC."""
+    if isinstance(payload, int):
+        return varint(number << 3) + varint(payload)
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
 
-    def field(number, payload):
-        if isinstance(payload, int):
-            return varint(number << 3) + varint(payload)
-        return varint(number << 3 | 2) + varint(len(payload)) + payload
 
-    def block(rows):
-        data = b''.join(
-            varint(0) + varint(len(k)) + varint(len(v)) + k + v
-            for k, v in rows) + struct.pack('<II', 0, 1)
+def fixed(number, value):
+    """A field of four bytes."""
+    return varint(number << 3 | 5) + struct.pack('<I', value)
+
+
+def shape_field(shape):
+    return field(2, b''.join(field(2, field(1, n)) for n in shape))
+
+
+def entry_of(array, offset):
+    """The message about a tensor that starts at a byte of the data."""
+    raw = array.tobytes()
+    return (field(1, 9 if array.dtype == 'i8' else 1) +
+            shape_field(array.shape) + field(4, offset) + field(5, len(raw)) +
+            fixed(6, masked_crc32c(raw)))
+
+
+HEADER = (b'', field(1, 1))  # one file of data
+
+
+def plain_rows(rows):
+    """The rows of a block, of which none shares its key with another."""
+    return b''.join(
+        varint(0) + varint(len(k)) + varint(len(v)) + k + v for k, v in rows)
+
+
+def write_index(prefix, blocks, compression=b'\0', repeat=1):
+    """An index of blocks.
+
+    Args:
+        prefix (Path): Of the checkpoint.
+        blocks (list): Bytes of the rows, and the last key of each.
+        compression (bytes): What each block says of its compression.
+        repeat (int): How often the blocks are listed.
+    """
+
+    def block(data):
+        data += struct.pack('<II', 0, 1)
         handle = varint(len(index)) + varint(len(data))
         crc = masked_crc32c(data + compression)
-        return data + compression + struct.pack('<I', crc), handle
+        index.extend(data + compression + struct.pack('<I', crc))
+        return handle
 
-    index, data, rows = bytearray(), bytearray(), [(b'', field(1, 1))]
+    index = bytearray()
+    handles = [(last, block(data)) for data, last in blocks]
+    footer = block(b'') + block(plain_rows(repeat * handles))
+    index += footer.ljust(40, b'\0')
+    Path(f'{prefix}.index').write_bytes(index +
+                                        struct.pack('<Q', 0xdb4775248b80fb57))
+
+
+def write_bundle(prefix, tensors, compression=b'\0'):
+    """An index of several blocks, and one file of data."""
+    data, rows = bytearray(), [HEADER]
     for name in sorted(tensors):
         array = np.asarray(tensors[name])
-        raw = array.tobytes()
-        shape = b''.join(field(2, field(1, n)) for n in array.shape)
-        rows.append(
-            (name.encode(), field(1, 9 if array.dtype == 'i8' else 1) +
-             field(2, shape) + field(4, len(data)) + field(5, len(raw))))
-        data += raw
-    handles = []
-    for i in range(0, len(rows), 100):
-        content, handle = block(rows[i:i + 100])
-        handles.append((rows[min(i + 99, len(rows) - 1)][0], handle))
-        index += content
-    meta, meta_handle = block([])
-    index += meta
-    root, root_handle = block(handles)
-    index += root
-    footer = (meta_handle + root_handle).ljust(40, b'\0')
-    Path(f'{prefix}.index').write_bytes(index + footer +
-                                        struct.pack('<Q', 0xdb4775248b80fb57))
+        rows.append((name.encode(), entry_of(array, len(data))))
+        data += array.tobytes()
+    parts = [rows[i:i + 100] for i in range(0, len(rows), 100)]
+    write_index(prefix, [(plain_rows(part), part[-1][0]) for part in parts],
+                compression)
     Path(f'{prefix}.data-00000-of-00001').write_bytes(data)

@@ -217,6 +217,19 @@ def test_case_matters(coco, new_head):
 # What is done to the checkpoint: (edit, words of the message).
 WRONG = dict(
     no_meta=(lambda c: c.pop('meta'), ['has no class names']),
+    list_as_meta=(lambda c: c.update(meta=['dataset_meta']),
+                  ['has no class names']),
+    text_as_meta=(lambda c: c.update(meta='dataset_meta'),
+                  ['has no class names']),
+    none_as_meta=(lambda c: c.update(meta=None), ['has no class names']),
+    list_as_weights=(lambda c: c.update(state_dict=[WEIGHT]),
+                     ['state_dict of the checkpoint has no']),
+    none_as_averages=(lambda c: c.update(ema_state_dict=None),
+                      ['ema_state_dict of the checkpoint has no']),
+    number_as_rows=(lambda c: c['state_dict'].update({WEIGHT: 5}),
+                    [WEIGHT, '0 rows']),
+    number_as_key=(lambda c: c.update(state_dict={5: 5}),
+                   ['has no bbox_head.conv_cls.pointwise']),
     no_names=(lambda c: c['meta'].update(dataset_meta={}),
               ['has no class names', 'tools/convert_checkpoint.py']),
     count=(lambda c: c['meta'].update(dataset_meta=dict(classes=COCO[:79])),
@@ -226,7 +239,7 @@ WRONG = dict(
            ["'dog' occurs twice"]),
     size=(lambda c: c['state_dict'].update({
         WEIGHT: torch.zeros(720, 88, 1, 1)
-    }), ['88 channels', '64', 'another size']),
+    }), ['[88, 1, 1]', '[64, 1, 1]', 'another size']),
     averages=(lambda c: c['ema_state_dict'].clear(),
               ['has no bbox_head.conv_cls.pointwise']),
     other=(lambda c: c.update(state_dict=dict(fc=torch.zeros(80))),
@@ -241,6 +254,24 @@ def test_what_cannot_be_transferred(coco, new_head, name):
         transfer_classes(coco, VOC, new_head(20))
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize('meta', [None, ['dataset_meta'], 'dataset_meta', 5])
+def test_hook_without_meta(coco, new_head, meta):
+    """A checkpoint without class names is loaded, but not transferred."""
+    checkpoint, hook = dict(coco, meta=meta), ClassTransferHook()
+    dataset = SimpleNamespace(metainfo=dict(classes=VOC))
+    runner = SimpleNamespace(
+        _resume=False,
+        _train_loop=object.__new__(EpochBasedTrainLoop),
+        cfg={},
+        model=new_head(20),
+        train_dataloader=SimpleNamespace(dataset=dataset))
+    hook.after_load_checkpoint(runner, checkpoint)
+    assert checkpoint['state_dict'] is coco['state_dict']
+    runner.cfg['transfer_classes'] = True
+    with pytest.raises(ValueError, match='has no class names'):
+        hook.after_load_checkpoint(runner, checkpoint)
 
 
 def test_new_names_differ(coco, new_head):

@@ -685,10 +685,7 @@ def test_half_precision_and_safetensors(effdet_file, tmp_path):
 def test_equal_sizes_are_told(shapes, tmp_path):
     """Nothing in the weights tells D6 from D7."""
     own = shapes('d6', 80)
-    torch.save({
-        k: torch.ones(1).expand(s)
-        for k, s in own.items()
-    }, tmp_path / 'x.pth')
+    torch.save({k: torch.ones(s) for k, s in own.items()}, tmp_path / 'x.pth')
     receipt = convert_file(tmp_path / 'x.pth',
                            config_of('d7'))['meta']['source']['receipt']
     line, = [line for line in receipt if line.startswith('size:')]

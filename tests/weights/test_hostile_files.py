@@ -61,6 +61,14 @@ def test_no_advice_from_wrong_conventions(key, value, log):
     check_message(line.partition('. The weights')[0], key)
 
 
+@pytest.mark.parametrize('meta', [['mean'], 'the mean', 5, None])
+def test_meta_that_is_no_dict(meta, log):
+    with pytest.raises(ValueError, match='the meta .* must be a dict'):
+        read_conventions(meta)
+    assert differing_options(meta, Config.fromfile(LITE0).model) == []
+    assert 'the meta' in log[0]
+
+
 def test_right_conventions():
     """Of each config that ships, and the rare ones."""
     for meta in (conventions(Config.fromfile(LITE0).model),
@@ -79,7 +87,7 @@ METAS = dict(
         CODE: 1
     }])), 'the class names'),
     list=(dict(dataset_meta=['a']), 'the class names'),
-    source=(dict(source=5), "meta['source'] "),
+    source=(dict(source=5), "meta['source']"),
     no_receipt=(dict(source=dict(file='x', sha256='0')), 'receipt'),
     receipt=(dict(source=dict(file='x', sha256='0', receipt=[5])), 'receipt'),
     file=(dict(source=dict(file=5, sha256='0', receipt=[])), 'file'),
@@ -100,6 +108,18 @@ def test_wrong_meta_is_refused(name, lite0, tmp_path, monkeypatch):
             read()
         check_message(str(error.value), words)
     assert os.listdir() == ['x.pth']
+
+
+@pytest.mark.parametrize('meta', [None, ['cfg'], 'cfg', 5])
+def test_no_dict_as_meta(effdet_file, lite0, tmp_path, meta):
+    """As without any: the names are those of the config."""
+    path, config = tmp_path / 'x.pth', Config.fromfile(LITE0)
+    torch.save(dict(meta=meta, state_dict=lite0), path)
+    new = convert_file(path, config)['meta']
+    assert new['dataset_meta']['classes'] == COCO
+    assert 'class names: of the config' in '\n'.join(new['source']['receipt'])
+    assert transfer_file(
+        path, config, ['dog'])['meta']['dataset_meta'] == dict(classes=['dog'])
 
 
 def test_twice_the_same_class(lite0, tmp_path):

@@ -2,11 +2,13 @@
 import os
 from types import SimpleNamespace
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_data import (CLASSES, LITE0, run_tool, trained_run,
                                write_config)
-from mmdet.apis import DetInferencer, init_detector
+from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -195,6 +197,24 @@ def test_equal_weights_load(checkpoint, tmp_path, form):
     for key, value in loaded.items():
         if form != 'counters' or not key.endswith('num_batches_tracked'):
             assert torch.equal(value, state_dict[key]), key
+
+
+def test_gray_detector(checkpoint, tmp_path):
+    """Weights for colors, and a config for images of one channel."""
+    path = str(tmp_path / 'x.pth')
+    torch.save(dict(state_dict=checkpoint['state_dict']), path)
+    gray = dict(
+        backbone=dict(in_channels=1),
+        data_preprocessor=dict(mean=[118.0], std=[60.0], bgr_to_rgb=False))
+    config = build_config(**gray)
+    config.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
+    model = init_detector(config, path, device='cpu')
+    stem = checkpoint['state_dict'][STEM].sum(1, keepdim=True)
+    assert torch.equal(model.state_dict()[STEM], stem)
+    image = tmp_path / 'x.png'
+    mmcv.imwrite(np.random.randint(0, 255, (64, 96, 3), np.uint8), str(image))
+    result = inference_detector(model, str(image)).pred_instances
+    assert len(result) and result.scores.isfinite().all()
 
 
 def test_backbone_of_another_arch_raises(tmp_path):

@@ -7,9 +7,12 @@ import gzip
 import hashlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from effdet.config.model_config import efficientdet_model_param_dict
+from filelock import FileLock
 from helpers.tiny_data import make_dataset, run_tool, write_config
 from mmdet.apis import DetInferencer
 from mmdet.datasets import CocoDataset
@@ -31,10 +35,10 @@ from oracles import effdet_reference
 from mmdet_efficientdet.scaling import SCALING
 from mmdet_efficientdet.utils import config_file
 from mmdet_efficientdet.weights import published
+from mmdet_efficientdet.weights.schemes import load_entry
 
 LITE0 = 'effdet://tf_efficientdet_lite0'
 ADVPROP = 'automl://advprop/efficientdet-d0'
-TEMPLATE = published.manifest()[LITE0]
 # Slots of COCO's 90 ids that no object has, from id 1 (spec of the data set).
 UNUSED = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
 CLASSES = 'bbox_head.conv_cls.pointwise.'
@@ -59,7 +63,8 @@ class Server:
     """Serves ``bodies`` by path, and counts the requests.
 
     A body is bytes; a tuple (bytes, announced length, status) for a server
-    that is broken. ``gate`` holds all bodies back until it is set.
+    that is broken; or a function of the handler. ``gate`` holds all bodies
+    back until it is set.
     """
 
     def __init__(self):
@@ -73,6 +78,8 @@ class Server:
             def do_GET(self):
                 outer.requests.append(self.path)
                 body = outer.bodies.get(self.path, (b'nothing', 7, 404))
+                if callable(body):
+                    return body(self)
                 if isinstance(body, bytes):
                     body = body, len(body), 200
                 data, length, status = body
@@ -118,26 +125,23 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.delenv(published.VARIABLE, raising=False)
-    monkeypatch.setattr(published, 'TIMEOUT', 600)  # of a busy machine
     return tmp_path / 'torch' / 'hub' / 'mmdet_efficientdet'
 
 
 @pytest.fixture
-def publish(monkeypatch, server, weights):
-    """A function that changes what the manifest says of a file."""
-    entries = dict(published.manifest())
-    monkeypatch.setattr(published, 'manifest', lambda: entries)
+def publish(server, weights):
+    """A function: the entry of a file on the server, perhaps changed."""
 
     def change(path=LITE0, **changes):
         values = dict(addresses=(server.address, ), file=weights.path.name)
-        entries[path] = replace(entries[path], **{**values, **changes})
-        server.bodies['/' + entries[path].file] = weights.data
-        return entries[path]
+        entry = replace(published.manifest()[path], **{**values, **changes})
+        server.bodies['/' + entry.file] = weights.data
+        return entry
 
     return change
 
 
-def load(path=LITE0):
+def load(path):
     return CheckpointLoader.load_checkpoint(path, 'cpu')
 
 
@@ -147,13 +151,13 @@ def files_in(folder):
         if p.is_file() and p.suffix != '.lock')
 
 
-def test_load(publish, server, weights, cache, monkeypatch):
+def test_load(publish, server, weights, cache):
     """effdet's values come out, once downloaded; its classes are COCO's 80."""
-    publish()
-    load()
+    entry = publish()
+    load_entry(entry)
     # What is in the cache needs no lock, so that the cache may be read-only.
-    monkeypatch.setattr(published, 'FileLock', None)
-    checkpoint = load()
+    with FileLock(cache / f'{entry.file}.lock'):
+        checkpoint = load_entry(entry)
     assert server.requests == ['/' + weights.path.name]
     assert files_in(cache) == [weights.path.name]
     used = torch.tensor([i - 1 for i in range(1, 91) if i not in UNUSED])
@@ -177,8 +181,8 @@ def test_load(publish, server, weights, cache, monkeypatch):
 
 
 def test_load_with_all_digits_and_size(publish, weights):
-    publish(sha256=weights.digest, bytes=len(weights.data))
-    assert load()['meta']['source']['sha256'] == weights.digest
+    entry = publish(sha256=weights.digest, bytes=len(weights.data))
+    assert load_entry(entry)['meta']['source']['sha256'] == weights.digest
 
 
 # What arrives, and what is said of it.
@@ -202,7 +206,7 @@ def test_broken_download(publish, server, weights, cache, what):
     entry = publish()
     server.bodies['/' + entry.file] = edit(weights.data)
     with pytest.raises(ValueError) as error:
-        load()
+        load_entry(entry)
     length = len(weights.data)
     digest = hashlib.sha256(weights.data[:-1] + b'x').hexdigest()
     reason = reason.format(short=length - 1000, long=length, digest=digest)
@@ -214,17 +218,17 @@ def test_broken_download(publish, server, weights, cache, what):
 
 
 def test_wrong_size(publish, weights):
-    publish(bytes=len(weights.data) + 1)
+    entry = publish(bytes=len(weights.data) + 1)
     with pytest.raises(ValueError, match='instead of') as error:
-        load()
+        published.fetch(entry)
     assert f'has {len(weights.data)} bytes' in str(error.value)
 
 
 def test_wrong_full_hash(publish, weights):
     """All 64 digits count where they are known."""
-    publish(sha256=weights.digest[:-1] + 'x')
+    entry = publish(sha256=weights.digest[:-1] + 'x')
     with pytest.raises(ValueError, match='but should be'):
-        load()
+        published.fetch(entry)
 
 
 @pytest.mark.parametrize('length', [True, False])
@@ -256,8 +260,8 @@ def test_second_mirror(publish, server, dead, weights, log, first):
     """A mirror that fails is followed by the next one."""
     server.bodies['/old/' + weights.path.name] = b'<html>'
     first = dict(dead=dead, html=server.address + 'old/')[first]
-    publish(addresses=(first, server.address))
-    assert load()['meta']['source']['sha256'] == weights.digest
+    entry = publish(addresses=(first, server.address))
+    assert published.fetch(entry).read_bytes() == weights.data
     assert server.requests[-1] == '/' + weights.path.name
     start = next(i for i, x in enumerate(log) if x.startswith('Downloading'))
     assert log[start].startswith(f'Downloading {first}')
@@ -268,7 +272,7 @@ def test_no_network(publish, dead, cache):
     """The message lists every mirror with its reason, and the way out."""
     entry = publish(addresses=(dead + 'a/', dead + 'b/'))
     with pytest.raises(ValueError) as error:
-        load()
+        published.fetch(entry)
     lines = str(error.value).splitlines()
     assert lines[0] == f'{LITE0} cannot be downloaded:'
     for line, part in zip(lines[1:3], 'ab'):
@@ -279,37 +283,93 @@ def test_no_network(publish, dead, cache):
     assert files_in(cache) == []
 
 
-def test_silent_server(publish, server, monkeypatch):
-    """A server that accepts and says nothing is given up."""
-    monkeypatch.setattr(published, 'TIMEOUT', 0.2)
-    publish()
-    server.gate.clear()
-    with pytest.raises(ValueError, match='timed out'):
-        load()
+def drip(seconds, head=b''):
+    """A server that sends one byte after the other."""
+
+    def body(handler):
+        handler.wfile.write(head)
+        with suppress(OSError):  # when the client has gone
+            while True:
+                handler.wfile.write(b'x')
+                time.sleep(seconds)
+
+    return body
+
+
+SLOW = dict(
+    silent=lambda handler: time.sleep(3),
+    body=drip(0.02, b'HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n'),
+    no_length=drip(0.02, b'HTTP/1.1 200 OK\r\n\r\n'),
+    headers=drip(0.02, b'HTTP/1.1 200 OK\r\nX: '))
+
+
+@pytest.mark.parametrize('what', SLOW)
+def test_slow_server(publish, server, weights, cache, log, what):
+    """It is given up, although something always comes, for the next one."""
+    slow = server.address + 'slow/'
+    entry = publish(addresses=(slow, server.address))
+    server.bodies['/slow/' + entry.file] = SLOW[what]
+    start = time.monotonic()
+    path = published.fetch(entry, timeout=0.5)
+    assert time.monotonic() - start < 5
+    assert path.read_bytes() == weights.data
+    assert files_in(cache) == [entry.file]
+    line, = [line for line in log if line.startswith('Failed: ')]
+    assert 'timed out' in line or ' in 0.5 seconds' in line
+
+
+def test_steady_server(publish, server, weights):
+    """A slow one that goes on is not given up when the time is over."""
+    entry = publish()
+
+    def body(handler):
+        handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\n')
+        step = len(weights.data) // 8 + 1
+        for i in range(0, len(weights.data), step):
+            time.sleep(0.2)
+            handler.wfile.write(weights.data[i:i + step])
+
+    server.bodies['/' + entry.file] = body
+    assert published.fetch(entry, timeout=1).read_bytes() == weights.data
+
+
+def endless(handler):
+    handler.wfile.write(b'HTTP/1.1 200 OK\r\n\r\nPK')
+    with suppress(OSError):
+        while True:
+            handler.wfile.write(bytes(1 << 18))
+
+
+def test_too_much(publish, server, weights, cache):
+    """No more is written than the list of files says."""
+    entry = publish(bytes=len(weights.data))
+    server.bodies['/' + entry.file] = endless
+    with pytest.raises(ValueError, match='more than') as error:
+        published.fetch(entry)
+    assert f'{len(weights.data)} bytes' in str(error.value)
+    assert files_in(cache) == []
 
 
 def test_damaged_cache_is_replaced(publish, server, weights, cache):
-    publish()
-    load()
+    entry = publish()
+    published.fetch(entry)
     (cache / weights.path.name).write_bytes(weights.data[:-1])
-    load()
+    published.fetch(entry)
     assert (cache / weights.path.name).read_bytes() == weights.data
     assert len(server.requests) == 2
 
 
 def test_cache_that_cannot_be_written(publish, cache):
-    publish()
     cache.parent.parent.mkdir()
     cache.parent.write_text('a file where the folder should be')
     with pytest.raises(ValueError, match='cannot write .*Set TORCH_HOME'):
-        load()
+        published.fetch(publish())
 
 
 PROCESS = '''
 import sys
 from dataclasses import replace
 from mmdet_efficientdet.weights import published
-published.TIMEOUT = 600
 entry = replace(published.manifest()[{path!r}], file={file!r},
                 addresses=({address!r}, ))
 print('ready', flush=True)
@@ -317,58 +377,93 @@ print(published.fetch(entry).stat().st_size)
 '''
 
 
-@pytest.mark.slow
-def test_two_processes(server, weights, cache):
-    """Two that start together download once, and both get the file."""
+@pytest.fixture
+def processes(server, weights):
+    """Starts a process that fetches the file, and waits until it does."""
+    started = []
     server.bodies['/' + weights.path.name] = weights.data
-    server.gate.clear()
     source = PROCESS.format(
         path=LITE0, file=weights.path.name, address=server.address)
-    processes = [
-        subprocess.Popen([sys.executable, '-c', source],
-                         stdout=subprocess.PIPE,
-                         text=True) for _ in range(2)
-    ]
-    try:
-        for process in processes:
-            assert process.stdout.readline() == 'ready\n'
-        # Without a lock the other's request would come within this time.
-        threading.Timer(2, server.gate.set).start()
-        for process in processes:
-            output = process.communicate(timeout=600)[0]
-            assert output.splitlines()[-1] == str(len(weights.data))
-    finally:
-        for process in processes:
-            process.kill()
+
+    def start():
+        started.append(
+            subprocess.Popen([sys.executable, '-c', source],
+                             stdout=subprocess.PIPE,
+                             text=True))
+        assert started[-1].stdout.readline() == 'ready\n'
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+@pytest.mark.slow
+def test_two_processes(server, weights, cache, processes):
+    """Two that start together download once, and both get the file.
+
+    The second says that it waits, and for which process.
+    """
+    server.gate.clear()
+    first = processes()
+    wait_for(lambda: server.requests)
+    second = processes()
+    line = second.stdout.readline()
+    assert 'Waiting for ' in line and weights.path.name in line
+    assert f'process {first.pid} of {socket.gethostname()}' in line
+    server.gate.set()
+    for process in (first, second):
+        output = process.communicate(timeout=600)[0]
+        assert output.splitlines()[-1] == str(len(weights.data))
     assert server.requests == ['/' + weights.path.name]
+    assert files_in(cache) == [weights.path.name]
+
+
+@pytest.mark.slow
+def test_killed_process(publish, server, weights, cache, processes):
+    """What it has written is removed, and its lock is free."""
+    server.gate.clear()
+    process = processes()
+    wait_for(lambda: server.requests)
+    process.kill()
+    process.wait()
+    (cache / f'{weights.path.name}.partial').write_bytes(b'half')
+    server.gate.set()
+    published.fetch(publish())
     assert files_in(cache) == [weights.path.name]
 
 
 def test_folder(publish, server, weights, cache, monkeypatch):
     """The variable serves files without any request or cache."""
-    publish()
     monkeypatch.setenv(published.VARIABLE, str(weights.path.parent))
-    assert load()['meta']['source']['file'] == weights.path.name
+    assert published.fetch(publish()) == weights.path
     assert server.requests == [] and not cache.exists()
 
 
 def test_folder_without_the_file(publish, server, weights, tmp_path,
                                  monkeypatch):
-    publish()
     monkeypatch.setenv(published.VARIABLE, str(tmp_path))
     with pytest.raises(ValueError, match='nothing is downloaded') as error:
-        load()
+        published.fetch(publish())
     assert str(error.value).count(f'  {tmp_path / weights.path.name}\n') == 1
     assert f'  {server.address}{weights.path.name}' in str(error.value)
     assert server.requests == []
 
 
 def test_folder_with_another_file(publish, weights, tmp_path, monkeypatch):
-    publish()
     monkeypatch.setenv(published.VARIABLE, str(tmp_path))
     (tmp_path / weights.path.name).write_bytes(weights.data + b'x')
     with pytest.raises(ValueError, match='is not the published file: its SHA'):
-        load()
+        published.fetch(publish())
 
 
 def test_folder_with_equal_names(tmp_path, monkeypatch):
@@ -406,19 +501,19 @@ def test_unusable_file():
         load('effdet://efficientdet_d0')
 
 
-def test_pin(publish, weights, log, monkeypatch):
+def test_pin(publish, weights, log):
     """A hash in the name is checked; where none is known, it is told."""
-    monkeypatch.setattr(published.PublishedFile, 'known_hash', '')
-    publish()
-    load()
+    entry = publish(file='lite0.pth')
+    load_entry(entry)
     pinned = f'{LITE0}#sha256={weights.digest}'
     assert [line for line in log if line.endswith(f'write {pinned}')]
+    assert published.find(pinned)[1] == weights.digest
     del log[:]
-    load(pinned)
+    load_entry(entry, weights.digest)
     assert not [line for line in log if 'No hash' in line]
     wrong = '0' * 8 + weights.digest[8:]
     with pytest.raises(ValueError, match=f'should be {wrong}'):
-        load(f'{LITE0}#sha256={wrong}')
+        load_entry(entry, wrong)
     for pin in ('', '0123', 'g' * 64, weights.digest.upper()):
         with pytest.raises(ValueError, match='hexadecimal digits'):
             load(f'{LITE0}#sha256={pin}')
@@ -427,9 +522,9 @@ def test_pin(publish, weights, log, monkeypatch):
 @pytest.mark.slow
 def test_wrong_weights_in_the_file(publish, weights):
     """What does not fit the size of the name is refused, naming the file."""
-    publish('effdet://tf_efficientdet_lite1')
+    entry = publish('effdet://tf_efficientdet_lite1')
     with pytest.raises(ValueError, match='delete it and try again') as error:
-        load('effdet://tf_efficientdet_lite1')
+        load_entry(entry)
     assert 'weights are of lite0' in str(error.value)
     assert weights.path.name in str(error.value)
 
@@ -439,12 +534,12 @@ def test_conventions_of_advprop(publish, log):
 
     The input is 2 x / 255 - 1, and padding is black, -1.
     """
-    publish(
+    entry = publish(
         mean=[127.5] * 3,
         std=[127.5] * 3,
         pad_value=-1.0,
         aspect_pairs=published.manifest()[ADVPROP].aspect_pairs)
-    meta = load()['meta']
+    meta = load_entry(entry)['meta']
     assert meta['mean'] == meta['std'] == [127.5] * 3
     assert meta['aspect_pairs'][1] == [2**0.5, 0.5**0.5]
     model = MODELS.build(Config.fromstring(meta['cfg'], '.py').model)
@@ -471,49 +566,54 @@ def test_conventions_of_advprop(publish, log):
 
 def test_no_advice_where_the_config_fits(publish, log):
     shipped = Config.fromfile(config_file('lite0')).model
-    publish(aspect_pairs=shipped.bbox_head.anchor_generator.aspect_pairs)
-    load()
+    load_entry(
+        publish(aspect_pairs=shipped.bbox_head.anchor_generator.aspect_pairs))
     assert not [line for line in log if '--cfg-options' in line]
 
 
 def test_image_size_of_the_file(publish, log):
     """Weights for another input than the size's say so."""
-    publish(image_size=640)
-    config = Config.fromstring(load()['meta']['cfg'], '.py')
+    meta = load_entry(publish(image_size=640))['meta']
+    config = Config.fromstring(meta['cfg'], '.py')
     assert config.model.data_preprocessor.pad_size_divisor == 640
     assert [line for line in log if 'image_size=640' in line]
 
 
+@pytest.fixture
+def name(automl_lite0, monkeypatch):
+    """A name whose file lies in the folder."""
+    monkeypatch.setenv(published.VARIABLE, str(automl_lite0.folder))
+    return 'automl://efficientdet-lite0'
+
+
 @pytest.mark.slow
-def test_init_cfg_of_a_detector(publish, weights, model_cfg):
+def test_init_cfg_of_a_detector(name, model_cfg):
     """Any host's way to load weights takes the name."""
-    publish()
     config = model_cfg('lite0', 80)
-    config.init_cfg = dict(type='Pretrained', checkpoint=LITE0)
+    config.init_cfg = dict(type='Pretrained', checkpoint=name)
     model = MODELS.build(config)
     model.init_weights()
-    key = 'neck.layers.2.nodes.7.conv.pointwise.weight'
-    assert torch.equal(model.state_dict()[key], weights.state_dict[key])
+    expected = load(name)['state_dict']
     other = MODELS.build(model_cfg('lite0', 80))
-    load_checkpoint(other, LITE0)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, other.state_dict()[key]), key
+    load_checkpoint(other, name)
+    for key, value in expected.items():
+        assert torch.equal(model.state_dict()[key], value), key
+        assert torch.equal(other.state_dict()[key], value), key
 
 
-def test_backbone_of_a_detector(publish, weights, model_cfg):
-    publish()
+def test_backbone_of_a_detector(name, automl_lite0, model_cfg):
     config = model_cfg('lite0').backbone
     config.init_cfg = dict(
-        type='Pretrained', prefix='backbone.', checkpoint=LITE0)
+        type='Pretrained', prefix='backbone.', checkpoint=name)
     backbone = MODELS.build(config)
     backbone.init_weights()
-    assert torch.equal(backbone.stem.conv.weight,
-                       weights.state_dict['backbone.stem.conv.weight'])
+    kernel = automl_lite0.tensors['efficientnet-lite0/stem/conv2d/kernel']
+    assert np.array_equal(backbone.stem.conv.weight.detach(),
+                          kernel.transpose(3, 2, 0, 1))
 
 
-def test_inferencer_without_a_config(publish):
-    publish()
-    inferencer = DetInferencer(weights=LITE0, device='cpu')
+def test_inferencer_without_a_config(name):
+    inferencer = DetInferencer(weights=name, device='cpu')
     image = np.random.randint(0, 255, (64, 96, 3), np.uint8)
     result, = inferencer(image)['predictions']
     assert set(result) == {'labels', 'scores', 'bboxes'}
