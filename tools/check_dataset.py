@@ -65,8 +65,9 @@ from mmengine.dataset import pseudo_collate
 from mmdet_efficientdet.datasets.anchor_fit import (advise, best_iou,
                                                     recall_table, snippet)
 from mmdet_efficientdet.datasets.annotation_checks import check_images
-from mmdet_efficientdet.datasets.findings import Finding, verdict
-from mmdet_efficientdet.engine.preflight import (check_training, input_boxes,
+from mmdet_efficientdet.datasets.findings import verdict
+from mmdet_efficientdet.engine.preflight import (check_training,
+                                                 in_plain_words, input_boxes,
                                                  read_all)
 from mmdet_efficientdet.models import EfficientDetHead
 from mmdet_efficientdet.utils import register_all_modules, write_file
@@ -166,14 +167,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
                          'base_batch_size=...) in the config')
         cfg.auto_scale_lr.enable = True
     model = MODELS.build(cfg.model)
+    datasets = [
+        loader.dataset
+        for loader in (cfg.train_dataloader, cfg.get('val_dataloader'))
+        if loader
+    ]
     try:
-        train = read_all(cfg.train_dataloader.dataset)
-        val = cfg.get('val_dataloader')
-        val = read_all(val.dataset) if val else []
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        finding = Finding(
-            'annotation_file', problem=f'{type(error).__name__}: {error}')
-        print(f'{finding}\n\n{verdict([finding])}')
+        with in_plain_words(*datasets):
+            train, val, *_ = [*map(read_all, datasets), []]
+    except ValueError as error:
+        print(error)
         return 1
     for key, parts in (('train', train), ('val', val)):
         if not parts and cfg.get(f'{key}_dataloader'):
@@ -187,9 +190,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             findings += check_images(part, progress=True)
     for finding in findings:
         print(f'\n{finding}')
-    if isinstance(getattr(model, 'bbox_head', None), EfficientDetHead):
-        print_anchors(cfg, model.bbox_head, train)
     failed = any(finding.error for finding in findings)
+    # Of classes with wrong names, other boxes would be counted.
+    if not failed and isinstance(
+            getattr(model, 'bbox_head', None), EfficientDetHead):
+        print_anchors(cfg, model.bbox_head, train)
     if args.samples and not failed:
         draw_samples(cfg, model.data_preprocessor, args.samples)
     print(f'\n{verdict(findings)}')

@@ -102,14 +102,9 @@ def check_anchors(head: nn.Module, data: InputBoxes) -> List[Finding]:
     return find('anchors', missed, lambda _: '', total=len(hit))
 
 
-class Recall(NamedTuple):
+def recall_and_iou(iou: np.ndarray) -> Tuple[float, float]:
     """Share of boxes with an anchor of IoU >= 0.5, and the mean best IoU."""
-    recall: float
-    mean_iou: float
-
-    @classmethod
-    def of(cls, iou: np.ndarray) -> 'Recall':
-        return cls(float((iou >= 0.5).mean()), float(iou.mean()))
+    return float((iou >= 0.5).mean()), float(iou.mean())
 
 
 def recall_table(data: InputBoxes, *ious: np.ndarray) -> List[str]:
@@ -132,7 +127,7 @@ def recall_table(data: InputBoxes, *ious: np.ndarray) -> List[str]:
             -1] else f'{low} to {high}'
         if band.any():
             numbers = ''.join(f'{number:12.3f}' for iou in ious
-                              for number in Recall.of(iou[band]))
+                              for number in recall_and_iou(iou[band]))
             lines.append(f'{name:12}{band.sum():9}{numbers}')
     return lines
 
@@ -176,8 +171,8 @@ def advise(generator: AnchorGenerator,
         data = InputBoxes(*(array[chosen] for array in data))
 
     @cache
-    def recall(candidate: AnchorGenerator) -> Recall:
-        return Recall.of(best_iou(candidate, data, num_levels))
+    def recall(candidate: AnchorGenerator) -> Tuple[float, float]:
+        return recall_and_iou(best_iou(candidate, data, num_levels))
 
     def score(candidate: AnchorGenerator) -> float:
         return sum(recall(candidate))
@@ -192,7 +187,7 @@ def advise(generator: AnchorGenerator,
     best = _search(generator.octave_base_scale, shapes, score)
     if score(best) < score(only_scale) + NOTICEABLE:
         best = only_scale
-    gain = recall(best).recall - recall(generator).recall
+    gain = recall(best)[0] - recall(generator)[0]
     return best if gain >= NOTICEABLE else None
 
 

@@ -70,7 +70,7 @@ class _Images(msgspec.Struct):
 
 def check_evaluated(file: str, val: Sequence[Annotations]) -> List[Finding]:
     """Checks that an evaluation reads the file of the validation set."""
-    val = [part for part in val if part.names is not None]
+    val = [part for part in val if part.categories is not None]
     if not val or any(
             osp.abspath(part.file) == osp.abspath(file) for part in val):
         return []

@@ -1,4 +1,6 @@
 """What makes a training fail, found in config and data before it starts."""
+from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Callable, Iterator, List, Optional, Sequence
 
 import numpy as np
@@ -12,8 +14,9 @@ from torch import nn
 
 from ..datasets.anchor_fit import InputBoxes, check_anchors, to_input
 from ..datasets.annotation_checks import (OF_EVALUATION, check_boxes,
-                                          check_class_names, check_file)
-from ..datasets.annotations import Annotations, read_annotations, read_names
+                                          check_categories, check_file)
+from ..datasets.annotations import (Annotations, Categories, decode_file,
+                                    read_annotations)
 from ..datasets.class_names import check_class_count, innermost, reads_like
 from ..datasets.findings import Finding, find, verdict
 from ..datasets.split_checks import (check_class_order, check_evaluated,
@@ -77,12 +80,13 @@ def check_training(cfg: Config,
         ]
     if not any(finding.error for finding in found):
         found += check_training_set(train) + check_validation_set(val)
-        if isinstance(head, EfficientDetHead):
-            if dataset is None and train:  # a format that can be read
-                dataset = cfg.train_dataloader.dataset
-            if dataset is not None:
-                found += check_last_batch(cfg, model, num_gpus, dataset)
-            found += check_anchors(head, input_boxes(cfg, train))
+    if (isinstance(head, EfficientDetHead)
+            and not any(finding.error for finding in found)):
+        if dataset is None and train:  # a format that can be read
+            dataset = cfg.train_dataloader.dataset
+        if dataset is not None:
+            found += check_last_batch(cfg, model, num_gpus, dataset)
+        found += check_anchors(head, input_boxes(cfg, train))
     found += check_class_order(train, val) + check_overlap(train, val)
     for file in evaluated:
         found += check_evaluated(file, val)
@@ -107,8 +111,10 @@ def check_names(dataset) -> List[Finding]:
     """Checks the classes of a data set, of whose files little is decoded."""
     return [
         finding for part in innermost(dataset)
-        if reads_like(part, CocoDataset) for finding in check_class_names(
-            part.metainfo['classes'], read_names(part), part.ann_file)
+        if reads_like(part, CocoDataset) for finding in check_categories(
+            part.metainfo['classes'],
+            decode_file(part.ann_file, Categories,
+                        part.backend_args).categories, part.ann_file)
     ]
 
 
@@ -155,6 +161,44 @@ def read_all(dataset) -> List[Annotations]:
     ]
     files = [read_annotations(part) for part in parts]
     return [file for file in files if file is not None]
+
+
+@contextmanager
+def in_plain_words(*datasets: dict) -> Iterator[None]:
+    """Says what is wrong with the files of data sets if something fails.
+
+    Args:
+        datasets (dict): Their configs.
+
+    Raises:
+        ValueError: With all findings; other errors are left as they are.
+    """
+    try:
+        yield
+    except Exception as error:  # every parser raises its own
+        found = []
+        with suppress(Exception):  # the config is wrong
+            for part in chain(*map(innermost, datasets)):
+                found += _check_readable(part)
+        if not found:
+            raise
+        text = '\n'.join([*map(str, found), verdict(found, 'run')])
+        raise ValueError(text) from error
+
+
+def _check_readable(dataset: dict) -> List[Finding]:
+    """What stops MMDetection from reading a data set."""
+    dataset, files = DATASETS.build(dict(dataset, lazy_init=True)), []
+    try:
+        files = read_all(dataset)
+        found = [*chain(*map(check_file, files))]
+        if not any(finding.error for finding in found):
+            dataset.full_init()
+    except Exception as error:
+        problem = f'{dataset.ann_file}: {type(error).__name__}: {error}'
+        found = [fault for fault in check_training_set(files) if fault.error
+                 ] or [Finding('annotation_file', problem=problem)]
+    return [finding for finding in found if finding.error]
 
 
 @HOOKS.register_module(name=['PreflightHook', 'ClassCheckHook'])
