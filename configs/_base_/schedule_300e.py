@@ -1,5 +1,7 @@
 # The official recipe for 8 GPUs with 16 images each, and the runtime.
 default_scope = 'mmdet'
+# Names the file, entry or image that cannot be read.
+runner_type = 'mmdet_efficientdet.PlainErrorRunner'
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=300, val_interval=10)
 val_cfg = dict(type='ValLoop')
