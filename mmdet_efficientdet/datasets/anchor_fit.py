@@ -14,7 +14,6 @@ from ..scaling import FIRST_LEVEL
 from .findings import Finding, find
 from .transforms import ResizeCrop, scaled_size
 
-BANDS = (0, 16, 32, 64, 128, 256, 1e9)  # square root of the area, in pixels
 MIN_RECALL = 0.3  # below which training suffers
 NOTICEABLE = 0.03  # gain in recall below which anchors are kept
 
@@ -107,31 +106,6 @@ def recall_and_iou(iou: np.ndarray) -> Tuple[float, float]:
     return float((iou >= 0.5).mean()), float(iou.mean())
 
 
-def recall_table(data: InputBoxes, *ious: np.ndarray) -> List[str]:
-    """Returns lines of recall and mean best IoU by size of the boxes.
-
-    Args:
-        data (InputBoxes): The boxes.
-        ious (np.ndarray): ``(M, )`` of the current anchors and, optionally,
-            of the proposed ones.
-    """
-    side = np.sqrt((data.boxes[:, 2:] - data.boxes[:, :2]).prod(1))
-    titles = ('recall now', 'mean IoU', 'proposed', 'mean IoU')
-    lines = [
-        'side in px      boxes' + ''.join(f'{title:>12}'
-                                          for title in titles[:2 * len(ious)])
-    ]
-    for low, high in [*zip(BANDS, BANDS[1:]), (0, np.inf)]:
-        band = (side >= low) & (side < high)
-        name = 'all' if high == np.inf else f'>= {low}' if high == BANDS[
-            -1] else f'{low} to {high}'
-        if band.any():
-            numbers = ''.join(f'{number:12.3f}' for iou in ious
-                              for number in recall_and_iou(iou[band]))
-            lines.append(f'{name:12}{band.sum():9}{numbers}')
-    return lines
-
-
 def _aspects(ratios: np.ndarray, number: int) -> List[Tuple[float, float]]:
     """Pairs (width, height) of area 1 by k-means on the log of the ratio."""
     ratios = np.log(ratios)
@@ -199,12 +173,3 @@ def _search(scale: float, shapes: list,
         for number, pairs in shapes for power in np.arange(-3, 2.01, 0.25)
     ]
     return max(candidates, key=score)  # the first of equal ones
-
-
-def snippet(generator: AnchorGenerator) -> str:
-    """Returns the lines for a config."""
-    return (
-        f'model = dict(\n    bbox_head=dict(\n        anchor_generator=dict'
-        f'(\n            octave_base_scale={generator.octave_base_scale},'
-        f'\n            scales_per_octave={generator.scales_per_octave},'
-        f'\n            aspect_pairs={list(generator.aspect_pairs)})))')

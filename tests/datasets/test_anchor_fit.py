@@ -4,15 +4,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from check_dataset import recall_table, snippet
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
 from mmdet_efficientdet import AnchorGenerator
 from mmdet_efficientdet.datasets.anchor_fit import (InputBoxes, advise,
                                                     best_iou, check_anchors,
-                                                    recall_and_iou,
-                                                    recall_table, snippet,
-                                                    to_input)
+                                                    recall_and_iou, to_input)
 
 
 def brute_force(generator, boxes, size, levels=5):
