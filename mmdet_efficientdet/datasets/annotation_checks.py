@@ -24,22 +24,20 @@ def check_categories(classes: Sequence[str], categories: Sequence[Category],
     """Checks that the categories of a file are the classes of a config."""
     wanted = [c for c in categories if c.name in classes]
     used = {c.id for c in wanted}  # of the others, nothing is read
+
+    def show(name: str) -> str:
+        return f'{name!r}: ids {[c.id for c in wanted if c.name == name]}'
+
     names = _repeated(c.name for c in wanted)
     ids = _repeated(c.id for c in categories if c.id in used)
+    values = dict(
+        classes=shorten(classes), names=shorten([c.name for c in categories]))
     # MMDetection numbers classes in the order of the file.
     other = not names and list(classes) != [c.name for c in wanted]
     return [
-        *find(
-            'category_names',
-            names,
-            lambda name:
-            f'{name!r}: ids {[c.id for c in wanted if c.name == name]}',
-            file=file),
-        *find('category_ids', ids, 'id {!r}'.format, file=file), *find(
-            'class_names', ('', ) * other,
-            file=file,
-            classes=shorten(classes),
-            names=shorten([c.name for c in categories]))
+        *find('category_names', names, show, file=file),
+        *find('category_ids', ids, 'id {!r}'.format, file=file),
+        *find('class_names', ('', ) * other, file=file, **values)
     ]
 
 

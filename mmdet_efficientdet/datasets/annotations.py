@@ -180,8 +180,6 @@ def decode_file(file: str, kind: type, backend_args: Optional[dict]):
     """
     try:
         return json.decode(_map_file(file, backend_args), type=kind)
-    except msgspec.ValidationError:
-        raise
     except msgspec.DecodeError:  # strict JSON has no NaN
         return msgspec.convert(load(file, backend_args=backend_args), kind)
 
