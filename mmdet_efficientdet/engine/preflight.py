@@ -72,11 +72,14 @@ def check_training(cfg: Config,
     max_per_img = (cfg.model.get('test_cfg')
                    or {}).get('max_per_img', MAX_PER_IMG)
     evaluated = _evaluated_files(cfg)
+    hidden = () if evaluated else OF_EVALUATION
+    if getattr(head, 'ignore_iof_thr', None) is not None:
+        hidden = (*hidden, 'ignored')
     for part in (*train, *val):
         found += check_head(model, part.classes) or [
             finding
             for finding in check_file(part) + check_boxes(part, max_per_img)
-            if evaluated or finding.name not in OF_EVALUATION
+            if finding.name not in hidden
         ]
     if not any(finding.error for finding in found):
         found += check_training_set(train) + check_validation_set(val)
@@ -182,8 +185,8 @@ def in_plain_words(*datasets: dict) -> Iterator[None]:
                 found += _check_readable(part)
         if not found:
             raise
-        text = '\n'.join([*map(str, found), verdict(found, 'run')])
-        raise ValueError(text) from error
+        raise ValueError('\n'.join([*map(str, found),
+                                    verdict(found, 'run')])) from error
 
 
 def _check_readable(dataset: dict) -> List[Finding]:

@@ -414,6 +414,12 @@ def test_voc_boxes_that_are_ignored(tmp_path):
     assert 'background' in ignored.text and not ignored.error
 
 
+def test_ignored_boxes_that_cost_nothing(tmp_path):
+    config = write_broken(tmp_path, entry('iscrowd', 1, 3))
+    assert not find_faults(
+        config, images=False, options={'model.bbox_head.ignore_iof_thr': 0.5})
+
+
 def test_crowds_of_a_test_are_no_fault(tmp_path):
     config = write_broken(tmp_path, entry('iscrowd', 1, 3, split=1))
     assert not find_faults(config, images=False)
