@@ -15,6 +15,7 @@ from .annotations import NOT_IN_FILE, Annotations, Category
 from .findings import Finding, find
 
 MIN_FAULTS = 10  # below which a fault does not spoil a whole training
+NAMES = ('class_names', 'category_names', 'category_ids')
 # Checks that matter only where the evaluation reads the file by itself
 OF_EVALUATION = ('iscrowd', 'zero_id', 'text_id')
 

@@ -46,13 +46,9 @@ class Box(msgspec.Struct, gc=False):
     ignore: Any = None
 
 
-class Categories(msgspec.Struct):
-    """A file of COCO, of which only the categories are read."""
-    categories: List[Category]
-
-
-class CocoFile(Categories, Generic[Entry]):
+class CocoFile(msgspec.Struct, Generic[Entry]):
     """A file of COCO, whose images and boxes are decoded one by one."""
+    categories: List[Category]
     images: List[Entry]
     annotations: List[Entry] = []
 

@@ -4,7 +4,6 @@ from itertools import chain
 from typing import Callable, Iterator, List, Optional, Sequence
 
 import numpy as np
-from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank
@@ -13,11 +12,10 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ..datasets.anchor_fit import InputBoxes, check_anchors, to_input
-from ..datasets.annotation_checks import (OF_EVALUATION, check_boxes,
-                                          check_categories, check_file)
-from ..datasets.annotations import (Annotations, Categories, decode_file,
-                                    read_annotations)
-from ..datasets.class_names import check_class_count, innermost, reads_like
+from ..datasets.annotation_checks import (NAMES, OF_EVALUATION, check_boxes,
+                                          check_file)
+from ..datasets.annotations import Annotations, read_annotations
+from ..datasets.class_names import check_class_count, innermost
 from ..datasets.findings import Finding, find, verdict
 from ..datasets.split_checks import (check_class_order, check_evaluated,
                                      check_overlap, check_training_set,
@@ -110,17 +108,6 @@ def check_head(model: nn.Module, classes: Optional[Sequence]) -> List[Finding]:
     return []
 
 
-def check_names(dataset) -> List[Finding]:
-    """Checks the classes of a data set, of whose files little is decoded."""
-    return [
-        finding for part in innermost(dataset)
-        if reads_like(part, CocoDataset) for finding in check_categories(
-            part.metainfo['classes'],
-            decode_file(part.ann_file, Categories,
-                        part.backend_args).categories, part.ann_file)
-    ]
-
-
 def check_objects(dataset) -> List[Finding]:
     """Checks that there are objects of each class, if no file lists them."""
     classes = dataset.metainfo.get('classes')
@@ -144,9 +131,9 @@ def check_objects(dataset) -> List[Finding]:
     return find('no_objects', unseen, lambda _: '', not seen, **values)
 
 
-def _evaluated_files(cfg: Config) -> List[str]:
+def _evaluated_files(cfg: Config, key: str = 'val_evaluator') -> List[str]:
     """The files of COCO that the evaluation reads by itself."""
-    evaluators = cfg.get('val_evaluator') or []
+    evaluators = cfg.get(key) or []
     if isinstance(evaluators, dict):
         evaluators = [evaluators]
     return [
@@ -233,10 +220,10 @@ class PreflightHook(Hook):
         self._stop_all(runner, self._check_training, 'training')
 
     def before_test(self, runner) -> None:
-        """Checks the classes of the test data.
+        """Checks the classes and files of the test data.
 
         Raises:
-            ValueError: In all processes, if they do not fit head or file.
+            ValueError: In all processes, if the test will fail.
         """
         self._stop_all(runner, self._check_test, 'test')
 
@@ -285,7 +272,7 @@ class PreflightHook(Hook):
         yield from found
         if not all(hook.enabled for hook in _hooks(runner)):
             for dataset in datasets:
-                yield from check_names(dataset)
+                yield from self._check_files(runner, dataset)
         elif not any(finding.error for finding in found):
             train, val, *_ = [*map(read_all, datasets), []]
             yield from check_training(runner.cfg, model, train, val,
@@ -295,7 +282,19 @@ class PreflightHook(Hook):
         dataset = runner.test_dataloader.dataset
         yield from check_head(
             _unwrapped(runner.model), dataset.metainfo.get('classes'))
-        yield from check_names(dataset)
+        yield from self._check_files(runner, dataset)
+
+    @staticmethod
+    def _check_files(runner, dataset) -> Iterator[Finding]:
+        """What makes a test fail, or only the classes if that is wanted."""
+        enabled = all(hook.enabled for hook in _hooks(runner))
+        evaluated = _evaluated_files(runner.cfg, 'test_evaluator')
+        hidden = () if evaluated else OF_EVALUATION
+        for data in read_all(dataset):
+            for finding in check_file(data):
+                if finding.error and (finding.name in NAMES or enabled
+                                      and finding.name not in hidden):
+                    yield finding
 
 
 def _hooks(runner) -> List[PreflightHook]:

@@ -133,6 +133,24 @@ train_dataloader['dataset'] = dict(
         assert value in str(error.value)
 
 
+@pytest.mark.parametrize('fault, name', [
+    (entry('iscrowd', None, split=1), 'iscrowd'),
+    (entry('id', 'a', split=1), 'text_id'),
+    (entry('bbox', [1, 2, float('nan'), 4], split=1), 'fields'),
+])
+def test_faults_of_a_test(fault, name, tmp_path):
+    """They would stop, or spoil, the evaluation after the last image."""
+    path = write_broken(tmp_path, fault)
+    with pytest.raises(ValueError) as error:
+        start(make_runner(path), 'before_test')
+    assert f'ERROR {name}: ' in str(error.value)
+    assert 'VERDICT: this test will fail' in str(error.value)
+    start(make_runner(path, dict(type=NAME, enabled=False)), 'before_test')
+    if name != 'fields':  # only the evaluation of COCO needs it
+        other = make_runner(path, **{'test_evaluator.ann_file': ''})
+        start(other, 'before_test')
+
+
 def wrong_name(train, val, root):
     val['categories'][0]['name'] = 'scarlet'
     val['annotations'][0]['area'] = float('nan')
