@@ -70,8 +70,7 @@ class DetInferencer(mmdet.apis.DetInferencer):
                     yield from next(host._get_chunk_data(self, [item], 1))
                 except Exception as error:  # every library raises its own
                     self.unreadable.append((item, str(error)))
-                    warnings.warn(
-                        f'{item} cannot be read: {error}', stacklevel=2)
+                    warnings.warn(f'unreadable {item}: {error}', stacklevel=2)
             if 0 < len(self.unreadable) == len(inputs):
                 raise ValueError(f'no image can be read: {self.unreadable}')
 

@@ -188,7 +188,7 @@ def _check_readable(dataset: dict) -> List[Finding]:
         problem = f'{dataset.ann_file}: {type(error).__name__}: {error}'
         found = [fault for fault in check_training_set(files) if fault.error
                  ] or [Finding('annotation_file', problem=problem)]
-    return [finding for finding in found if finding.error]
+    return [f for f in found if f.error and f.name not in OF_EVALUATION]
 
 
 @HOOKS.register_module(name=['PreflightHook', 'ClassCheckHook'])

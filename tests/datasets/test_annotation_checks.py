@@ -449,6 +449,20 @@ train_dataloader['dataset'] = dict(
     assert names_of(found) == [('WARNING', 'empty')]  # all boxes of that file
 
 
+def test_control_characters_are_not_printed(tmp_path):
+    """Names and ids of a file may hold commands for the terminal."""
+
+    def fault(train, val, root):
+        train['images'][0]['file_name'] = '\x1b[31m.jpg'
+        train['annotations'][0].update(id='\x1b]0;', bbox=[60, 50, -50, -40])
+        train['annotations'][1]['id'] = '\x1b]0;'
+
+    found = find_faults(write_broken(tmp_path, fault), images=False)
+    text = text_of(found)
+    assert 'inverted' in text and 'annotation_id' in text
+    assert '\\x1b[31m.jpg' in text and '\x1b' not in text
+
+
 def test_long_class_lists_are_shortened(tmp_path):
     """The message of 80 wrong names stays readable."""
     names = [f'kind{i}' for i in range(80)]

@@ -218,8 +218,9 @@ def test_inference_on_a_folder(batch_size, inferencer, tmp_path):
     bad = {'000002.jpg': b'', '000005.jpg': huge_header(), '000006.jpg': b'a'}
     for name, data in bad.items():
         (folder / name).write_bytes(data)
-    results = inferencer(
-        str(folder), batch_size=batch_size, out_dir=str(tmp_path / 'out'))
+    with pytest.warns(UserWarning, match='000005.jpg'):
+        results = inferencer(
+            str(folder), batch_size=batch_size, out_dir=str(tmp_path / 'out'))
     assert len(results['predictions']) == 3
     assert sorted(Path(name).name
                   for name, _ in inferencer.unreadable) == [*sorted(bad)]
