@@ -31,7 +31,7 @@ CLASSES = dict(
     OPTIM_WRAPPER_CONSTRUCTORS=['GroupedOptimWrapperConstructor'],
     OPTIM_WRAPPERS=['LocalClipOptimWrapper'],
     PARAM_SCHEDULERS=['WarmupCosineLR'],
-    RUNNERS=['LenientRunner'],
+    RUNNERS=['DetRunner'],
     TRANSFORMS=['ResizeCrop', 'SeedTransforms'])
 
 
@@ -78,9 +78,10 @@ else:
 def test_public_names():
     """What users may import from the package itself."""
     expected = [name for names in CLASSES.values() for name in names]
-    assert sorted(mmdet_efficientdet.__all__) == sorted(
-        expected +
-        ['__version__', 'SCALING', 'CompoundScaling', 'scale_config'])
+    assert sorted(mmdet_efficientdet.__all__) == sorted(expected + [
+        '__version__', 'SCALING', 'CompoundScaling', 'DetInferencer',
+        'scale_config'
+    ])
 
 
 def test_prefix_is_enough(run):

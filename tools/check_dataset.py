@@ -12,7 +12,7 @@ The last line is the verdict; the exit status is 1 if the training will fail.
 import argparse
 import os
 import sys
-from typing import Optional, Sequence
+from typing import List, Optional, Sequence
 
 from mmengine.config import Config, DictAction
 
@@ -63,17 +63,19 @@ from mmdet.registry import DATASETS, MODELS
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import pseudo_collate
 
-from mmdet_efficientdet.datasets.anchor_fit import (advise, best_iou,
-                                                    recall_table, snippet)
+from mmdet_efficientdet.datasets.anchor_fit import (InputBoxes, advise,
+                                                    best_iou, recall_and_iou)
 from mmdet_efficientdet.datasets.annotation_checks import check_images
-from mmdet_efficientdet.datasets.findings import Finding, verdict
-from mmdet_efficientdet.engine.preflight import (check_training, input_boxes,
+from mmdet_efficientdet.datasets.findings import verdict
+from mmdet_efficientdet.engine.preflight import (check_training,
+                                                 in_plain_words, input_boxes,
                                                  read_all)
-from mmdet_efficientdet.models import EfficientDetHead
+from mmdet_efficientdet.models import AnchorGenerator, EfficientDetHead
 from mmdet_efficientdet.utils import register_all_modules, write_file
 
 CELL = 480  # pixels of a sample in the picture, with the white gap
 GAP = 8
+BANDS = (0, 16, 32, 64, 128, 256, 1e9)  # square root of the area, in pixels
 
 
 def network_input(data_preprocessor: torch.nn.Module, settings: dict,
@@ -133,6 +135,40 @@ def draw_samples(cfg: Config,
     print(f'{count} samples, as the network sees them: {path}')
 
 
+def recall_table(data: InputBoxes, *ious: np.ndarray) -> List[str]:
+    """Returns lines of recall and mean best IoU by size of the boxes.
+
+    Args:
+        data (InputBoxes): The boxes.
+        ious (np.ndarray): ``(M, )`` of the current anchors and, optionally,
+            of the proposed ones.
+    """
+    side = np.sqrt((data.boxes[:, 2:] - data.boxes[:, :2]).prod(1))
+    titles = ('recall now', 'mean IoU', 'proposed', 'mean IoU')
+    lines = [
+        'side in px      boxes' + ''.join(f'{title:>12}'
+                                          for title in titles[:2 * len(ious)])
+    ]
+    for low, high in [*zip(BANDS, BANDS[1:]), (0, np.inf)]:
+        band = (side >= low) & (side < high)
+        name = 'all' if high == np.inf else f'>= {low}' if high == BANDS[
+            -1] else f'{low} to {high}'
+        if band.any():
+            numbers = ''.join(f'{number:12.3f}' for iou in ious
+                              for number in recall_and_iou(iou[band]))
+            lines.append(f'{name:12}{band.sum():9}{numbers}')
+    return lines
+
+
+def snippet(generator: AnchorGenerator) -> str:
+    """Returns the lines for a config."""
+    return (
+        f'model = dict(\n    bbox_head=dict(\n        anchor_generator=dict'
+        f'(\n            octave_base_scale={generator.octave_base_scale},'
+        f'\n            scales_per_octave={generator.scales_per_octave},'
+        f'\n            aspect_pairs={list(generator.aspect_pairs)})))')
+
+
 def print_anchors(cfg: Config, head: EfficientDetHead, train: list) -> None:
     """Prints the recall of the anchors, and better ones if there are any."""
     data = input_boxes(cfg, train)
@@ -167,14 +203,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
                          'base_batch_size=...) in the config')
         cfg.auto_scale_lr.enable = True
     model = MODELS.build(cfg.model)
+    datasets = [
+        loader.dataset
+        for loader in (cfg.train_dataloader, cfg.get('val_dataloader'))
+        if loader
+    ]
     try:
-        train = read_all(cfg.train_dataloader.dataset)
-        val = cfg.get('val_dataloader')
-        val = read_all(val.dataset) if val else []
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        finding = Finding(
-            'annotation_file', problem=f'{type(error).__name__}: {error}')
-        print(f'{finding}\n\n{verdict([finding])}')
+        with in_plain_words(*datasets):
+            train, val, *_ = [*map(read_all, datasets), []]
+    except ValueError as error:
+        print(error)
         return 1
     for key, parts in (('train', train), ('val', val)):
         if not parts and cfg.get(f'{key}_dataloader'):
@@ -188,9 +226,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             findings += check_images(part, progress=True)
     for finding in findings:
         print(f'\n{finding}')
-    if isinstance(getattr(model, 'bbox_head', None), EfficientDetHead):
-        print_anchors(cfg, model.bbox_head, train)
     failed = any(finding.error for finding in findings)
+    # Of classes with wrong names, other boxes would be counted.
+    if not failed and isinstance(
+            getattr(model, 'bbox_head', None), EfficientDetHead):
+        print_anchors(cfg, model.bbox_head, train)
     if args.samples and not failed:
         draw_samples(cfg, model.data_preprocessor, args.samples)
     print(f'\n{verdict(findings)}')

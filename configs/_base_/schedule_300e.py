@@ -1,7 +1,8 @@
 # The official recipe for 8 GPUs with 16 images each, and the runtime.
 default_scope = 'mmdet'
-# Takes default_hooks.NAME=None for every hook, and num_workers=0 alone.
-runner_type = 'mmdet_efficientdet.LenientRunner'
+# Names data that cannot be read; takes default_hooks.NAME=None for every hook
+# and num_workers=0 alone.
+runner_type = 'mmdet_efficientdet.DetRunner'
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=300, val_interval=10)
 val_cfg = dict(type='ValLoop')

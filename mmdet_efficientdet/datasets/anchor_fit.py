@@ -14,7 +14,6 @@ from ..scaling import FIRST_LEVEL
 from .findings import Finding, find
 from .transforms import ResizeCrop, scaled_size
 
-BANDS = (0, 16, 32, 64, 128, 256, 1e9)  # square root of the area, in pixels
 MIN_RECALL = 0.3  # below which training suffers
 NOTICEABLE = 0.03  # gain in recall below which anchors are kept
 
@@ -102,39 +101,9 @@ def check_anchors(head: nn.Module, data: InputBoxes) -> List[Finding]:
     return find('anchors', missed, lambda _: '', total=len(hit))
 
 
-class Recall(NamedTuple):
+def recall_and_iou(iou: np.ndarray) -> Tuple[float, float]:
     """Share of boxes with an anchor of IoU >= 0.5, and the mean best IoU."""
-    recall: float
-    mean_iou: float
-
-    @classmethod
-    def of(cls, iou: np.ndarray) -> 'Recall':
-        return cls(float((iou >= 0.5).mean()), float(iou.mean()))
-
-
-def recall_table(data: InputBoxes, *ious: np.ndarray) -> List[str]:
-    """Returns lines of recall and mean best IoU by size of the boxes.
-
-    Args:
-        data (InputBoxes): The boxes.
-        ious (np.ndarray): ``(M, )`` of the current anchors and, optionally,
-            of the proposed ones.
-    """
-    side = np.sqrt((data.boxes[:, 2:] - data.boxes[:, :2]).prod(1))
-    titles = ('recall now', 'mean IoU', 'proposed', 'mean IoU')
-    lines = [
-        'side in px      boxes' + ''.join(f'{title:>12}'
-                                          for title in titles[:2 * len(ious)])
-    ]
-    for low, high in [*zip(BANDS, BANDS[1:]), (0, np.inf)]:
-        band = (side >= low) & (side < high)
-        name = 'all' if high == np.inf else f'>= {low}' if high == BANDS[
-            -1] else f'{low} to {high}'
-        if band.any():
-            numbers = ''.join(f'{number:12.3f}' for iou in ious
-                              for number in Recall.of(iou[band]))
-            lines.append(f'{name:12}{band.sum():9}{numbers}')
-    return lines
+    return float((iou >= 0.5).mean()), float(iou.mean())
 
 
 def _aspects(ratios: np.ndarray, number: int) -> List[Tuple[float, float]]:
@@ -176,8 +145,8 @@ def advise(generator: AnchorGenerator,
         data = InputBoxes(*(array[chosen] for array in data))
 
     @cache
-    def recall(candidate: AnchorGenerator) -> Recall:
-        return Recall.of(best_iou(candidate, data, num_levels))
+    def recall(candidate: AnchorGenerator) -> Tuple[float, float]:
+        return recall_and_iou(best_iou(candidate, data, num_levels))
 
     def score(candidate: AnchorGenerator) -> float:
         return sum(recall(candidate))
@@ -192,7 +161,7 @@ def advise(generator: AnchorGenerator,
     best = _search(generator.octave_base_scale, shapes, score)
     if score(best) < score(only_scale) + NOTICEABLE:
         best = only_scale
-    gain = recall(best).recall - recall(generator).recall
+    gain = recall(best)[0] - recall(generator)[0]
     return best if gain >= NOTICEABLE else None
 
 
@@ -204,12 +173,3 @@ def _search(scale: float, shapes: list,
         for number, pairs in shapes for power in np.arange(-3, 2.01, 0.25)
     ]
     return max(candidates, key=score)  # the first of equal ones
-
-
-def snippet(generator: AnchorGenerator) -> str:
-    """Returns the lines for a config."""
-    return (
-        f'model = dict(\n    bbox_head=dict(\n        anchor_generator=dict'
-        f'(\n            octave_base_scale={generator.octave_base_scale},'
-        f'\n            scales_per_octave={generator.scales_per_octave},'
-        f'\n            aspect_pairs={list(generator.aspect_pairs)})))')

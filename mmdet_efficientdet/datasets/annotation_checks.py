@@ -11,22 +11,35 @@ from mmengine.utils import track_iter_progress
 
 from ..scaling import MAX_PER_IMG
 from ..utils import shorten
-from .annotations import NOT_IN_FILE, Annotations
+from .annotations import NOT_IN_FILE, Annotations, Category
 from .findings import Finding, find
 
 MIN_FAULTS = 10  # below which a fault does not spoil a whole training
+NAMES = ('class_names', 'category_names', 'category_ids')
 # Checks that matter only where the evaluation reads the file by itself
-OF_EVALUATION = ('iscrowd', 'zero_id')
+OF_EVALUATION = ('iscrowd', 'zero_id', 'text_id')
 
 
-def check_class_names(classes: Sequence[str], names: Sequence[str],
-                      file: str) -> List[Finding]:
+def check_categories(classes: Sequence[str], categories: Sequence[Category],
+                     file: str) -> List[Finding]:
     """Checks that the categories of a file are the classes of a config."""
+    wanted = [c for c in categories if c.name in classes]
+    used = {c.id for c in wanted}  # of the others, nothing is read
+
+    def show(name: str) -> str:
+        return f'{name!r}: ids {[c.id for c in wanted if c.name == name]}'
+
+    names = _repeated(c.name for c in wanted)
+    ids = _repeated(c.id for c in categories if c.id in used)
+    values = dict(
+        classes=shorten(classes), names=shorten([c.name for c in categories]))
     # MMDetection numbers classes in the order of the file.
-    if list(classes) == [name for name in names if name in classes]:
-        return []
-    values = dict(classes=shorten(classes), names=shorten(names))
-    return [Finding('class_names', file=file, **values)]
+    other = not names and list(classes) != [c.name for c in wanted]
+    return [
+        *find('category_names', names, show, file=file),
+        *find('category_ids', ids, 'id {!r}'.format, file=file),
+        *find('class_names', ('', ) * other, file=file, **values)
+    ]
 
 
 def check_file(data: Annotations) -> List[Finding]:
@@ -38,11 +51,12 @@ def check_file(data: Annotations) -> List[Finding]:
         *find_here('category_id', unlisted, data.example,
                    len(unlisted) > len(data.labels) / 2),
         *find_here('fields', data.incomplete),
+        *find_here('no_images', ('', ) * (not data.paths)),
         *find_here('no_image', np.flatnonzero(data.image < 0), data.example)
     ]
-    if data.names is None:  # files of VOC have names, but no ids
+    if data.categories is None:  # files of VOC have names, but no ids
         return found
-    found += check_class_names(data.classes, data.names, data.file)
+    found += check_categories(data.classes, data.categories, data.file)
     # MMDetection reads an image once that is listed twice.
     images = dict.fromkeys(zip(data.image_ids, data.paths))
     show_id = 'id {}'.format
@@ -53,6 +67,8 @@ def check_file(data: Annotations) -> List[Finding]:
         unflagged = data.no_crowd_flag & (data.labels >= 0)
         found += find_here('iscrowd', data.ids[unflagged])
         found += find_here('zero_id', data.ids[data.ids == 0], show_id)
+        texts = [i for i in data.ids if isinstance(i, str) and not i.isdigit()]
+        found += find_here('text_id', texts, 'id {!r}'.format)
     return found
 
 
@@ -84,7 +100,7 @@ def check_boxes(data: Annotations,
     outside = (beyond > 1).any(1)
     # The third and fourth number, if they are taken for a corner
     corners = (sides > data.boxes[:, :2]).all(1) & (sides <= limits + 1).all(1)
-    if data.names is not None and corners[wanted].sum() > 0.99 * total:
+    if data.categories is not None and corners[wanted].sum() > 0.99 * total:
         found = find_boxes('box_format', outside, max(total / 5, MIN_FAULTS))
         if found:
             return found
@@ -96,6 +112,7 @@ def check_boxes(data: Annotations,
         *find_boxes('empty', (sides >= 0).all(1) & ~sound),
         *find_boxes('area', sound & (data.area <= 0)),
         *find_boxes('outside', sound & ~huge & outside),
+        *find_boxes('ignored', data.crowd & (not data.test_mode)),
         # Close-ups are common in photographs of products.
         *find_boxes('huge', huge, 0.02 * total),
         *find_boxes('duplicate', _duplicates(data, sound & wanted)),
@@ -142,7 +159,7 @@ def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
                 f'{path}: {image.shape[1]}x{image.shape[0]}, the file says '
                 f'{width:g}x{height:g}')
     # Of COCO's files, indices may leave out these very images.
-    fatal = dict.fromkeys(lists, data.names is None or not data.partial)
+    fatal = dict.fromkeys(lists, data.categories is None or not data.partial)
     fatal['image_size'] = len(lists['image_size']) > max(
         len(needed) / 2, MIN_FAULTS)
     values = dict(file=data.file, total=len(needed))

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 from mmap import ACCESS_READ, mmap
-from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import (Any, Generic, Iterable, Iterator, List, Optional, Sequence,
+                    Tuple, TypeVar, Union)
 
 import msgspec
 import numpy as np
@@ -12,20 +13,23 @@ from mmdet.datasets import CocoDataset, XMLDataset
 from mmengine.fileio import get_local_path, load
 from msgspec import json
 
+from ..utils import shown
 from .class_names import reads_like
 
 NOT_WANTED, NOT_IN_FILE = -1, -2  # labels of boxes of other categories
+Id = Union[int, float, str]
+Entry = TypeVar('Entry')
 
 
 class Category(msgspec.Struct):
     """The fields of a category that are read."""
-    id: Any
-    name: str
+    id: Optional[Id]
+    name: Any
 
 
 class Image(msgspec.Struct, gc=False):
     """The fields of an image that are read."""
-    id: Any
+    id: Id
     file_name: str
     height: float
     width: float
@@ -33,24 +37,20 @@ class Image(msgspec.Struct, gc=False):
 
 class Box(msgspec.Struct, gc=False):
     """The fields of an annotation that are read; masks are not."""
-    id: Any
-    image_id: Any
-    category_id: Any
+    id: Id
+    image_id: Optional[Id]
+    category_id: Optional[Id]
     bbox: Tuple[float, float, float, float]  # x, y, width, height
     area: float
     iscrowd: Any = None
     ignore: Any = None
 
 
-class Categories(msgspec.Struct):
-    """A file of COCO, of which only the categories are read."""
-    categories: List[Category]
-
-
-class CocoFile(Categories):
+class CocoFile(msgspec.Struct, Generic[Entry]):
     """A file of COCO, whose images and boxes are decoded one by one."""
-    images: List[msgspec.Raw]
-    annotations: List[msgspec.Raw] = []
+    categories: List[Category]
+    images: List[Entry]
+    annotations: List[Entry] = []
 
 
 # A box, with the fields of Annotations
@@ -66,7 +66,7 @@ class Annotations:
     Args:
         file (str): Path of the annotation file.
         classes (Sequence[str]): Classes of the config.
-        names (list[str], optional): Categories of the file, in its order;
+        categories (list[Category], optional): Of the file, in its order;
             None where the format lists none.
         image_ids (list): N ids.
         paths (list[str]): N paths of images.
@@ -103,7 +103,7 @@ class Annotations:
     test_mode: bool
     partial: bool
     backend_args: Optional[dict]
-    names: Optional[List[str]] = None
+    categories: Optional[List[Category]] = None
     incomplete: Sequence[str] = ()
 
     @cached_property
@@ -163,12 +163,6 @@ def read_annotations(dataset) -> Optional[Annotations]:
     return None
 
 
-def read_names(dataset) -> List[str]:
-    """Reads nothing but the categories of the file of a ``CocoDataset``."""
-    content = decode_file(dataset.ann_file, Categories, dataset.backend_args)
-    return [category.name for category in content.categories]
-
-
 def decode_file(file: str, kind: type, backend_args: Optional[dict]):
     """Decodes those fields of a JSON file that ``kind`` has.
 
@@ -182,8 +176,6 @@ def decode_file(file: str, kind: type, backend_args: Optional[dict]):
     """
     try:
         return json.decode(_map_file(file, backend_args), type=kind)
-    except msgspec.ValidationError:
-        raise
     except msgspec.DecodeError:  # strict JSON has no NaN
         return msgspec.convert(load(file, backend_args=backend_args), kind)
 
@@ -198,33 +190,36 @@ def _map_file(file: str, backend_args: Optional[dict]) -> mmap:
 def _read_coco(dataset) -> Annotations:
     file, backend_args = dataset.ann_file, dataset.backend_args
     try:
-        content = json.decode(_map_file(file, backend_args), type=CocoFile)
+        content = json.decode(
+            _map_file(file, backend_args), type=CocoFile[msgspec.Raw])
         return _from_entries(
             dataset, content.categories,
             map(json.Decoder(Image).decode, content.images),
             map(json.Decoder(Box).decode, content.annotations))
     except msgspec.MsgspecError:  # slower, and tells what is incomplete
-        content = load(file, backend_args=backend_args)
+        content = msgspec.convert(
+            load(file, backend_args=backend_args), CocoFile[Any])
     incomplete = []
-    return _from_entries(
-        dataset, msgspec.convert(content['categories'], List[Category]),
-        _complete(content['images'], Image, incomplete),
-        _complete(content.get('annotations', []), Box, incomplete), incomplete)
+    return _from_entries(dataset, content.categories,
+                         _complete(content.images, Image, incomplete),
+                         _complete(content.annotations, Box, incomplete),
+                         incomplete)
 
 
-def _complete(entries: List[dict], kind: type,
-              incomplete: List[str]) -> Iterator:
+def _complete(entries: list, kind: type, incomplete: List[str]) -> Iterator:
     """The entries with all fields; of each of the others, a message."""
     name = 'image' if kind is Image else 'annotation'
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
         try:
             item = msgspec.convert(entry, kind)
-            if not all(map(isfinite, getattr(item, 'bbox', ()))):
-                raise msgspec.ValidationError(f'bbox is {item.bbox}')
+            numbers = item.bbox if kind is Box else (item.height, item.width)
+            if not all(map(isfinite, numbers)):
+                raise msgspec.ValidationError(f'not finite: {item}')
             yield item
         except msgspec.ValidationError as error:
-            id_ = entry.get('id', 'without id')
-            incomplete.append(f'{name} {id_}: {error}')
+            id_ = entry.get('id') if isinstance(entry, dict) else None
+            where = f'number {number}' if id_ is None else shown(id_)
+            incomplete.append(f'{name} {where}: {error}')
 
 
 def _from_entries(dataset,
@@ -247,7 +242,7 @@ def _from_entries(dataset,
             for box in boxes)
     data = _annotations(dataset, images, rows)
     data.boxes[:, 2:] += data.boxes[:, :2]
-    data.names = [category.name for category in categories]
+    data.categories = categories
     data.incomplete = incomplete or []  # filled while the rows were read
     return data
 

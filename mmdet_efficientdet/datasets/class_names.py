@@ -13,7 +13,9 @@ def check_class_count(num_classes: int, classes) -> None:
             f'the head has num_classes={num_classes}, but the dataset has '
             f'{len(classes)} classes {shorten(classes)}. Set both '
             "together in the config: scale_config(_base_, '<size>', "
-            "classes=['<name>', ...])")
+            "classes=['<name>', ...]), and where the config replaces a "
+            'dataset of the base, such as by a wrapper with _delete_=True, '
+            "metainfo=dict(classes=('<name>', ...)) in each part")
 
 
 def innermost(dataset) -> list:

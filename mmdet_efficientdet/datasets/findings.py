@@ -4,6 +4,8 @@ from typing import Callable, List, Optional, Sequence
 
 import yaml
 
+from ..utils import printable
+
 TABLE = yaml.safe_load(Path(__file__).with_suffix('.yml').read_text())
 
 
@@ -33,9 +35,10 @@ class Finding:
         row = TABLE[name]
         self.error = row['level'] == 'error' if error is None else error
         self.text, self.fix = (
-            row[key].format(count=self.count, **values)
+            printable(row[key].format(count=self.count, **values))
             for key in ('text', 'fix'))
-        self.examples = [*filter(None, map(show, faults[:3]))]
+        examples = filter(None, map(show, faults[:3]))
+        self.examples = [*map(printable, examples)]
 
     def __str__(self) -> str:
         level = 'ERROR' if self.error else 'WARNING'

@@ -2,11 +2,10 @@
 import os.path as osp
 from typing import Any, List, Sequence
 
-import msgspec
 import numpy as np
 
 from ..utils import shorten
-from .annotations import Annotations, decode_file
+from .annotations import Annotations, CocoFile, decode_file
 from .findings import Finding, find
 
 MIN_BOXES = 10  # of a class, below which it cannot be learned
@@ -59,26 +58,17 @@ def check_class_order(train: Sequence[Annotations],
     return [Finding('class_order', train=shorten(first), val=shorten(second))]
 
 
-class _Image(msgspec.Struct, gc=False):
-    id: Any
-    file_name: str
-
-
-class _Images(msgspec.Struct):
-    images: List[_Image]
-
-
 def check_evaluated(file: str, val: Sequence[Annotations]) -> List[Finding]:
     """Checks that an evaluation reads the file of the validation set."""
-    val = [part for part in val if part.names is not None]
+    val = [part for part in val if part.categories is not None]
     if not val or any(
             osp.abspath(part.file) == osp.abspath(file) for part in val):
         return []
     values = dict(file=file, right=val[0].file)
     try:
-        images = decode_file(file, _Images, val[0].backend_args).images
-        names = {image.id: osp.basename(image.file_name) for image in images}
-    except (OSError, ValueError, TypeError) as error:
+        images = decode_file(file, CocoFile[Any], val[0].backend_args).images
+        names = {i['id']: osp.basename(i['file_name']) for i in images}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         problem = f'cannot be read: {type(error).__name__}: {error}'
         return [Finding('evaluator', error=True, problem=problem, **values)]
     pairs = [(id_, osp.basename(path)) for part in val

@@ -5,13 +5,14 @@ from .optim_wrapper import (GroupedOptimWrapperConstructor,
 from .preflight import PreflightHook
 from .reproducible import (SeededIterBasedTrainLoop, SeededSampler, SeedHook,
                            SeedTransforms)
-from .runner import LenientRunner
+from .runner import DetInferencer, DetRunner
 from .safe_checkpoint import SafeCheckpointHook
 from .schedule import BatchScaleHook, WarmupCosineLR
 
 __all__ = [
-    'BatchScaleHook', 'ClassTransferHook', 'GroupedOptimWrapperConstructor',
-    'LenientRunner', 'LocalClipOptimWrapper', 'PreflightHook',
-    'SafeCheckpointHook', 'SeedHook', 'SeedTransforms',
-    'SeededIterBasedTrainLoop', 'SeededSampler', 'WarmupCosineLR'
+    'BatchScaleHook', 'ClassTransferHook', 'DetInferencer',
+    'DetRunner', 'GroupedOptimWrapperConstructor', 'LocalClipOptimWrapper',
+    'PreflightHook', 'SafeCheckpointHook', 'SeedHook',
+    'SeedTransforms', 'SeededIterBasedTrainLoop', 'SeededSampler',
+    'WarmupCosineLR'
 ]

@@ -1,8 +1,9 @@
 """What makes a training fail, found in config and data before it starts."""
+from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Callable, Iterator, List, Optional, Sequence
 
 import numpy as np
-from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank
@@ -11,10 +12,10 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ..datasets.anchor_fit import InputBoxes, check_anchors, to_input
-from ..datasets.annotation_checks import (OF_EVALUATION, check_boxes,
-                                          check_class_names, check_file)
-from ..datasets.annotations import Annotations, read_annotations, read_names
-from ..datasets.class_names import check_class_count, innermost, reads_like
+from ..datasets.annotation_checks import (NAMES, OF_EVALUATION, check_boxes,
+                                          check_file)
+from ..datasets.annotations import Annotations, read_annotations
+from ..datasets.class_names import check_class_count, innermost
 from ..datasets.findings import Finding, find, verdict
 from ..datasets.split_checks import (check_class_order, check_evaluated,
                                      check_overlap, check_training_set,
@@ -69,20 +70,24 @@ def check_training(cfg: Config,
     max_per_img = (cfg.model.get('test_cfg')
                    or {}).get('max_per_img', MAX_PER_IMG)
     evaluated = _evaluated_files(cfg)
+    hidden = () if evaluated else OF_EVALUATION
+    if getattr(head, 'ignore_iof_thr', None) is not None:
+        hidden = (*hidden, 'ignored')
     for part in (*train, *val):
         found += check_head(model, part.classes) or [
             finding
             for finding in check_file(part) + check_boxes(part, max_per_img)
-            if evaluated or finding.name not in OF_EVALUATION
+            if finding.name not in hidden
         ]
     if not any(finding.error for finding in found):
         found += check_training_set(train) + check_validation_set(val)
-        if isinstance(head, EfficientDetHead):
-            if dataset is None and train:  # a format that can be read
-                dataset = cfg.train_dataloader.dataset
-            if dataset is not None:
-                found += check_last_batch(cfg, model, num_gpus, dataset)
-            found += check_anchors(head, input_boxes(cfg, train))
+    if (isinstance(head, EfficientDetHead)
+            and not any(finding.error for finding in found)):
+        if dataset is None and train:  # a format that can be read
+            dataset = cfg.train_dataloader.dataset
+        if dataset is not None:
+            found += check_last_batch(cfg, model, num_gpus, dataset)
+        found += check_anchors(head, input_boxes(cfg, train))
     found += check_class_order(train, val) + check_overlap(train, val)
     for file in evaluated:
         found += check_evaluated(file, val)
@@ -101,15 +106,6 @@ def check_head(model: nn.Module, classes: Optional[Sequence]) -> List[Finding]:
     except ValueError as error:
         return [Finding('num_classes', problem=error, number=number)]
     return []
-
-
-def check_names(dataset) -> List[Finding]:
-    """Checks the classes of a data set, of whose files little is decoded."""
-    return [
-        finding for part in innermost(dataset)
-        if reads_like(part, CocoDataset) for finding in check_class_names(
-            part.metainfo['classes'], read_names(part), part.ann_file)
-    ]
 
 
 def check_objects(dataset) -> List[Finding]:
@@ -135,9 +131,9 @@ def check_objects(dataset) -> List[Finding]:
     return find('no_objects', unseen, lambda _: '', not seen, **values)
 
 
-def _evaluated_files(cfg: Config) -> List[str]:
+def _evaluated_files(cfg: Config, key: str = 'val_evaluator') -> List[str]:
     """The files of COCO that the evaluation reads by itself."""
-    evaluators = cfg.get('val_evaluator') or []
+    evaluators = cfg.get(key) or []
     if isinstance(evaluators, dict):
         evaluators = [evaluators]
     return [
@@ -155,6 +151,44 @@ def read_all(dataset) -> List[Annotations]:
     ]
     files = [read_annotations(part) for part in parts]
     return [file for file in files if file is not None]
+
+
+@contextmanager
+def in_plain_words(*datasets: dict) -> Iterator[None]:
+    """Says what is wrong with the files of data sets if something fails.
+
+    Args:
+        datasets (dict): Their configs.
+
+    Raises:
+        ValueError: With all findings; other errors are left as they are.
+    """
+    try:
+        yield
+    except Exception as error:  # every parser raises its own
+        found = []
+        with suppress(Exception):  # the config is wrong
+            for part in chain(*map(innermost, datasets)):
+                found += _check_readable(part)
+        if not found:
+            raise
+        raise ValueError('\n'.join([*map(str, found),
+                                    verdict(found, 'run')])) from error
+
+
+def _check_readable(dataset: dict) -> List[Finding]:
+    """What stops MMDetection from reading a data set."""
+    dataset, files = DATASETS.build(dict(dataset, lazy_init=True)), []
+    try:
+        files = read_all(dataset)
+        found = [*chain(*map(check_file, files))]
+        if not any(finding.error for finding in found):
+            dataset.full_init()
+    except Exception as error:
+        problem = f'{dataset.ann_file}: {type(error).__name__}: {error}'
+        found = [fault for fault in check_training_set(files) if fault.error
+                 ] or [Finding('annotation_file', problem=problem)]
+    return [f for f in found if f.error and f.name not in OF_EVALUATION]
 
 
 @HOOKS.register_module(name=['PreflightHook', 'ClassCheckHook'])
@@ -186,10 +220,10 @@ class PreflightHook(Hook):
         self._stop_all(runner, self._check_training, 'training')
 
     def before_test(self, runner) -> None:
-        """Checks the classes of the test data.
+        """Checks the classes and files of the test data.
 
         Raises:
-            ValueError: In all processes, if they do not fit head or file.
+            ValueError: In all processes, if the test will fail.
         """
         self._stop_all(runner, self._check_test, 'test')
 
@@ -238,7 +272,7 @@ class PreflightHook(Hook):
         yield from found
         if not all(hook.enabled for hook in _hooks(runner)):
             for dataset in datasets:
-                yield from check_names(dataset)
+                yield from self._check_files(runner, dataset)
         elif not any(finding.error for finding in found):
             train, val, *_ = [*map(read_all, datasets), []]
             yield from check_training(runner.cfg, model, train, val,
@@ -248,7 +282,19 @@ class PreflightHook(Hook):
         dataset = runner.test_dataloader.dataset
         yield from check_head(
             _unwrapped(runner.model), dataset.metainfo.get('classes'))
-        yield from check_names(dataset)
+        yield from self._check_files(runner, dataset)
+
+    @staticmethod
+    def _check_files(runner, dataset) -> Iterator[Finding]:
+        """What makes a test fail, or only the classes if that is wanted."""
+        enabled = all(hook.enabled for hook in _hooks(runner))
+        evaluated = _evaluated_files(runner.cfg, 'test_evaluator')
+        hidden = () if evaluated else OF_EVALUATION
+        for data in read_all(dataset):
+            for finding in check_file(data):
+                if finding.error and (finding.name in NAMES or enabled
+                                      and finding.name not in hidden):
+                    yield finding
 
 
 def _hooks(runner) -> List[PreflightHook]:

@@ -7,7 +7,8 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from mmdet.models.task_modules.coders import BaseBBoxCoder
-from mmdet.structures.bbox import get_box_tensor
+from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
+from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -226,3 +227,23 @@ def anchor_targets(anchors: Tensor, batch_bboxes: Sequence[Tensor],
     deltas = coder.encode(anchors, matched)
     deltas = torch.where(positive[..., None], deltas, deltas.new_zeros(()))
     return labels, deltas, positive.sum()
+
+
+def background_weights(anchors: Tensor, background: Tensor,
+                       batch_ignored: Sequence[Optional[InstanceData]],
+                       threshold: float) -> Tensor:
+    """Weights ``(N, A)``, 0 for background anchors in ignored regions.
+
+    Args:
+        anchors (Tensor): ``(A, 4)``.
+        background (Tensor): ``(N, A)`` bool.
+        batch_ignored (Sequence): ``bboxes`` of the regions of each image.
+        threshold (float): Share of an anchor above which it lies in a region.
+    """
+    weights = torch.ones_like(background, dtype=anchors.dtype)
+    for row, mask, ignored in zip(weights, background, batch_ignored):
+        if ignored is not None and len(ignored):
+            regions = get_box_tensor(ignored.bboxes).to(anchors)
+            share = bbox_overlaps(anchors, regions, 'iof').amax(1)
+            row[mask & (share > threshold)] = 0
+    return weights

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from ..scaling import MAX_PER_IMG
-from .anchors import anchor_targets
+from .anchors import anchor_targets, background_weights
 from .layers import (BN_CFG, SWISH_CFG, ConvInitMixin, SeparableConv2d,
                      build_norm, recompute)
 from .postprocess import decode, select, suppress
@@ -56,6 +56,11 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
             positive anchors over all ranks plus 1, as most heads of
             MMDetection do. Defaults to False: each rank divides by the number
             of its own batch plus 1, as in the official recipe on TPUs.
+        ignore_iof_thr (float, optional): Background anchors of which a larger
+            share lies in one ignored region (``iscrowd``, ``difficult``)
+            cost nothing, such as 0.5, MMDetection's value for crowds.
+            Defaults to None: such regions are background, as in the official
+            code.
         with_cp (bool): Recomputes each net, level by level, in the backward
             pass to save memory. Defaults to False.
         train_cfg (dict, optional): Not used.
@@ -82,6 +87,7 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
                  loss_cls: dict = FOCAL_LOSS,
                  loss_bbox: dict = HUBER_LOSS,
                  sync_num_pos: bool = False,
+                 ignore_iof_thr: Optional[float] = None,
                  with_cp: bool = False,
                  train_cfg: Optional[dict] = None,
                  test_cfg: Optional[dict] = None,
@@ -91,6 +97,7 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         self.norm_cfg = norm_cfg
         self.act_cfg = act_cfg
         self.sync_num_pos = sync_num_pos
+        self.ignore_iof_thr = ignore_iof_thr
         self.with_cp = with_cp
         super().__init__(
             num_classes,
@@ -209,23 +216,32 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
             cls_scores, bbox_preds (list[Tensor]): See :meth:`forward`.
             batch_gt_instances (list): ``bboxes`` and ``labels`` of each image.
             batch_img_metas (list[dict]): With ``batch_input_shape``.
-            batch_gt_instances_ignore (list, optional): Not used. Crowds are
-                background, as in the official code.
+            batch_gt_instances_ignore (list, optional): ``bboxes`` of the
+                ignored regions of each image; see ``ignore_iof_thr``.
 
         Returns:
             dict: Scalars ``loss_cls`` and ``loss_bbox``.
         """
         bboxes, labels = zip(*((gt.bboxes, gt.labels)
                                for gt in batch_gt_instances))
-        labels, deltas, num_positive = anchor_targets(
-            self._anchors(cls_scores, batch_img_metas), bboxes, labels,
-            self.num_classes, self.bbox_coder)
+        anchors = self._anchors(cls_scores, batch_img_metas)
+        labels, deltas, num_positive = anchor_targets(anchors, bboxes, labels,
+                                                      self.num_classes,
+                                                      self.bbox_coder)
         if self.sync_num_pos:
             num_positive = reduce_mean(num_positive.float())
         avg_factor = num_positive + 1.0
         cls_scores = self._flatten(cls_scores, self.cls_out_channels)
+        weight = None
+        if self.ignore_iof_thr is not None:
+            weight = background_weights(anchors, labels == self.num_classes,
+                                        batch_gt_instances_ignore or (),
+                                        self.ignore_iof_thr).flatten()
         loss_cls = self.loss_cls(
-            cls_scores.flatten(0, 1), labels.flatten(), avg_factor=avg_factor)
+            cls_scores.flatten(0, 1),
+            labels.flatten(),
+            weight,
+            avg_factor=avg_factor)
         # The official code masks by value and not by anchor: a coordinate
         # whose target is exactly 0 costs nothing.
         loss_bbox = self.loss_bbox(

@@ -76,6 +76,21 @@ def listed_again(train, val, root):
     train['images'].append(dict(train['images'][0], id=9999))
 
 
+def supercategory(train, val, root):
+    """What Roboflow exports: the name again, with an id that no box has."""
+    train['categories'].insert(0, dict(id=0, name='red'))
+
+
+def one_id(train, val, root):
+    train['categories'][1]['id'] = 5  # that of red
+    for item in train['annotations']:
+        item['category_id'] = min(item['category_id'], 5)
+
+
+def nothing_listed(train, val, root):
+    train.update(images=[], annotations=[])
+
+
 def other_order(train, val, root):
     val['categories'].reverse()
     return """
@@ -118,12 +133,17 @@ FAULTS = dict(
     zero_id=(entry('id', 0, split=1), 'WARNING', 'id 0'),
     fields=(entry('area', None), 'ERROR', 'annotation 1: '),
     iscrowd=(entry('iscrowd', None, split=1), 'ERROR', 'val.json: 1 '),
+    no_images=(nothing_listed, 'ERROR', 'train.json'),
+    category_names=(supercategory, 'ERROR', "'red': ids [0, 5]"),
+    category_ids=(one_id, 'ERROR', 'id 5\n'),
+    text_id=(entry('id', 'a1', split=1), 'ERROR', "id 'a1'"),
+    ignored=(entry('iscrowd', 1, 3), 'WARNING', '3 of 48 boxes'),
     no_image=(entry('image_id', 777), 'WARNING', '1 boxes'),
-    area=(entry('area', 0), 'WARNING', '1 of 54 boxes'),
+    area=(entry('area', 0), 'WARNING', '1 of 48 boxes'),
     empty=(bbox(10, 10, 50, 0), 'WARNING', '(10, 10, 60, 10)'),
     inverted=(bbox(60, 50, -50, -40), 'WARNING', '(60, 50, 10, 10)'),
     outside=(bbox(90, 10, 50, 40), 'WARNING', '(90, 10, 140, 50)'),
-    huge=(cover_image, 'WARNING', '2 of 54 boxes'),
+    huge=(cover_image, 'WARNING', '2 of 48 boxes'),
     no_validation_boxes=(no_validation, 'WARNING', 'val.json'),
     duplicate=(twice, 'WARNING', 'annotation 9999'),
     box_format=(corners, 'ERROR', '(x1, y1, width, height)'),
@@ -164,6 +184,10 @@ def test_fault_is_found_alone(name, tmp_path):
     assert finding.fix and f'fix: {finding.fix}' in str(finding)
 
 
+def no_object(kind):
+    return lambda train, *_: train[kind].append('text')
+
+
 @pytest.mark.parametrize('fault, name, values', [
     (entry('width', None, kind='images'), 'fields', ['image 1', 'width']),
     (entry('area', 'large'), 'fields', ['annotation 1', 'area']),
@@ -174,11 +198,22 @@ def test_fault_is_found_alone(name, tmp_path):
      ['annotation 1', 'bbox', 'nan']),
     (null('iscrowd', split=1), 'iscrowd', ['val.json', '1 annotations']),
     (null('width', kind='images'), 'fields', ['image 1', 'width']),
+    (entry('width', '128', kind='images'), 'fields', ['image 1', 'width']),
+    (entry('height', float('nan'),
+           kind='images'), 'fields', ['image 1', 'height=nan']),
+    (entry('id', None), 'fields', ['annotation number 1', '`id`']),
+    (null('id'), 'fields', ['annotation number 1', '$.id']),
+    (entry('id', [1]), 'fields', ['annotation [1]', '$.id']),
+    (entry('image_id', {}), 'fields', ['annotation 1', '$.image_id']),
+    (null('image_id'), 'no_image', ['1 boxes', 'annotation 1']),
+    (null('category_id'), 'category_id', ['1 boxes', 'annotation 1']),
+    (no_object('images'), 'fields', ['image number 37', 'object']),
+    (no_object('annotations'), 'fields', ['annotation number 49', 'object']),
 ])
 def test_fields_that_are_no_numbers(fault, name, values, tmp_path):
     found = find_faults(write_broken(tmp_path, fault), images=False)
     finding, = (finding for finding in found if finding.name == name)
-    assert finding.error
+    assert finding.error == (name in ('fields', 'iscrowd'))
     for value in values:
         assert value in str(finding)
 
@@ -359,6 +394,37 @@ def test_voc(tmp_path):
     assert '(20, 20, 19, 79)' in finding.examples[0]
 
 
+def test_voc_boxes_that_are_ignored(tmp_path):
+    """Both kinds are counted; in testing they are no fault."""
+    root = make_dataset(tmp_path / 'data')
+    names = [f'{i + 1:06}' for i in range(len(IMAGES))] * COPIES
+    (root / 'ids.txt').write_text('\n'.join(names))
+    file = root / 'Annotations' / '000001.xml'
+    file.write_text(file.read_text().replace('<difficult>0', '<difficult>1'))
+    config = Config.fromfile(voc_config(root, tmp_path))
+    dataset = config.train_dataloader.dataset
+    dataset.filter_cfg.bbox_min_size = 42  # of one box in each other image
+    config.dump(tmp_path / 'min.py')
+    ignored, = (
+        finding for finding in find_faults(tmp_path / 'min.py', images=False)
+        if finding.name == 'ignored')
+    small = sum(
+        min(box[3:]) - 1 < 42 for _, boxes in IMAGES[1:] for box in boxes)
+    assert f'{COPIES * (2 + small)} of 54 boxes' in ignored.text
+    assert 'background' in ignored.text and not ignored.error
+
+
+def test_ignored_boxes_that_cost_nothing(tmp_path):
+    config = write_broken(tmp_path, entry('iscrowd', 1, 3))
+    assert not find_faults(
+        config, images=False, options={'model.bbox_head.ignore_iof_thr': 0.5})
+
+
+def test_crowds_of_a_test_are_no_fault(tmp_path):
+    config = write_broken(tmp_path, entry('iscrowd', 1, 3, split=1))
+    assert not find_faults(config, images=False)
+
+
 def test_wrapped_datasets(tmp_path):
     """Wrappers are looked into; one part may lack what another has."""
     config = write_broken(
@@ -381,6 +447,20 @@ train_dataloader['dataset'] = dict(
         json.dumps(dict(train, annotations=train['annotations'][:1])))
     found = find_faults(config, images=False)
     assert names_of(found) == [('WARNING', 'empty')]  # all boxes of that file
+
+
+def test_control_characters_are_not_printed(tmp_path):
+    """Names and ids of a file may hold commands for the terminal."""
+
+    def fault(train, val, root):
+        train['images'][0]['file_name'] = '\x1b[31m.jpg'
+        train['annotations'][0].update(id='\x1b]0;', bbox=[60, 50, -50, -40])
+        train['annotations'][1]['id'] = '\x1b]0;'
+
+    found = find_faults(write_broken(tmp_path, fault), images=False)
+    text = text_of(found)
+    assert 'inverted' in text and 'annotation_id' in text
+    assert '\\x1b[31m.jpg' in text and '\x1b' not in text
 
 
 def test_long_class_lists_are_shortened(tmp_path):

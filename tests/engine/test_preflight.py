@@ -97,6 +97,60 @@ def test_disabled(tmp_path):
     assert not runner.lines
 
 
+# Datasets of a user, which replace the one of the base
+WRAPPERS = dict(
+    ConcatDataset='datasets=[part, part]',
+    RepeatDataset='times=2, dataset=part',
+    ClassBalancedDataset='oversample_thr=0.1, dataset=part',
+    MultiImageMixDataset='pipeline=_base_.train_pipeline[3:], '
+    'dataset=dict(part, pipeline=_base_.train_pipeline[:3])')
+
+
+@pytest.mark.parametrize('kind', WRAPPERS)
+@pytest.mark.parametrize('metainfo', [
+    '', "metainfo=dict(classes=('red', 'green', 'blue')),"
+], ids=['without', 'metainfo'])  # yapf: disable
+def test_wrappers(kind, metainfo, tmp_path):
+    """Each part needs the names, which scale_config cannot give it."""
+    config = write_broken(
+        tmp_path,
+        lines(f"""
+part = dict(
+    type='CocoDataset', pipeline=_base_.train_pipeline, {metainfo} **dataset)
+train_dataloader['dataset'] = dict(
+    _delete_=True, type={kind!r}, {WRAPPERS[kind]})
+"""))
+    runner = make_runner(config)
+    if metainfo:
+        start(runner)
+        assert not runner.lines
+        runner.train_dataloader.dataset[0]
+        return
+    with pytest.raises(ValueError) as error:
+        start(runner)
+    for value in ('num_classes=3', '80 classes', '_delete_=True',
+                  'metainfo=dict(classes=', 'in each part'):
+        assert value in str(error.value)
+
+
+@pytest.mark.parametrize('fault, name', [
+    (entry('iscrowd', None, split=1), 'iscrowd'),
+    (entry('id', 'a', split=1), 'text_id'),
+    (entry('bbox', [1, 2, float('nan'), 4], split=1), 'fields'),
+])
+def test_faults_of_a_test(fault, name, tmp_path):
+    """They would stop, or spoil, the evaluation after the last image."""
+    path = write_broken(tmp_path, fault)
+    with pytest.raises(ValueError) as error:
+        start(make_runner(path), 'before_test')
+    assert f'ERROR {name}: ' in str(error.value)
+    assert 'VERDICT: this test will fail' in str(error.value)
+    start(make_runner(path, dict(type=NAME, enabled=False)), 'before_test')
+    if name != 'fields':  # only the evaluation of COCO needs it
+        other = make_runner(path, **{'test_evaluator.ann_file': ''})
+        start(other, 'before_test')
+
+
 def wrong_name(train, val, root):
     val['categories'][0]['name'] = 'scarlet'
     val['annotations'][0]['area'] = float('nan')

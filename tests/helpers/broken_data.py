@@ -44,6 +44,8 @@ def write_sound(root):
             train['images'].append(
                 dict(image, id=image['id'] + 10 * copy, file_name=name))
         for box in val['annotations']:
+            if box['iscrowd']:
+                continue  # would be learned as background
             train['annotations'].append(
                 dict(
                     box,

@@ -4,7 +4,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 
-from mmdet_efficientdet import LenientRunner
+from mmdet_efficientdet import DetRunner
 
 from .tiny_data import LITE0
 
@@ -46,7 +46,7 @@ def toy_runner(folder, scores, **hooks):
         batch_size=1,
         num_workers=0,
         persistent_workers=True)  # which the shipped runner ignores
-    return LenientRunner(
+    return DetRunner(
         Toy(),
         work_dir=str(folder),
         experiment_name=str(folder).replace('/', '_'),

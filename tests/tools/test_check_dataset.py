@@ -73,11 +73,21 @@ def test_no_false_alarm_and_the_picture(tmp_path, capsys):
     assert (status, found) == (0, []), text
     assert text.splitlines()[-1] == 'VERDICT: nothing was found'
     assert 'reading the images' in text
+    assert 'Proposal' in text
     assert '48       1.000' in text  # all, of the recall
     image = cv2.imread(str(sheet))
     side = 4 * check_dataset.CELL  # of 16 samples
     assert image.shape == (side, side, 3)
     assert [path.name for path in tmp_path.glob('sheet*')] == ['sheet.png']
+
+
+def test_no_anchors_for_wrong_classes(tmp_path, capsys):
+    """Boxes are found by their names, which have to be right first."""
+    option = "train_dataloader.dataset.metainfo.classes=['r','green','blue']"
+    status, found, text = report(capsys, write_broken(tmp_path, lines('')),
+                                 '--no-images', '--cfg-options', option)
+    assert status == 1 and ('ERROR', 'class_names') in found
+    assert 'Anchors' not in text and 'Proposal' not in text
 
 
 def remove_image(train, val, root):
