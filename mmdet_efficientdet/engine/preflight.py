@@ -66,13 +66,12 @@ def check_training(cfg: Config,
     """
     found = check_recipe(cfg, model, num_gpus)
     head = getattr(model, 'bbox_head', None)
-    max_per_img = (cfg.model.get('test_cfg')
-                   or {}).get('max_per_img', MAX_PER_IMG)
+    limit = (cfg.model.get('test_cfg') or {}).get('max_per_img', MAX_PER_IMG)
+    limit = limit if limit >= 0 else np.inf
     evaluated = _evaluated_files(cfg)
     for part in (*train, *val):
         found += check_head(model, part.classes) or [
-            finding
-            for finding in check_file(part) + check_boxes(part, max_per_img)
+            finding for finding in check_file(part) + check_boxes(part, limit)
             if evaluated or finding.name not in OF_EVALUATION
         ]
     if not any(finding.error for finding in found):
