@@ -19,8 +19,9 @@ class ResizeCrop(BaseTransform):
     padded, which the preprocessor does. Boxes are clipped to ``[0, side - 1]``
     and removed if no area is left.
 
-    The ``scale_factor`` has the same value for both axes. Predicted boxes are
-    divided by it.
+    The ``scale_factor`` (w, h) is that of the truncated size. Boxes are
+    multiplied by it, and predicted boxes divided. The official code divides
+    by one scale for both axes, which moves boxes of long images.
 
     Random numbers come from ``numpy.random``, which ``SeedTransforms`` seeds.
 
@@ -74,7 +75,7 @@ class ResizeCrop(BaseTransform):
                              'of mmdet')
         ratio = np.random.uniform(*self.ratio_range)
         shape = results['img'].shape[:2]
-        scale, scaled = scaled_size(shape, self.image_size, ratio)
+        scaled = scaled_size(shape, self.image_size, ratio)[1]
         # Both numbers are always drawn, even if the offset can only be 0.
         offset = [
             int(max(0, n - side) * np.random.uniform())
@@ -89,17 +90,15 @@ class ResizeCrop(BaseTransform):
         image = image[top:top + height, left:left + width]
         results['img'] = np.ascontiguousarray(image)
         results['img_shape'] = image.shape[:2]
-        results['scale_factor'] = (float(scale), float(scale))
+        results['scale_factor'] = (scaled[1] / shape[1], scaled[0] / shape[0])
         results['keep_ratio'] = True
         if 'gt_bboxes' in results:
-            self._transform_boxes(results, shape, scaled, offset)
+            self._transform_boxes(results, offset)
         return results
 
-    def _transform_boxes(self, results: dict, shape: tuple, scaled: tuple,
-                         offset: list) -> None:
+    def _transform_boxes(self, results: dict, offset: list) -> None:
         boxes = results['gt_bboxes']
-        # The official code scales boxes by truncated sizes, not by `scale`.
-        boxes.rescale_((scaled[1] / shape[1], scaled[0] / shape[0]))
+        boxes.rescale_(results['scale_factor'])
         boxes.translate_((-offset[1], -offset[0]))
         boxes.clip_([side - 1 for side in self.image_size])
         keep = (boxes.areas > 0).numpy()

@@ -173,9 +173,24 @@ def test_boxes_follow_the_cut_off_size():
         [0, 0, 511, 341])
     assert results['gt_bboxes'].tensor[1].tolist() == pytest.approx(
         [10 * 0.8, 20 * factor, 300 * 0.8, 400 * factor])
-    assert results['scale_factor'] == pytest.approx((0.8, 0.8))
+    assert results['scale_factor'] == (0.8, factor)
     assert results['img_shape'] == (341, 512)
     assert results['keep_ratio'] is True
+
+
+@pytest.mark.parametrize('shape', [(100, 4000), (4000, 100), (3, 5000),
+                                   (427, 640)])
+def test_the_way_back(shape):
+    """A box divided by the factors is the box that it was.
+
+    One scale for both axes would leave an IoU of 0.78 at 4000x100.
+    """
+    height, width = shape
+    box = [0.2 * width, 0.1 * height, 0.7 * width, 0.9 * height]
+    results = ResizeCrop(512)(sample(height, width, [box]))
+    back = results['gt_bboxes'].tensor / torch.tensor(
+        results['scale_factor']).repeat(2)
+    torch.testing.assert_close(back, torch.tensor([box]))
 
 
 def test_boxes_follow_the_pixels():
