@@ -29,6 +29,9 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         norm_eval (bool): Keeps all batch norms in evaluation mode while
             training, to fine-tune a trained detector with small batches.
             Scales and offsets are still learned. Defaults to False.
+        max_loss (float): Training stops if a loss is not below it. A sound
+            training starts with a few units, and with at most some thousands
+            if no image of a batch has objects. Defaults to 1e4.
         kwargs: Further arguments of MMDetection's ``SingleStageDetector``.
     """
 
@@ -38,12 +41,14 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
                  bbox_head: dict,
                  with_cp: bool = False,
                  norm_eval: bool = False,
+                 max_loss: float = 1e4,
                  **kwargs) -> None:
         parts = (backbone, neck, bbox_head)
         if with_cp:
             parts = [dict(part, with_cp=True) for part in parts]
         super().__init__(*parts, **kwargs)
         self.norm_eval = norm_eval
+        self.max_loss = max_loss
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """Returns the neck's features of images ``(N, 3, H, W)``.
@@ -63,10 +68,11 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         """Returns the losses.
 
         Raises:
-            NonFiniteLossError: If a loss is not finite.
+            NonFiniteLossError: If a loss is not finite and below ``max_loss``.
         """
         losses = super().loss(batch_inputs, batch_data_samples)
-        check_finite(losses, self, batch_inputs, batch_data_samples)
+        check_finite(losses, self, batch_inputs, batch_data_samples,
+                     self.max_loss)
         return losses
 
     def explain_mismatch(self, shapes: dict) -> str:
