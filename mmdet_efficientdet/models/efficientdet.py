@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..registry import MODELS
 from ..scaling import MIN_SIDE
-from .layers import NormEvalMixin
+from .layers import NormEvalMixin, size_of
 from .loss_guard import check_finite
 from .strict_loading import StrictLoading
 
@@ -70,10 +70,17 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         Raises:
             NonFiniteLossError: If a loss is not finite and below ``max_loss``.
         """
+        _note_shape(batch_inputs, batch_data_samples)
         losses = super().loss(batch_inputs, batch_data_samples)
         check_finite(losses, self, batch_inputs, batch_data_samples,
                      self.max_loss)
         return losses
+
+    def predict(self, batch_inputs: Tensor, batch_data_samples: list,
+                **kwargs) -> list:
+        """Adds ``pred_instances`` to the samples and returns them."""
+        _note_shape(batch_inputs, batch_data_samples)
+        return super().predict(batch_inputs, batch_data_samples, **kwargs)
 
     def explain_mismatch(self, shapes: dict) -> str:
         """Returns what to do if only the number of classes differs.
@@ -90,3 +97,9 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
                 'the same classes, or convert this one to your classes: set '
                 'transfer_classes=True beside load_from in the training '
                 'config, or run tools/convert_checkpoint.py --classes. ')
+
+
+def _note_shape(batch_inputs: Tensor, batch_data_samples: list) -> None:
+    """Tells the head the input's size, also without the preprocessor."""
+    for sample in batch_data_samples:
+        sample.set_metainfo(dict(batch_input_shape=size_of(batch_inputs)))
