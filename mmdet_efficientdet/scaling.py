@@ -167,7 +167,7 @@ def _scale_data(base: dict, row: CompoundScaling, image_size) -> None:
     """Sets image size, padding and normalization."""
     if 'image_size' in base:  # a variable of D0's config
         base['image_size'] = image_size
-    for transform in _dicts(base):
+    for transform in dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
     preprocessor = base['model']['data_preprocessor']
@@ -250,11 +250,11 @@ def _innermost(dataset: dict) -> Iterator[dict]:
         yield dataset
 
 
-def _dicts(node) -> Iterator[dict]:
+def dicts(node) -> Iterator[dict]:
     """All dicts inside nested dicts, lists and tuples."""
     if isinstance(node, dict):
         yield node
         node = list(node.values())
     if isinstance(node, (list, tuple)):
         for item in node:
-            yield from _dicts(item)
+            yield from dicts(item)

@@ -1,11 +1,16 @@
 """The data transform of google/automl ``efficientdet/dataloader.py``."""
-from typing import Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 
 from ..registry import TRANSFORMS
+from ..scaling import dicts
+
+# MMDetection's that take float32 for 0-1, or do not take it, or contain such.
+UINT8 = ('Albu', 'AutoAugment', 'AutoContrast', 'Corrupt', 'Equalize',
+         'Posterize', 'RandAugment', 'YOLOXHSVRandomAug')
 
 
 @TRANSFORMS.register_module()
@@ -14,8 +19,10 @@ class ResizeCrop(BaseTransform):
 
     The image keeps its aspect ratio and is resized to fit ``ratio *
     image_size``. The new size is computed in float32 and truncated. The
-    interpolation is bilinear, in float32 and without antialiasing. The image
-    is then cropped to at most ``image_size`` at a random offset. It is not
+    interpolation is bilinear, in float32 and without antialiasing, and so is
+    the result. Transforms behind this one that expect uint8 misread it; in
+    place of MMDetection's ``Resize`` use ``to_float32=False``. The image is
+    then cropped to at most ``image_size`` at a random offset. It is not
     padded, which the preprocessor does. Boxes are clipped to ``[0, side - 1]``
     and removed if no area is left.
 
@@ -42,6 +49,9 @@ class ResizeCrop(BaseTransform):
             official code used until July 2020. The image content is then
             shifted by ``0.5 * (1 - out / in)`` pixels to the lower right.
             Defaults to True.
+        to_float32 (bool): Whether the image is float32 afterwards, as in the
+            official code. If False, it is rounded to the type that it had.
+            Defaults to True.
 
     Raises:
         ValueError: If an argument is out of range, or the pipeline loads
@@ -53,6 +63,7 @@ class ResizeCrop(BaseTransform):
         image_size: Union[int, Tuple[int, int]],
         ratio_range: Tuple[float, float] = (1.0, 1.0),
         half_pixel_centers: bool = True,
+        to_float32: bool = True,
     ) -> None:
         pair = isinstance(image_size, (list, tuple))
         sides = tuple(image_size) if pair else (image_size, ) * 2
@@ -66,6 +77,7 @@ class ResizeCrop(BaseTransform):
         self.image_size = sides
         self.ratio_range = tuple(ratio_range)
         self.half_pixel_centers = half_pixel_centers
+        self.to_float32 = to_float32
 
     def transform(self, results: dict) -> Optional[dict]:
         """Resizes and crops the image and its boxes."""
@@ -81,6 +93,7 @@ class ResizeCrop(BaseTransform):
             int(max(0, n - side) * np.random.uniform())
             for n, side in zip(scaled, self.image_size)
         ]
+        dtype = results['img'].dtype
         image = results['img'].astype(np.float32)
         if self.half_pixel_centers:
             image = mmcv.imresize(image, scaled[::-1], backend='cv2')
@@ -88,6 +101,8 @@ class ResizeCrop(BaseTransform):
             image = resize_from_corner(image, scaled)
         (top, left), (height, width) = offset, self.image_size
         image = image[top:top + height, left:left + width]
+        if not self.to_float32 and np.issubdtype(dtype, np.integer):
+            image = image.round().astype(dtype)
         results['img'] = np.ascontiguousarray(image)
         results['img_shape'] = image.shape[:2]
         results['scale_factor'] = (scaled[1] / shape[1], scaled[0] / shape[0])
@@ -110,7 +125,28 @@ class ResizeCrop(BaseTransform):
     def __repr__(self) -> str:
         return (f'{type(self).__name__}(image_size={self.image_size}, '
                 f'ratio_range={self.ratio_range}, '
-                f'half_pixel_centers={self.half_pixel_centers})')
+                f'half_pixel_centers={self.half_pixel_centers}, '
+                f'to_float32={self.to_float32})')
+
+
+def misreading(dataset: dict) -> List[str]:
+    """Names of transforms that would misread the float32 of a ResizeCrop.
+
+    Args:
+        dataset (dict): Config of a dataset, perhaps of a wrapper.
+    """
+    names = []
+    for part in dicts(dataset):
+        behind = False
+        for transform in part.get('pipeline', []):
+            kinds = [
+                str(node.get('type')).rstrip("'>").rpartition('.')[2]
+                for node in dicts(transform)
+            ]
+            names += [kind for kind in kinds if behind and kind in UINT8]
+            behind |= 'ResizeCrop' in kinds and transform.get(
+                'to_float32', True)
+    return names
 
 
 def scaled_size(shape: Tuple[int, int],

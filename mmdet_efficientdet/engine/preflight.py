@@ -19,6 +19,7 @@ from ..datasets.findings import Finding, find, verdict
 from ..datasets.split_checks import (check_class_order, check_evaluated,
                                      check_overlap, check_training_set,
                                      check_validation_set)
+from ..datasets.transforms import misreading
 from ..models import EfficientDetHead
 from ..registry import HOOKS
 from ..scaling import MAX_PER_IMG
@@ -65,6 +66,7 @@ def check_training(cfg: Config,
         dataset (Dataset, optional): Of the training, if it has been built.
     """
     found = check_recipe(cfg, model, num_gpus)
+    found += find('misread', misreading(cfg.train_dataloader.dataset))
     head = getattr(model, 'bbox_head', None)
     limit = (cfg.model.get('test_cfg') or {}).get('max_per_img', MAX_PER_IMG)
     limit = limit if limit >= 0 else np.inf
