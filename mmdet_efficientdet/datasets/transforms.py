@@ -139,13 +139,11 @@ def misreading(dataset: dict) -> List[str]:
     for part in dicts(dataset):
         behind = False
         for transform in part.get('pipeline', []):
-            kinds = [
-                str(node.get('type')).rstrip("'>").rpartition('.')[2]
-                for node in dicts(transform)
-            ]
-            names += [kind for kind in kinds if behind and kind in UINT8]
-            behind |= 'ResizeCrop' in kinds and transform.get(
-                'to_float32', True)
+            for node in dicts(transform):  # a type is a name or a class
+                kind = str(node.get('type')).rstrip("'>").rpartition('.')[2]
+                names += [kind] * (behind and kind in UINT8)
+                if kind == 'ResizeCrop':
+                    behind = node.get('to_float32', True)
     return names
 
 

@@ -1,6 +1,5 @@
 """The preprocessor for rectangular inputs."""
-from typing import List, Tuple, Union
-
+import numpy as np
 import torch
 from mmdet.models import DetDataPreprocessor
 
@@ -21,24 +20,18 @@ class RectDataPreprocessor(DetDataPreprocessor):
         kwargs: Further arguments of MMDetection's ``DetDataPreprocessor``.
     """
 
-    def __init__(self,
-                 *args,
-                 pad_size_divisor: Union[int, Tuple[int, int]] = 1,
-                 **kwargs) -> None:
-        pair = isinstance(pad_size_divisor, (list, tuple))
-        sides = pad_size_divisor if pair else (pad_size_divisor, ) * 2
+    def __init__(self, *args, pad_size_divisor=1, **kwargs) -> None:
         # mmengine divides the shape (3, height, width) by it.
+        sides = np.broadcast_to(pad_size_divisor, 2).tolist()
         divisor = torch.tensor([1, *sides], device='cpu')
         super().__init__(*args, pad_size_divisor=divisor, **kwargs)
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Normalizes and pads the images, in a list or in one tensor."""
-        return super().forward(
-            dict(data, inputs=list(data['inputs'])), training)
+        data = dict(data, inputs=list(data['inputs']))
+        return super().forward(data, training)
 
-    def _get_pad_shape(self, data: dict) -> List[Tuple[int, int]]:
-        sides = self.pad_size_divisor[1:].tolist()
-        return [
-            tuple(-(-n // side) * side for n, side in zip(x.shape[1:], sides))
-            for x in data['inputs']
-        ]
+    def _get_pad_shape(self, data: dict) -> list:
+        step = self.pad_size_divisor.numpy()
+        shapes = [-(-np.array(x.shape) // step) * step for x in data['inputs']]
+        return [tuple(shape[1:].tolist()) for shape in shapes]

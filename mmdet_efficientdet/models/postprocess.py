@@ -116,9 +116,9 @@ def suppress(bboxes: Tensor,
     if type not in ['soft_nms', 'nms'] or method not in ['gaussian', 'linear']:
         raise ValueError(f"nms type '{type}' must be one of 'soft_nms', 'nms',"
                          f" and method '{method}' of 'gaussian', 'linear'")
-    soft = type == 'soft_nms'
+    kind = method if type == 'soft_nms' else 'hard'
     if offset is None:
-        offset = 1 if soft else 0
+        offset = 0 if kind == 'hard' else 1
     if max_per_img < 0:
         max_per_img = scores.shape[1]
     groups = torch.zeros_like(labels) if class_agnostic else labels
@@ -130,9 +130,8 @@ def suppress(bboxes: Tensor,
     index = torch.zeros_like(kept, dtype=torch.long)
     for _ in range(min(max_per_img, scores.shape[1])):
         best_score, best, rest = suppress_step(start, end, areas, rest, groups,
-                                               soft, sigma, iou_threshold,
-                                               min_score, offset,
-                                               method == 'linear')
+                                               kind, sigma, iou_threshold,
+                                               min_score, offset)
         kept = torch.cat([kept, best_score], 1)
         index = torch.cat([index, best], 1)
     return (bboxes.gather(1, index[..., None].expand(-1, -1, 4)), kept,
@@ -140,9 +139,9 @@ def suppress(bboxes: Tensor,
 
 
 def suppress_step(start: Tensor, end: Tensor, areas: Tensor, scores: Tensor,
-                  labels: Tensor, soft: bool, sigma: float,
-                  iou_threshold: float, min_score: float, offset: int,
-                  linear: bool) -> Tuple[Tensor, Tensor, Tensor]:
+                  labels: Tensor, kind: str, sigma: float,
+                  iou_threshold: float, min_score: float,
+                  offset: int) -> Tuple[Tensor, Tensor, Tensor]:
     """Takes the strongest box of each image and lowers its class's scores.
 
     Args:
@@ -151,9 +150,9 @@ def suppress_step(start: Tensor, end: Tensor, areas: Tensor, scores: Tensor,
         areas (Tensor): ``(N, num)``.
         scores (Tensor): ``(N, num)``, 0 for boxes that are out.
         labels (Tensor): ``(N, num)``.
-        soft (bool): Whether scores decay; else boxes are dropped.
+        kind (str): How scores decay, 'gaussian' or 'linear', or 'hard', which
+            drops boxes.
         sigma, iou_threshold, min_score, offset: See :func:`suppress`.
-        linear (bool): Whether the decay is linear.
 
     Returns:
         tuple[Tensor]: Score and index of the strongest box, ``(N, 1)``, and
@@ -167,14 +166,14 @@ def suppress_step(start: Tensor, end: Tensor, areas: Tensor, scores: Tensor,
     inter = sides[0] * sides[1]
     # Boxes that overflow give inf / inf and overlap nothing.
     iou = (inter / (areas + areas.gather(1, best) - inter)).nan_to_num(0.)
-    if soft:
+    if kind == 'hard':
+        weaker = scores.masked_fill(iou > iou_threshold, 0)
+    else:
         decay = torch.exp(iou.square() / -sigma)
-        if linear:
+        if kind == 'linear':
             decay = 1 - iou.masked_fill(iou < iou_threshold, 0)
         weaker = scores * decay
         weaker = weaker.masked_fill_(weaker < min_score, 0)
-    else:
-        weaker = scores.masked_fill(iou > iou_threshold, 0)
     same_class = labels == labels.gather(1, best)
     scores = torch.where(same_class, weaker, scores)
     return best_score, best, scores.scatter_(1, best, 0)

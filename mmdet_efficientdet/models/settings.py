@@ -1,14 +1,13 @@
 """Refuses settings that a module would ignore or misread."""
 from inspect import signature
-from typing import Optional
 
 import torch
 
 from ..registry import MODELS, TASK_UTILS
 from .postprocess import suppress
 
-TEST_KEYS = ('nms_pre', 'nms', 'max_per_img', 'score_thr', 'min_bbox_size',
-             'clip_boxes')
+TEST_KEYS = ('nms_pre', 'nms', 'max_per_img', 'score_thr', 'clip_boxes',
+             'min_bbox_size')
 NMS_KEYS = tuple(signature(suppress).parameters)[4:]
 # What may stand for a part of the head, and where it is registered. Classes
 # of others than MMDetection are not looked at.
@@ -26,12 +25,11 @@ def require(condition: bool, given: str, allowed: str) -> None:
         raise ValueError(f'{given} must be {allowed}')
 
 
-def check_head(train_cfg: Optional[dict], test_cfg: dict, parts: dict) -> None:
+def check_head(train_cfg: dict, test_cfg: dict, parts: dict) -> None:
     """Checks the settings of the head before it is built.
 
     Args:
-        train_cfg (dict, optional): Must be empty.
-        test_cfg (dict): See ``EfficientDetHead``.
+        train_cfg, test_cfg (dict): See ``EfficientDetHead``.
         parts (dict): Configs of the ``PARTS``, and ``reg_decoded_bbox``.
 
     Raises:
@@ -42,10 +40,8 @@ def check_head(train_cfg: Optional[dict], test_cfg: dict, parts: dict) -> None:
     nms = test_cfg.get('nms', {})
     for name, cfg, known in (('test_cfg', test_cfg, TEST_KEYS),
                              ('test_cfg.nms', nms, NMS_KEYS)):
-        require(
-            isinstance(cfg, dict) and set(cfg) <= set(known),
-            f'{name}={cfg} of EfficientDet',
-            f'a dict with only {", ".join(known)}')
+        good = isinstance(cfg, dict) and set(cfg) <= set(known)
+        require(good, f'{name}={cfg}', f'a dict with only {", ".join(known)}')
     one = torch.ones(1, 1, 4)
     suppress(one, one[..., 0], one[..., 0], **nms)  # raises if it cannot
     for name, (registry, allowed) in PARTS.items():

@@ -104,7 +104,7 @@ def test_batch_does_not_matter():
     together = detect(range(len(SHAPES)))
     for i, expected in enumerate(together):
         alone, = detect([i])
-        assert len(alone) == len(expected) == 100
+        assert len(alone) == len(expected) > 0
         for key in ('bboxes', 'scores', 'labels'):
             assert torch.equal(alone[key], expected[key]), key
 
