@@ -4,7 +4,6 @@ Needs the standard library only. Source: google/automl
 ``efficientdet/hparams_config.py``.
 """
 from dataclasses import dataclass
-from math import gcd
 from typing import Iterator, Optional, Sequence, Tuple, Union
 
 __all__ = ['CompoundScaling', 'SCALING', 'scale_config']
@@ -111,9 +110,8 @@ def scale_config(base: dict,
         base (dict): A config of this family, of any size.
         name (str): Size, a key of ``SCALING``.
         image_size (int | tuple[int], optional): Side of the square input, or
-            (height, width) with a common divisor of at least 64. Batches are
-            padded to the square, or to multiples of the common divisor.
-            Defaults to the size's own.
+            its (height, width), each at least 64 pixels. Batches are padded
+            to the whole of it. Defaults to the size's own.
         classes (Sequence[str], optional): Class names, in the order of the
             annotation file. Defaults to those of ``base``.
 
@@ -169,13 +167,13 @@ def _scale_data(base: dict, row: CompoundScaling, image_size) -> None:
     """Sets image size, padding and normalization."""
     if 'image_size' in base:  # a variable of D0's config
         base['image_size'] = image_size
-    for transform in _dicts(base):
+    for transform in dicts(base):
         if transform.get('type') == 'mmdet_efficientdet.ResizeCrop':
             transform['image_size'] = image_size
     preprocessor = base['model']['data_preprocessor']
-    preprocessor.update(
-        pad_size_divisor=image_size if isinstance(image_size, int) else gcd(
-            *image_size))
+    preprocessor.update(pad_size_divisor=image_size)
+    if not isinstance(image_size, int):
+        preprocessor.update(type='mmdet_efficientdet.RectDataPreprocessor')
     # Values that are not in the table, such as Det-AdvProp's, stay.
     if tuple(preprocessor.get('mean') or ()) in _column('mean'):
         preprocessor.update(mean=list(row.mean), std=list(row.std))
@@ -206,12 +204,10 @@ def _check_image_size(image_size) -> Union[int, Tuple[int, int]]:
     pair = isinstance(image_size, (list, tuple))
     sides = tuple(image_size) if pair else (image_size, ) * 2
     if (len(sides) != 2 or any(not isinstance(n, int) for n in sides)
-            or min(sides) < MIN_SIDE or gcd(*sides) < MIN_SIDE):
+            or min(sides) < MIN_SIDE):
         raise ValueError(
             f'image_size={image_size!r} must be an int of at least '
-            f'{MIN_SIDE} pixels, or a pair (height, width) with a common '
-            f'divisor of at least {MIN_SIDE}, to multiples of which batches '
-            'are padded')
+            f'{MIN_SIDE} pixels, or a pair (height, width) of them')
     return sides if pair else image_size
 
 
@@ -254,11 +250,11 @@ def _innermost(dataset: dict) -> Iterator[dict]:
         yield dataset
 
 
-def _dicts(node) -> Iterator[dict]:
+def dicts(node) -> Iterator[dict]:
     """All dicts inside nested dicts, lists and tuples."""
     if isinstance(node, dict):
         yield node
         node = list(node.values())
     if isinstance(node, (list, tuple)):
         for item in node:
-            yield from _dicts(item)
+            yield from dicts(item)

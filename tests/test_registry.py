@@ -20,7 +20,10 @@ from mmdet_efficientdet.registry import PYTHONS
 RETINANET = TOOLS.parent / 'configs' / 'retinanet'
 # The public classes, by the registry of mmdet that they belong to.
 CLASSES = dict(
-    MODELS=['BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet'],
+    MODELS=[
+        'BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet',
+        'RectDataPreprocessor'
+    ],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
     HOOKS=[
         'BatchScaleHook', 'ClassTransferHook', 'PreflightHook',

@@ -276,18 +276,24 @@ def test_recipes_in_another_size(recipe, name):
     }
 
 
-@pytest.mark.parametrize('given, sides, divisor', [
-    (None, 896, 896),
-    (640, 640, 640),
-    (64, 64, 64),
-    ((384, 640), (384, 640), 128),
-    ([256, 256], (256, 256), 256),
+@pytest.mark.parametrize('given, sides', [
+    (None, 896),
+    (640, 640),
+    (64, 64),
+    ((384, 640), (384, 640)),
+    ([256, 256], (256, 256)),
+    ((540, 960), (540, 960)),
+    ((416, 736), (416, 736)),
+    ((513, 64), (513, 64)),
 ])
-def test_image_size(given, sides, divisor):
+def test_image_size(given, sides):
     """The size stands in every pipeline, and batches are padded to it."""
     config = scaled('d3', image_size=given)
     preprocessor = config['model']['data_preprocessor']
-    assert preprocessor['pad_size_divisor'] == divisor
+    assert preprocessor['pad_size_divisor'] == sides
+    assert preprocessor['type'] == ('mmdet_efficientdet.RectDataPreprocessor'
+                                    if isinstance(sides, tuple) else
+                                    'DetDataPreprocessor')
     assert config['image_size'] == sides
     # train_pipeline, test_pipeline and the three loaders
     assert sizes_in(config) == [sides] * 5
@@ -300,7 +306,7 @@ def test_image_size(given, sides, divisor):
 
 @pytest.mark.parametrize('given', [
     0, 63, -512, 512.0, '512', '51', (512, ), (512, 32), (512, 512, 3),
-    (512, 512.0), (64, 96), (512, 513), ()
+    (512, 512.0), (512, 63), ()
 ])
 def test_bad_image_size(given):
     """The message names the value, what is allowed, and how to write it."""

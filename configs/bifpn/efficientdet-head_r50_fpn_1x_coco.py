@@ -2,6 +2,7 @@ _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
 # Two images on a GPU are too few for batch norm.
 model = dict(
+    train_cfg=None,  # an assigner, which the head does not have
     bbox_head=dict(
         _delete_=True,
         type='mmdet_efficientdet.EfficientDetHead',

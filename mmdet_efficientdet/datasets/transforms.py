@@ -1,11 +1,16 @@
 """The data transform of google/automl ``efficientdet/dataloader.py``."""
-from typing import Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 
 from ..registry import TRANSFORMS
+from ..scaling import dicts
+
+# MMDetection's that take float32 for 0-1, or do not take it, or contain such.
+UINT8 = ('Albu', 'AutoAugment', 'AutoContrast', 'Corrupt', 'Equalize',
+         'Posterize', 'RandAugment', 'YOLOXHSVRandomAug')
 
 
 @TRANSFORMS.register_module()
@@ -14,13 +19,16 @@ class ResizeCrop(BaseTransform):
 
     The image keeps its aspect ratio and is resized to fit ``ratio *
     image_size``. The new size is computed in float32 and truncated. The
-    interpolation is bilinear, in float32 and without antialiasing. The image
-    is then cropped to at most ``image_size`` at a random offset. It is not
+    interpolation is bilinear, in float32 and without antialiasing, and so is
+    the result. Transforms behind this one that expect uint8 misread it; in
+    place of MMDetection's ``Resize`` use ``to_float32=False``. The image is
+    then cropped to at most ``image_size`` at a random offset. It is not
     padded, which the preprocessor does. Boxes are clipped to ``[0, side - 1]``
     and removed if no area is left.
 
-    The ``scale_factor`` has the same value for both axes. Predicted boxes are
-    divided by it.
+    The ``scale_factor`` (w, h) is that of the truncated size. Boxes are
+    multiplied by it, and predicted boxes divided. The official code divides
+    by one scale for both axes, which moves boxes of long images.
 
     Random numbers come from ``numpy.random``, which ``SeedTransforms`` seeds.
 
@@ -41,6 +49,9 @@ class ResizeCrop(BaseTransform):
             official code used until July 2020. The image content is then
             shifted by ``0.5 * (1 - out / in)`` pixels to the lower right.
             Defaults to True.
+        to_float32 (bool): Whether the image is float32 afterwards, as in the
+            official code. If False, it is rounded to the type that it had.
+            Defaults to True.
 
     Raises:
         ValueError: If an argument is out of range, or the pipeline loads
@@ -52,6 +63,7 @@ class ResizeCrop(BaseTransform):
         image_size: Union[int, Tuple[int, int]],
         ratio_range: Tuple[float, float] = (1.0, 1.0),
         half_pixel_centers: bool = True,
+        to_float32: bool = True,
     ) -> None:
         pair = isinstance(image_size, (list, tuple))
         sides = tuple(image_size) if pair else (image_size, ) * 2
@@ -65,6 +77,7 @@ class ResizeCrop(BaseTransform):
         self.image_size = sides
         self.ratio_range = tuple(ratio_range)
         self.half_pixel_centers = half_pixel_centers
+        self.to_float32 = to_float32
 
     def transform(self, results: dict) -> Optional[dict]:
         """Resizes and crops the image and its boxes."""
@@ -74,12 +87,13 @@ class ResizeCrop(BaseTransform):
                              'of mmdet')
         ratio = np.random.uniform(*self.ratio_range)
         shape = results['img'].shape[:2]
-        scale, scaled = scaled_size(shape, self.image_size, ratio)
+        scaled = scaled_size(shape, self.image_size, ratio)[1]
         # Both numbers are always drawn, even if the offset can only be 0.
         offset = [
             int(max(0, n - side) * np.random.uniform())
             for n, side in zip(scaled, self.image_size)
         ]
+        dtype = results['img'].dtype
         image = results['img'].astype(np.float32)
         if self.half_pixel_centers:
             image = mmcv.imresize(image, scaled[::-1], backend='cv2')
@@ -87,19 +101,19 @@ class ResizeCrop(BaseTransform):
             image = resize_from_corner(image, scaled)
         (top, left), (height, width) = offset, self.image_size
         image = image[top:top + height, left:left + width]
+        if not self.to_float32 and np.issubdtype(dtype, np.integer):
+            image = image.round().astype(dtype)
         results['img'] = np.ascontiguousarray(image)
         results['img_shape'] = image.shape[:2]
-        results['scale_factor'] = (float(scale), float(scale))
+        results['scale_factor'] = (scaled[1] / shape[1], scaled[0] / shape[0])
         results['keep_ratio'] = True
         if 'gt_bboxes' in results:
-            self._transform_boxes(results, shape, scaled, offset)
+            self._transform_boxes(results, offset)
         return results
 
-    def _transform_boxes(self, results: dict, shape: tuple, scaled: tuple,
-                         offset: list) -> None:
+    def _transform_boxes(self, results: dict, offset: list) -> None:
         boxes = results['gt_bboxes']
-        # The official code scales boxes by truncated sizes, not by `scale`.
-        boxes.rescale_((scaled[1] / shape[1], scaled[0] / shape[0]))
+        boxes.rescale_(results['scale_factor'])
         boxes.translate_((-offset[1], -offset[0]))
         boxes.clip_([side - 1 for side in self.image_size])
         keep = (boxes.areas > 0).numpy()
@@ -111,7 +125,26 @@ class ResizeCrop(BaseTransform):
     def __repr__(self) -> str:
         return (f'{type(self).__name__}(image_size={self.image_size}, '
                 f'ratio_range={self.ratio_range}, '
-                f'half_pixel_centers={self.half_pixel_centers})')
+                f'half_pixel_centers={self.half_pixel_centers}, '
+                f'to_float32={self.to_float32})')
+
+
+def misreading(dataset: dict) -> List[str]:
+    """Names of transforms that would misread the float32 of a ResizeCrop.
+
+    Args:
+        dataset (dict): Config of a dataset, perhaps of a wrapper.
+    """
+    names = []
+    for part in dicts(dataset):
+        behind = False
+        for transform in part.get('pipeline', []):
+            for node in dicts(transform):  # a type is a name or a class
+                kind = str(node.get('type')).rstrip("'>").rpartition('.')[2]
+                names += [kind] * (behind and kind in UINT8)
+                if kind == 'ResizeCrop':
+                    behind = node.get('to_float32', True)
+    return names
 
 
 def scaled_size(shape: Tuple[int, int],

@@ -20,6 +20,7 @@ from ..datasets.findings import Finding, find, verdict
 from ..datasets.split_checks import (check_class_order, check_evaluated,
                                      check_overlap, check_training_set,
                                      check_validation_set)
+from ..datasets.transforms import misreading
 from ..models import EfficientDetHead
 from ..registry import HOOKS
 from ..scaling import MAX_PER_IMG
@@ -66,17 +67,17 @@ def check_training(cfg: Config,
         dataset (Dataset, optional): Of the training, if it has been built.
     """
     found = check_recipe(cfg, model, num_gpus)
+    found += find('misread', misreading(cfg.train_dataloader.dataset))
     head = getattr(model, 'bbox_head', None)
-    max_per_img = (cfg.model.get('test_cfg')
-                   or {}).get('max_per_img', MAX_PER_IMG)
+    limit = (cfg.model.get('test_cfg') or {}).get('max_per_img', MAX_PER_IMG)
+    limit = limit if limit >= 0 else np.inf
     evaluated = _evaluated_files(cfg)
     hidden = () if evaluated else OF_EVALUATION
     if getattr(head, 'ignore_iof_thr', None) is not None:
         hidden = (*hidden, 'ignored')
     for part in (*train, *val):
         found += check_head(model, part.classes) or [
-            finding
-            for finding in check_file(part) + check_boxes(part, max_per_img)
+            finding for finding in check_file(part) + check_boxes(part, limit)
             if finding.name not in hidden
         ]
     if not any(finding.error for finding in found):

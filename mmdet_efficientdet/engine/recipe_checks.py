@@ -106,5 +106,5 @@ def _input_side(cfg: Config) -> int:
         if not size:
             return 0
         sides.append(np.max(size))
-    divisor = cfg.model.data_preprocessor.get('pad_size_divisor', 1)
+    divisor = np.max(cfg.model.data_preprocessor.get('pad_size_divisor', 1))
     return int(-(-max(sides) // divisor) * divisor)

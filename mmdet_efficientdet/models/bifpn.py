@@ -26,6 +26,7 @@ from ..registry import MODELS
 from .fusion import FUSIONS, FusionNode, conv_norm
 from .layers import (BN_CFG, SWISH_CFG, ConvInitMixin, NormEvalMixin,
                      max_pool_same, recompute, size_of)
+from .settings import require
 
 EXTRA_CONVS = (False, True, 'on_input', 'on_output')
 
@@ -85,27 +86,22 @@ class BiFPNLayer(BaseModule):
         return tuple(feats[-len(sizes):])
 
 
-def _require(condition: bool, given: str, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f'{given} must be {allowed}')
-
-
 def _check_options(in_channels, out_channels, num_outs, stack_times, fusion,
                    add_extra_convs) -> None:
     """Raises a ValueError for an argument that is wrong by itself."""
-    _require(
+    require(
         isinstance(in_channels, (list, tuple)), f'in_channels={in_channels!r}',
         "a list of the widths of the backbone's outputs")
     counts = [('in_channels', width) for width in in_channels]
     counts += [('out_channels', out_channels), ('num_outs', num_outs),
                ('stack_times', stack_times)]
     for name, value in counts:
-        _require(
+        require(
             isinstance(value, int) and value >= 1, f'{name}={value!r}',
             'a whole number of at least 1')
-    _require(fusion in FUSIONS, f'fusion={fusion!r}', f'one of {FUSIONS}')
-    _require(add_extra_convs in EXTRA_CONVS,
-             f'add_extra_convs={add_extra_convs!r}', f'one of {EXTRA_CONVS}')
+    require(fusion in FUSIONS, f'fusion={fusion!r}', f'one of {FUSIONS}')
+    require(add_extra_convs in EXTRA_CONVS,
+            f'add_extra_convs={add_extra_convs!r}', f'one of {EXTRA_CONVS}')
 
 
 def _used_inputs(in_channels: Sequence[int], num_outs: int, start_level: int,
@@ -113,9 +109,9 @@ def _used_inputs(in_channels: Sequence[int], num_outs: int, start_level: int,
     """Indices of the inputs to use, from which the outputs can be made."""
     inputs = list(in_channels)
     last = len(inputs) - 1 if end_level == -1 else end_level
-    _require(0 <= start_level <= last < len(inputs),
-             f'start_level={start_level} and end_level={end_level}',
-             f'a range of the {len(inputs)} inputs {inputs}')
+    require(0 <= start_level <= last < len(inputs),
+            f'start_level={start_level} and end_level={end_level}',
+            f'a range of the {len(inputs)} inputs {inputs}')
     used = range(start_level, last + 1)
     extendable = last == len(inputs) - 1
     if len(used) == 1 and (on_output or not extendable):
@@ -124,7 +120,7 @@ def _used_inputs(in_channels: Sequence[int], num_outs: int, start_level: int,
             'fused with. Use more inputs, or the last one with further levels '
             "from add_extra_convs=False or 'on_input'")
     least = max(len(used), 2)
-    _require(
+    require(
         num_outs >= least if extendable else num_outs == least,
         f'num_outs={num_outs}', f'{"at least" if extendable else "exactly"} '
         f'{least}, since inputs {start_level} to {last} of {inputs} are used')

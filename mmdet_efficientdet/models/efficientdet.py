@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..registry import MODELS
 from ..scaling import MIN_SIDE
-from .layers import NormEvalMixin
+from .layers import NormEvalMixin, size_of
 from .loss_guard import check_finite
 from .strict_loading import StrictLoading
 
@@ -29,6 +29,9 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         norm_eval (bool): Keeps all batch norms in evaluation mode while
             training, to fine-tune a trained detector with small batches.
             Scales and offsets are still learned. Defaults to False.
+        max_loss (float): Training stops if a loss is not below it. A sound
+            training starts with a few units, and with at most some thousands
+            if no image of a batch has objects. Defaults to 1e4.
         kwargs: Further arguments of MMDetection's ``SingleStageDetector``.
     """
 
@@ -38,12 +41,14 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
                  bbox_head: dict,
                  with_cp: bool = False,
                  norm_eval: bool = False,
+                 max_loss: float = 1e4,
                  **kwargs) -> None:
         parts = (backbone, neck, bbox_head)
         if with_cp:
             parts = [dict(part, with_cp=True) for part in parts]
         super().__init__(*parts, **kwargs)
         self.norm_eval = norm_eval
+        self.max_loss = max_loss
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """Returns the neck's features of images ``(N, 3, H, W)``.
@@ -63,11 +68,19 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         """Returns the losses.
 
         Raises:
-            NonFiniteLossError: If a loss is not finite.
+            NonFiniteLossError: If a loss is not finite and below ``max_loss``.
         """
+        _note_shape(batch_inputs, batch_data_samples)
         losses = super().loss(batch_inputs, batch_data_samples)
-        check_finite(losses, self, batch_inputs, batch_data_samples)
+        check_finite(losses, self, batch_inputs, batch_data_samples,
+                     self.max_loss)
         return losses
+
+    def predict(self, batch_inputs: Tensor, batch_data_samples: list,
+                **kwargs) -> list:
+        """Adds ``pred_instances`` to the samples and returns them."""
+        _note_shape(batch_inputs, batch_data_samples)
+        return super().predict(batch_inputs, batch_data_samples, **kwargs)
 
     def explain_mismatch(self, shapes: dict) -> str:
         """Returns what to do if only the number of classes differs.
@@ -84,3 +97,9 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
                 'the same classes, or convert this one to your classes: set '
                 'transfer_classes=True beside load_from in the training '
                 'config, or run tools/convert_checkpoint.py --classes. ')
+
+
+def _note_shape(batch_inputs: Tensor, batch_data_samples: list) -> None:
+    """Tells the head the input's size, also without the preprocessor."""
+    for sample in batch_data_samples:
+        sample.set_metainfo(dict(batch_input_shape=size_of(batch_inputs)))

@@ -13,6 +13,7 @@ from mmdet.models.dense_heads import AnchorHead
 from mmdet.utils import reduce_mean
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
 from ..registry import MODELS
 from ..scaling import MAX_PER_IMG
@@ -20,13 +21,15 @@ from .anchors import anchor_targets, background_weights
 from .layers import (BN_CFG, SWISH_CFG, ConvInitMixin, SeparableConv2d,
                      build_norm, recompute)
 from .postprocess import decode, select, suppress
+from .settings import check_head
 
-ANCHORS = dict(type='mmdet_efficientdet.AnchorGenerator')
-BOX_CODER = dict(type='mmdet_efficientdet.AnchorBoxCoder')
-FOCAL_LOSS = dict(
-    type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.25)
-# 50 * Huber(delta) / 4 is 12.5 * delta * SmoothL1(beta=delta), delta = 0.1.
-HUBER_LOSS = dict(type='mmdet.SmoothL1Loss', beta=0.1, loss_weight=1.25)
+PARTS = dict(
+    anchor_generator=dict(type='mmdet_efficientdet.AnchorGenerator'),
+    bbox_coder=dict(type='mmdet_efficientdet.AnchorBoxCoder'),
+    loss_cls=dict(
+        type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.25),
+    # 50 * Huber(delta) / 4 is 12.5 * delta * SmoothL1(beta=delta), delta = 0.1
+    loss_bbox=dict(type='mmdet.SmoothL1Loss', beta=0.1, loss_weight=1.25))
 
 
 @MODELS.register_module()
@@ -45,13 +48,6 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         norm_cfg (dict, optional): Defaults to batch norm with TensorFlow's
             constants; None for no norm.
         act_cfg (dict): Defaults to SiLU (swish).
-        anchor_generator (dict): Defaults to the anchors of D0.
-        bbox_coder (dict): Defaults to the coder without clamps.
-        loss_cls (dict): Summed over all anchors and classes, then divided by
-            the number of positive anchors of the batch plus 1.
-        loss_bbox (dict): Summed over the targets that are not zero and
-            divided by the same number. The default equals the official
-            ``50 * Huber(0.1) / 4``.
         sync_num_pos (bool): Divides both losses by the mean number of
             positive anchors over all ranks plus 1, as most heads of
             MMDetection do. Defaults to False: each rank divides by the number
@@ -63,14 +59,28 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
             code.
         with_cp (bool): Recomputes each net, level by level, in the backward
             pass to save memory. Defaults to False.
-        train_cfg (dict, optional): Not used.
-        test_cfg (dict): ``nms_pre`` (5000), the number of pairs of anchor and
-            class to select from an image; ``nms``, ``dict(type='soft_nms',
-            sigma=0.5, min_score=0.001)`` or ``dict(type='nms',
-            iou_threshold=0.5)``, both within each class; ``max_per_img``
-            (100), the number of boxes to keep; ``score_thr`` (0), below which
-            boxes are dropped.
+        train_cfg (dict, optional): Must be empty.
+        test_cfg (dict, optional): ``nms_pre`` (5000), the number of pairs of
+            anchor and class to select from an image. ``nms``, arguments of
+            :func:`suppress`, such as ``dict(type='soft_nms', sigma=0.5)`` or
+            ``dict(type='nms', iou_threshold=0.5)``. ``max_per_img`` (100),
+            the number of boxes to keep, -1 for all. ``score_thr`` (0), below
+            which boxes are dropped. ``clip_boxes`` (True), whether the final
+            boxes are clipped to the image; the official ones are not, but
+            have the same scores, classes and order. ``min_bbox_size`` (0, or
+            -1 if boxes are not clipped), in pixels; boxes with a side that is
+            not larger are dropped, such as those beyond the image.
         init_cfg (dict, optional): Defaults to the official initialisers.
+        parts: ``anchor_generator``, by default that of D0. ``bbox_coder``, by
+            default without clamps. ``loss_cls``, summed over all anchors and
+            classes, then divided by the number of positive anchors of the
+            batch plus 1. ``loss_bbox``, summed over the targets that are not
+            zero and divided by the same number; the default equals the
+            official ``50 * Huber(0.1) / 4``. ``reg_decoded_bbox=True``: it
+            compares boxes instead of coded deltas.
+
+    Raises:
+        ValueError: If a setting is unknown, or a part cannot be used.
     """
 
     prior_probability = 0.01  # initial score of each class
@@ -82,16 +92,15 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
                  num_levels: int = 5,
                  norm_cfg: Optional[dict] = BN_CFG,
                  act_cfg: dict = SWISH_CFG,
-                 anchor_generator: dict = ANCHORS,
-                 bbox_coder: dict = BOX_CODER,
-                 loss_cls: dict = FOCAL_LOSS,
-                 loss_bbox: dict = HUBER_LOSS,
                  sync_num_pos: bool = False,
                  ignore_iof_thr: Optional[float] = None,
                  with_cp: bool = False,
                  train_cfg: Optional[dict] = None,
                  test_cfg: Optional[dict] = None,
-                 init_cfg: Optional[dict] = None) -> None:
+                 init_cfg: Optional[dict] = None,
+                 **parts) -> None:
+        parts = {**PARTS, **parts}
+        check_head(train_cfg, test_cfg or {}, parts)
         self.stacked_convs = stacked_convs
         self.num_levels = num_levels
         self.norm_cfg = norm_cfg
@@ -102,14 +111,10 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         super().__init__(
             num_classes,
             in_channels,
-            feat_channels=in_channels,
-            anchor_generator=anchor_generator,
-            bbox_coder=bbox_coder,
-            loss_cls=loss_cls,
-            loss_bbox=loss_bbox,
-            train_cfg=None,
+            in_channels,
             test_cfg=test_cfg,
-            init_cfg=init_cfg)
+            init_cfg=init_cfg,
+            **parts)
 
     def _init_layers(self) -> None:
         """Builds both nets."""
@@ -244,10 +249,17 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
             avg_factor=avg_factor)
         # The official code masks by value and not by anchor: a coordinate
         # whose target is exactly 0 costs nothing.
+        preds, weight = self._flatten(bbox_preds, 4), deltas != 0
+        if self.reg_decoded_bbox:
+            weight = (labels < self.num_classes)[..., None].expand_as(deltas)
+            # Not equal to the target, where some losses have 0 / 0
+            preds = preds.masked_fill(~weight, 1)
+            preds, deltas = (
+                self.bbox_coder.decode(anchors, x) for x in (preds, deltas))
         loss_bbox = self.loss_bbox(
-            self._flatten(bbox_preds, 4),
-            deltas,
-            weight=(deltas != 0).float(),
+            preds.flatten(0, 1),
+            deltas.flatten(0, 1),
+            weight=weight.flatten(0, 1).float(),
             avg_factor=avg_factor)
         return dict(loss_cls=loss_cls, loss_bbox=loss_bbox)
 
@@ -264,17 +276,18 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         Args:
             cls_scores, bbox_preds (list[Tensor]): See :meth:`forward`.
             score_factors (None): Not used.
-            batch_img_metas (list[dict]): With ``batch_input_shape`` and, for
-                ``rescale``, ``scale_factor``.
+            batch_img_metas (list[dict]): With ``batch_input_shape``. The
+                ``scale_factor`` (w, h), for ``rescale``, defaults to 1. Boxes
+                are clipped to ``ori_shape``, or to ``img_shape`` without
+                ``rescale``, if it is there.
             cfg (dict, optional): Used instead of ``test_cfg``.
             rescale (bool): Whether to map boxes to the original image.
             with_nms (bool): Whether to suppress boxes; else all selected ones
                 are returned.
 
         Returns:
-            list[InstanceData]: ``bboxes`` ``(n, 4)``, xyxy in pixels, not
-            clipped to the image, ``scores`` and ``labels`` ``(n, )``, best
-            first.
+            list[InstanceData]: ``bboxes`` ``(n, 4)``, xyxy in pixels,
+            ``scores`` and ``labels`` ``(n, )``, best first.
         """
         cfg = cfg or self.test_cfg or {}
         anchors = self._anchors(cls_scores, batch_img_metas)
@@ -290,13 +303,19 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
                                               **cfg.get('nms', {}))
         results = []
         for i, img_meta in enumerate(batch_img_metas):
-            keep = scores[i] > cfg.get('score_thr', 0.0)
             result = InstanceData(
-                bboxes=bboxes[i, keep],
-                scores=scores[i, keep],
-                labels=labels[i, keep])
-            if rescale:  # by (w, h), which are equal after our transform
+                bboxes=bboxes[i], scores=scores[i], labels=labels[i])
+            keep = result.scores > cfg.get('score_thr', 0.0)
+            if rescale:
                 result.bboxes = result.bboxes / result.bboxes.new_tensor(
-                    img_meta['scale_factor']).repeat(2)
-            results.append(result)
+                    img_meta.get('scale_factor', (1.0, 1.0))).repeat(2)
+            shape = img_meta.get('ori_shape' if rescale else 'img_shape')
+            shape = shape if cfg.get('clip_boxes', True) else None
+            if shape:
+                result.bboxes = clip_boxes_to_image(result.bboxes, shape[:2])
+            least = cfg.get('min_bbox_size', 0 if shape else -1)
+            if least >= 0:
+                sides = result.bboxes[:, 2:] - result.bboxes[:, :2]
+                keep &= (sides > least).all(1)
+            results.append(result[keep])
         return results

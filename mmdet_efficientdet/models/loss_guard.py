@@ -1,4 +1,5 @@
-"""Stops training at the first loss that is not finite."""
+"""Stops training at the first loss that is not finite or has no bound."""
+import math
 import os.path as osp
 from functools import partial
 from typing import List
@@ -13,11 +14,14 @@ from ..utils import plain_data, write_file
 
 
 class NonFiniteLossError(RuntimeError):
-    """A term of the loss is infinite or NaN."""
+    """A term of the loss is infinite, NaN or beyond the limit."""
 
 
-def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
-                 batch_data_samples: list) -> None:
+def check_finite(losses: dict,
+                 model: nn.Module,
+                 batch_inputs: Tensor,
+                 batch_data_samples: list,
+                 limit: float = math.inf) -> None:
     """Raises an error on all ranks if a loss of any rank is not finite.
 
     The optimizer has not stepped yet, so the weights are those of the previous
@@ -29,9 +33,11 @@ def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
         model (nn.Module): Its parameters are checked after a failure.
         batch_inputs (Tensor): Images ``(N, 3, H, W)``.
         batch_data_samples (list): ``DetDataSample`` of each image.
+        limit (float): Terms must be smaller than it. Defaults to infinity.
 
     Raises:
-        NonFiniteLossError: If a term is not finite, on any rank.
+        NonFiniteLossError: If a term is not finite or not below the limit,
+            on any rank.
     """
     terms = {
         name: sum(value) if isinstance(value, (list, tuple)) else value
@@ -40,7 +46,7 @@ def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
     values = torch.stack([value.detach().mean() for value in terms.values()])
     rank, world_size = get_dist_info()
     failed = values.new_zeros(world_size)
-    failed[rank] = ~values.isfinite().all()
+    failed[rank] = ~(values.abs() < limit).all()
     all_reduce(failed)
     if not failed.any():
         return
@@ -48,20 +54,18 @@ def check_finite(losses: dict, model: nn.Module, batch_inputs: Tensor,
     step = info.get('iter', 0) + 1
     if not failed[rank]:
         raise NonFiniteLossError(
-            f'step {step}: the loss is not finite on rank '
+            f'step {step}: the loss is not below {limit:g} on rank '
             f'{failed.nonzero().flatten().tolist()} of {world_size}; see the '
             'message of that rank')
     values = dict(zip(terms, values.tolist()))
-    bad = [
-        f'{name}={value}' for name, value in values.items()
-        if not torch.tensor(value).isfinite()
-    ]
+    bad = [f'{k}={v}' for k, v in values.items() if not abs(v) < limit]
     path = osp.join(
         info.get('work_dir', '.'), f'nonfinite_step_{step}_rank_{rank}.pth')
     saved = _save_batch(path, step, values, batch_inputs, batch_data_samples)
     images = [sample.metainfo.get('img_path') for sample in batch_data_samples]
     raise NonFiniteLossError(
-        f'step {step}: {", ".join(bad)}; the optimizer has not stepped. '
+        f'step {step}: {", ".join(bad)}, but each loss must be finite and '
+        f'below {limit:g} (model.max_loss); the optimizer has not stepped. '
         f'{_suspect(model, batch_inputs, batch_data_samples)}\n  images: '
         f'{", ".join(map(str, images))}\n  {saved}\n  What to do: check '
         'these images and boxes, or train without --amp, and continue with '

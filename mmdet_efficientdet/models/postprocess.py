@@ -72,7 +72,9 @@ def suppress(bboxes: Tensor,
              sigma: float = 0.5,
              iou_threshold: float = 0.5,
              min_score: float = 0.001,
-             offset: Optional[int] = None) -> Tuple[Tensor, Tensor, Tensor]:
+             offset: Optional[int] = None,
+             method: str = 'gaussian',
+             class_agnostic: bool = False) -> Tuple[Tensor, Tensor, Tensor]:
     """Suppresses boxes that overlap a stronger box of the same class.
 
     Each step keeps the strongest box of the image and lowers the scores of
@@ -86,15 +88,21 @@ def suppress(bboxes: Tensor,
         bboxes (Tensor): ``(N, num, 4)``, xyxy pixels.
         scores (Tensor): ``(N, num)``, positive.
         labels (Tensor): ``(N, num)``.
-        max_per_img (int): Number of boxes to keep. Defaults to 100.
-        type (str): 'soft_nms' multiplies scores by ``exp(-IoU**2 / sigma)``
-            and drops boxes whose score falls below ``min_score``; 'nms' drops
-            boxes with an IoU above ``iou_threshold``. Defaults to 'soft_nms'.
-        sigma, iou_threshold, min_score (float): See ``type``.
+        max_per_img (int): Number of boxes to keep; all if it is negative.
+            Defaults to 100.
+        type (str): 'soft_nms' multiplies scores as ``method`` says and drops
+            boxes whose score falls below ``min_score``; 'nms' drops boxes
+            with an IoU above ``iou_threshold``. Defaults to 'soft_nms'.
+        sigma, iou_threshold, min_score (float): See ``type`` and ``method``.
         offset (int, optional): 1 if the sides of a box include its last
             pixel, else 0. Defaults to 1 for 'soft_nms', as in the official
             NumPy code, and to 0 for 'nms', as in TensorFlow's operator; the
             official hard suppression in NumPy has 1.
+        method (str): Of 'soft_nms': 'gaussian' multiplies by ``exp(-IoU**2 /
+            sigma)``, 'linear' by ``1 - IoU`` from ``iou_threshold`` on, as
+            mmcv does. Defaults to 'gaussian'.
+        class_agnostic (bool): Whether boxes suppress those of other classes,
+            too. Defaults to False.
 
     Returns:
         tuple[Tensor]: Boxes ``(N, max, 4)``, scores and labels ``(N, max)``,
@@ -102,15 +110,18 @@ def suppress(bboxes: Tensor,
         slot without a box is 0.
 
     Raises:
-        ValueError: If ``type`` is unknown.
+        ValueError: If ``type`` or ``method`` is unknown.
     """
     # TorchScript has neither the conversion !r nor module-level constants.
-    if type != 'soft_nms' and type != 'nms':
-        raise ValueError(f"nms type '{type}' is unknown; write one of "
-                         "'soft_nms', 'nms'")
-    soft = type == 'soft_nms'
+    if type not in ['soft_nms', 'nms'] or method not in ['gaussian', 'linear']:
+        raise ValueError(f"nms type '{type}' must be one of 'soft_nms', 'nms',"
+                         f" and method '{method}' of 'gaussian', 'linear'")
+    kind = method if type == 'soft_nms' else 'hard'
     if offset is None:
-        offset = 1 if soft else 0
+        offset = 0 if kind == 'hard' else 1
+    if max_per_img < 0:
+        max_per_img = scores.shape[1]
+    groups = torch.zeros_like(labels) if class_agnostic else labels
     start, end = bboxes.permute(2, 0, 1).contiguous().split(2)  # (2, N, num)
     sides = end - start + offset
     areas = sides[0] * sides[1]
@@ -118,8 +129,8 @@ def suppress(bboxes: Tensor,
     kept = scores[:, :0]
     index = torch.zeros_like(kept, dtype=torch.long)
     for _ in range(min(max_per_img, scores.shape[1])):
-        best_score, best, rest = suppress_step(start, end, areas, rest, labels,
-                                               soft, sigma, iou_threshold,
+        best_score, best, rest = suppress_step(start, end, areas, rest, groups,
+                                               kind, sigma, iou_threshold,
                                                min_score, offset)
         kept = torch.cat([kept, best_score], 1)
         index = torch.cat([index, best], 1)
@@ -128,7 +139,7 @@ def suppress(bboxes: Tensor,
 
 
 def suppress_step(start: Tensor, end: Tensor, areas: Tensor, scores: Tensor,
-                  labels: Tensor, soft: bool, sigma: float,
+                  labels: Tensor, kind: str, sigma: float,
                   iou_threshold: float, min_score: float,
                   offset: int) -> Tuple[Tensor, Tensor, Tensor]:
     """Takes the strongest box of each image and lowers its class's scores.
@@ -139,7 +150,8 @@ def suppress_step(start: Tensor, end: Tensor, areas: Tensor, scores: Tensor,
         areas (Tensor): ``(N, num)``.
         scores (Tensor): ``(N, num)``, 0 for boxes that are out.
         labels (Tensor): ``(N, num)``.
-        soft (bool): Whether scores decay; else boxes are dropped.
+        kind (str): How scores decay, 'gaussian' or 'linear', or 'hard', which
+            drops boxes.
         sigma, iou_threshold, min_score, offset: See :func:`suppress`.
 
     Returns:
@@ -154,11 +166,14 @@ def suppress_step(start: Tensor, end: Tensor, areas: Tensor, scores: Tensor,
     inter = sides[0] * sides[1]
     # Boxes that overflow give inf / inf and overlap nothing.
     iou = (inter / (areas + areas.gather(1, best) - inter)).nan_to_num(0.)
-    if soft:
-        weaker = scores * torch.exp(iou.square() / -sigma)
-        weaker = weaker.masked_fill_(weaker < min_score, 0)
-    else:
+    if kind == 'hard':
         weaker = scores.masked_fill(iou > iou_threshold, 0)
+    else:
+        decay = torch.exp(iou.square() / -sigma)
+        if kind == 'linear':
+            decay = 1 - iou.masked_fill(iou < iou_threshold, 0)
+        weaker = scores * decay
+        weaker = weaker.masked_fill_(weaker < min_score, 0)
     same_class = labels == labels.gather(1, best)
     scores = torch.where(same_class, weaker, scores)
     return best_score, best, scores.scatter_(1, best, 0)

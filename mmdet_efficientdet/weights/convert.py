@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.efficientdet import CLASS_PREDICTOR
 from ..registry import MODELS
-from ..scaling import SCALING, scale_config
+from ..scaling import BACKBONES, SCALING, scale_config
 from ..utils import write_file
 from .conventions import adopt_conventions, conventions
 from .matching import match
@@ -147,7 +147,10 @@ def _fitting_sizes(source: Source, layout: Layout, config: Config,
                    averages: bool) -> List[str]:
     """The sizes whose model, or backbone, the weights fit."""
     sizes = []
-    for size in SCALING:
+    sides = {n for x in source.tensors.values() for n in x.shape}
+    for size, row in SCALING.items():
+        if not sides.issuperset(BACKBONES[row.backbone][0]):
+            continue  # spares building most of the models
         other = copy.deepcopy(config)
         scale_config(other, size)
         signature = model_signature(build_on_meta(other))

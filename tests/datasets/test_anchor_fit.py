@@ -112,6 +112,8 @@ def test_boxes_are_scaled_as_in_testing():
     more = scale(128, type='Resize', scale_factor=1.5, keep_ratio=True)
     assert more.boxes.tolist() == [[15, 30, 45, 60]]
     assert more.inputs.tolist() == [[256, 256]]
+    whole = scale((192, 128), type='Resize', scale=(64, 64), keep_ratio=True)
+    assert whole.inputs.tolist() == [[192, 128]]
     wide = scale(1, type='Resize', scale=(256, 96), keep_ratio=False)
     assert wide.boxes.tolist() == [[20, 20, 60, 40]]
     assert wide.inputs.tolist() == [[96, 256]]

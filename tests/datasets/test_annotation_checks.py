@@ -123,6 +123,10 @@ FAULTS = dict(
                  'ERROR', "'Red'"),
     num_classes=(lines('model = dict(bbox_head=dict(num_classes=5))'), 'ERROR',
                  'num_classes=5'),
+    misread=(lines("train_dataloader['dataset']['pipeline'] = ["
+                   '*_base_.train_pipeline[:-1], dict(type="YOLOXHSVRandomAug"'
+                   '), _base_.train_pipeline[-1]]'), 'ERROR',
+             'YOLOXHSVRandomAug'),
     category_id=(entry('category_id', 0, 5), 'WARNING', '5 boxes'),
     class_order=(other_order, 'ERROR', "('blue', 'green', 'red')"),
     evaluator=(evaluated_on(lambda images: renamed(images, '9_')), 'ERROR',

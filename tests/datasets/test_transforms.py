@@ -1,4 +1,7 @@
 """Resizing, cropping and padding against the official rules."""
+import copy
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,8 @@ from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from oracles import official_numpy as official
 
-from mmdet_efficientdet.datasets.transforms import ResizeCrop, scaled_size
+from mmdet_efficientdet.datasets.transforms import (UINT8, ResizeCrop,
+                                                    misreading, scaled_size)
 
 FIT = (1.0, 1.0)
 # An image and what TensorFlow 2.15 makes of it, half-pixel and legacy:
@@ -173,9 +177,24 @@ def test_boxes_follow_the_cut_off_size():
         [0, 0, 511, 341])
     assert results['gt_bboxes'].tensor[1].tolist() == pytest.approx(
         [10 * 0.8, 20 * factor, 300 * 0.8, 400 * factor])
-    assert results['scale_factor'] == pytest.approx((0.8, 0.8))
+    assert results['scale_factor'] == (0.8, factor)
     assert results['img_shape'] == (341, 512)
     assert results['keep_ratio'] is True
+
+
+@pytest.mark.parametrize('shape', [(100, 4000), (4000, 100), (3, 5000),
+                                   (427, 640)])
+def test_the_way_back(shape):
+    """A box divided by the factors is the box that it was.
+
+    One scale for both axes would leave an IoU of 0.78 at 4000x100.
+    """
+    height, width = shape
+    box = [0.2 * width, 0.1 * height, 0.7 * width, 0.9 * height]
+    results = ResizeCrop(512)(sample(height, width, [box]))
+    back = results['gt_bboxes'].tensor / torch.tensor(
+        results['scale_factor']).repeat(2)
+    torch.testing.assert_close(back, torch.tensor([box]))
 
 
 def test_boxes_follow_the_pixels():
@@ -429,3 +448,126 @@ def test_colours(model_cfg, name, expected):
     inputs, _ = preprocess(model_cfg(name).data_preprocessor, image)
     assert inputs.amin((1, 2)).tolist() == pytest.approx(expected)
     assert inputs.amax((1, 2)).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('half_pixel_centers', [True, False])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
+def test_pictures_keep_their_type(dtype, half_pixel_centers):
+    """With to_float32=False, rounded; the default is float32."""
+    image = sample(60, 80)['img'].astype(dtype)
+    kept, default = (
+        ResizeCrop(47, FIT, half_pixel_centers, **kwargs)(dict(img=image))
+        for kwargs in (dict(to_float32=False), {}))
+    assert kept['img'].dtype == dtype and default['img'].dtype == np.float32
+    np.testing.assert_allclose(
+        kept['img'], default['img'], atol=0.5 * (dtype != np.float32))
+    assert (default['img'] % 1).any()
+
+
+# What a transform of the host needs to be built.
+ARGS = dict(
+    CutOut=dict(n_holes=3, cutout_shape=(8, 8)),
+    FixScaleResize=dict(scale=(32, 48)),
+    FixShapeResize=dict(width=32, height=48),
+    MixUp=dict(img_scale=(64, 64)),
+    Mosaic=dict(img_scale=(64, 64)),
+    Normalize=dict(mean=[1, 2, 3], std=[4, 5, 6]),
+    Pad=dict(size=(80, 80)),
+    RandomChoiceResize=dict(scales=[(32, 48)]),
+    RandomCrop=dict(crop_size=(32, 32)),
+    RandomErasing=dict(n_patches=2, ratio=.3),
+    RandomFlip=dict(prob=.5),
+    RandomGrayscale=dict(prob=.5),
+    RandomResize=dict(scale=(32, 48), ratio_range=(.5, 2.)),
+    Resize=dict(scale=(32, 48)),
+    ResizeShortestEdge=dict(scale=32))
+# Need a package that is not installed, or more than one picture; of these,
+# Albu and Corrupt are for uint8.
+UNTESTED = ('Albu', 'CopyPaste', 'Corrupt', 'InstaBoost', 'MixUp')
+
+
+def outcome(transform, dtype, seed):
+    """A picture after a transform; an exception, if there is none."""
+    random.seed(seed)
+    np.random.seed(seed)
+
+    def loaded():
+        image = np.random.default_rng(0).integers(60, 200, (64, 64, 3))
+        image[10:40, 20:50] //= 2
+        return {
+            **sample(64, 64, [(4, 5, 40, 50), (20, 20, 60, 62)]), 'img':
+            image.astype(dtype),
+            'img_shape': (64, 64),
+            'scale_factor': (1.0, 1.0)
+        }
+
+    try:
+        results = copy.deepcopy(transform)(
+            dict(loaded(), mix_results=[loaded() for _ in range(3)]))
+        return np.asarray(results['img'], float)
+    except Exception as error:
+        return error
+
+
+def test_all_transforms_of_the_host():
+    """Those that do otherwise with float32 than with uint8 are known."""
+    kinds = {**TRANSFORMS.parent.module_dict, **TRANSFORMS.module_dict}
+    misread, tested = set(), set()
+    for name, kind in kinds.items():
+        if not kind.__module__.startswith(('mmdet.', 'mmcv.')):
+            continue
+        try:
+            transform = kind(**ARGS.get(name, {}))
+        except Exception:  # wrappers, and what needs other packages
+            continue
+        for seed in range(8):
+            integers, floats = (
+                outcome(transform, dtype, seed)
+                for dtype in (np.uint8, np.float32))
+            if isinstance(integers, Exception):  # not for a loaded picture
+                break
+            tested.add(name)
+            if isinstance(floats,
+                          Exception) or abs(integers - floats).mean() > 1:
+                misread.add(name)
+    assert len(tested) > 40 and not tested & set(UNTESTED)
+    assert misread == set(UINT8) - set(UNTESTED)
+
+
+HSV = dict(type='YOLOXHSVRandomAug')
+CROP = dict(type='mmdet_efficientdet.ResizeCrop', image_size=64)
+
+
+@pytest.mark.parametrize('pipeline, names', [
+    ([CROP, HSV], ['YOLOXHSVRandomAug']),
+    ([HSV, CROP], []),
+    ([dict(CROP, to_float32=False), HSV], []),
+    ([CROP, dict(type='PhotoMetricDistortion'), dict(type='RandomFlip')], []),
+    ([CROP, dict(type='RandomApply', transforms=[HSV]),
+      dict(type='mmdet.Albu', transforms=[dict(type='Blur')])],
+     ['YOLOXHSVRandomAug', 'Albu']),
+    ([dict(CROP, type=ResizeCrop),
+      dict(type=TRANSFORMS.get('Posterize'))], ['Posterize']),
+    ([HSV, dict(type='Resize', scale=(64, 64))], []),
+])  # yapf: disable
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_misreading_transforms(pipeline, names, wrapped):
+    """Behind ResizeCrop, inside other transforms and other datasets."""
+    dataset = dict(type='CocoDataset', pipeline=pipeline)
+    if wrapped:
+        dataset = dict(type='RepeatDataset', times=2, dataset=dataset)
+    assert misreading(dataset) == names
+
+
+def test_in_the_place_of_the_hosts_resize():
+    """As in RTMDet's recipe: colours come out as from its own Resize."""
+    image = np.full((96, 96, 3), (180, 60, 30), np.uint8)
+    means = []
+    for resize in (dict(type='Resize', scale=(64, 64)),
+                   dict(CROP, ratio_range=FIT, to_float32=False), CROP):
+        np.random.seed(0)
+        results = TRANSFORMS.build(resize)(dict(img=image))
+        np.random.seed(0)
+        means.append(TRANSFORMS.build(HSV)(results)['img'].mean((0, 1)))
+    np.testing.assert_allclose(means[1], means[0], atol=1)
+    assert abs(means[2] - means[0]).max() > 20

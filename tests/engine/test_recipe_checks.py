@@ -35,6 +35,8 @@ from mmdet_efficientdet.engine.recipe_checks import (check_last_batch,
     ({'train_dataloader.batch_size': 5,
       'train_dataloader.batch_sampler': dict(batch_size=4)}, 1, True),
     ({'model.data_preprocessor.pad_size_divisor': 256}, 1, False),
+    ({'model.data_preprocessor.pad_size_divisor': (64, 256)}, 1, False),
+    ({'model.data_preprocessor.pad_size_divisor': (64, 128)}, 1, True),
     ({'train_cfg': dict(max_iters=3)}, 1, False),
     ({'train_cfg': dict(max_iters=5)}, 1, True),
     ({'train_dataloader.dataset.pipeline': [

@@ -6,13 +6,16 @@ import pytest
 import torch
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.loss import loss_fn
+from mmdet.models import losses as host_losses
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from oracles import official_numpy as official
 from oracles.official_numpy import YX
 from torch import nn
+from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
+from mmdet_efficientdet.models.anchors import AnchorGenerator, anchor_targets
 from mmdet_efficientdet.models.efficientdet_head import EfficientDetHead
 
 PAIRS = official.PAIRS
@@ -556,3 +559,150 @@ def test_without_norm():
     head = EfficientDetHead(2, 4, num_levels=2, norm_cfg=None)
     assert not [k for k in head.state_dict() if 'norm' in k]
     head(make_feats(4, (16, 16), 2))
+
+
+def test_losses_of_boxes():
+    """With reg_decoded_bbox, boxes in pixels are compared at positives."""
+    size, box = (128, 192), [(20., 30., 60., 64.)]
+    for kind, formula in (('GIoULoss', generalized_box_iou_loss),
+                          ('DIoULoss', distance_box_iou_loss)):
+        head = EfficientDetHead(
+            3, 4, reg_decoded_bbox=True, loss_bbox=dict(type=kind))
+        cls_scores, bbox_preds = outputs(head, size, batch=2)
+        bbox_preds = [
+            torch.randn(x.shape).mul(0.2).requires_grad_() for x in bbox_preds
+        ]
+        truths = [truth(box), truth()]
+        loss = losses(head, (cls_scores, bbox_preds), truths, size)
+        anchors = torch.cat(
+            head.prior_generator.grid_priors([x.shape[2:] for x in cls_scores],
+                                             size))
+        positive = anchor_targets(anchors, [truths[0].bboxes],
+                                  [truths[0].labels], 3,
+                                  head.bbox_coder)[0][0] < 3
+        preds = head.bbox_coder.decode(anchors, flat(bbox_preds, 4)[0])
+        num = int(positive.sum())
+        expected = formula(preds[positive], truths[0].bboxes.expand(num, -1))
+        torch.testing.assert_close(loss['loss_bbox'],
+                                   expected.sum() / (num + 1))
+        grads = torch.autograd.grad(loss['loss_bbox'], bbox_preds)
+        moved = flat(grads, 4).any(-1)
+        assert torch.equal(moved[0], positive) and not moved[1].any()
+        # A good prediction costs nothing, whatever is predicted elsewhere.
+        deltas = head.bbox_coder.encode(anchors, truths[0].bboxes) + 1e-6
+        deltas = torch.where(positive[:, None], deltas, 1e4)
+        maps, start = [], 0
+        for x in bbox_preds:
+            end = start + x[0].numel() // 4
+            part = deltas[start:end].view(*x.shape[2:], -1).permute(2, 0, 1)
+            maps.append(part[None].repeat(2, 1, 1, 1))
+            start = end
+        loss = losses(head, (cls_scores, maps), truths, size)
+        assert abs(loss['loss_bbox']) < 1e-5
+        # Without boxes the box net still gets its gradient of zero.
+        loss = losses(head, (cls_scores, bbox_preds), [truth()] * 2, size)
+        assert loss['loss_bbox'] == 0 and loss['loss_bbox'].requires_grad
+
+
+HOST_LOSSES = sorted(name for name, kind in vars(host_losses).items()
+                     if isinstance(kind, type) and name in MODELS.module_dict)
+
+
+@pytest.mark.parametrize('decoded', [False, True])
+@pytest.mark.parametrize('part', ['loss_cls', 'loss_bbox'])
+@pytest.mark.parametrize('name', HOST_LOSSES)
+def test_each_loss_of_the_host(name, part, decoded):
+    """It trains, or is refused by its name with the ones that can be used."""
+    kind = dict(
+        type=name, use_sigmoid=True) if part == 'loss_cls' else dict(type=name)
+    usable = name in ('FocalLoss', 'CrossEntropyLoss') if part == 'loss_cls' \
+        else decoded and name.endswith('IoULoss') or name in (
+            'SmoothL1Loss', 'L1Loss', 'BalancedL1Loss', 'MSELoss')
+    args = {part: kind, 'reg_decoded_bbox': decoded}
+    if not usable:
+        with pytest.raises(ValueError) as error:
+            EfficientDetHead(3, 4, **args)
+        for word in (f'{part}={name}', 'FocalLoss'
+                     if part == 'loss_cls' else 'reg_decoded_bbox=True'):
+            assert word in str(error.value)
+        return
+    head = EfficientDetHead(3, 4, **args)
+    head.init_weights()
+    outs = head(make_feats(4, (64, 64), batch=2))
+    loss = losses(head, outs, [truth([(5, 5, 40, 50)]), truth()], (64, 64))
+    sum(loss.values()).backward()
+    assert all(0 < value < 1e5 for value in loss.values())
+    for net in (head.conv_cls, head.conv_reg):
+        assert net.pointwise.weight.grad.isfinite().all()
+        assert net.pointwise.weight.grad.any()
+
+
+def test_own_parts_are_not_refused():
+    """Losses and task units of users have names that nobody knows."""
+
+    class MyIoULoss(host_losses.SmoothL1Loss):
+        pass
+
+    class MyAnchors(AnchorGenerator):
+        pass
+
+    head = EfficientDetHead(
+        3,
+        4,
+        loss_bbox=dict(type=MyIoULoss),
+        anchor_generator=dict(type=MyAnchors, octave_base_scale=3.0))
+    assert type(head.loss_bbox) is MyIoULoss
+    assert head.prior_generator.octave_base_scale == 3.0
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(train_cfg=dict(assigner=dict(type='MaxIoUAssigner'))),
+     ('train_cfg', 'assigner', 'None')),
+    (dict(loss_cls=dict(type='CrossEntropyLoss')),
+     ('CrossEntropyLoss', 'use_sigmoid=True', 'background')),
+    (dict(loss_cls=dict(type='FocalLoss', use_sigmoid=False)),
+     ("'use_sigmoid': False", 'use_sigmoid=True')),
+    (dict(test_cfg=dict(nms_post=100)), ('nms_post', 'nms_pre', 'clip_boxes')),
+    (dict(test_cfg=dict(nms=dict(type='nms', iou_thr=0.5))),
+     ('iou_thr', 'test_cfg.nms', 'iou_threshold', 'class_agnostic')),
+    (dict(test_cfg=dict(nms=dict(type='soft_nms', split_thr=100))),
+     ('split_thr', 'test_cfg.nms', 'sigma')),
+    (dict(test_cfg=dict(nms=dict(type='fast_nms'))),
+     ('fast_nms', "'soft_nms', 'nms'")),
+    (dict(test_cfg=dict(nms=dict(type='soft_nms', method='naive'))),
+     ('naive', "'gaussian', 'linear'")),
+    (dict(test_cfg=dict(nms=None)), ('test_cfg.nms=None', 'a dict')),
+    (dict(anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4,
+                                scales_per_octave=3, aspect_pairs=[(1, 1)])),
+     ('anchor_generator=AnchorGenerator',
+      'mmdet_efficientdet.AnchorGenerator')),
+    (dict(anchor_generator=dict(type='AnchorGenerator', scales=[8],
+                                ratios=[1.0], strides=[8, 16, 32, 64, 128])),
+     ('anchor_generator=AnchorGenerator',
+      'mmdet_efficientdet.AnchorGenerator')),
+    (dict(bbox_coder=dict(type='mmdet.DeltaXYWHBBoxCoder')),
+     ('bbox_coder=DeltaXYWHBBoxCoder', 'mmdet_efficientdet.AnchorBoxCoder')),
+])  # yapf: disable
+def test_settings_are_refused(settings, words):
+    """At construction: what is given, what is allowed, and the way out."""
+    with pytest.raises(ValueError) as error:
+        EfficientDetHead(3, 4, **settings)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_settings_of_the_host_work():
+    """What a RetinaNet of the host has in its test_cfg."""
+    head = EfficientDetHead(
+        3,
+        4,
+        test_cfg=dict(
+            nms_pre=1000,
+            min_bbox_size=0,
+            score_thr=0.05,
+            nms=dict(type='nms', iou_threshold=0.5, class_agnostic=False),
+            max_per_img=-1))
+    found, = head.predict_by_feat(
+        *outputs(head, (128, 128), logit=0.0),
+        batch_img_metas=[dict(batch_input_shape=(128, 128))])
+    assert len(found) > 100

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import batch, new_model
-from helpers.tiny_data import LITE0, files_up_to, run_tool
+from helpers.tiny_data import (LITE0, files_up_to, make_dataset, run_tool,
+                               write_config)
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 
+from mmdet_efficientdet.models.efficientdet_head import EfficientDetHead
 from mmdet_efficientdet.models.loss_guard import NonFiniteLossError
+from mmdet_efficientdet.scaling import SCALING
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +27,8 @@ def model():
 @pytest.mark.parametrize('fault, words', [('image', 'images contain'),
                                           ('box', 'boxes contain'),
                                           ('weight', 'neck.'),
-                                          ('scale', 'are finite')])
+                                          ('scale', 'are finite'),
+                                          ('growth', 'are finite')])
 def test_guard(fault, words, model, tmp_path, monkeypatch):
     """Nothing is learned from a NaN; the message tells where it came from."""
     data = model.data_preprocessor(
@@ -44,7 +48,8 @@ def test_guard(fault, words, model, tmp_path, monkeypatch):
         words = f'{name} is not finite'
         weight.data.view(-1)[0] = np.nan
     else:
-        monkeypatch.setattr(model.bbox_head.loss_bbox, 'loss_weight', np.inf)
+        weight = np.inf if fault == 'scale' else 1e6
+        monkeypatch.setattr(model.bbox_head.loss_bbox, 'loss_weight', weight)
     hub = MessageHub.get_instance(f'guard {fault}')
     hub.update_info('iter', 41)
     hub.update_info('work_dir', str(tmp_path))
@@ -52,7 +57,7 @@ def test_guard(fault, words, model, tmp_path, monkeypatch):
         model.loss(inputs, samples)
     path = tmp_path / 'nonfinite_step_42_rank_0.pth'
     for part in (words, '0.jpg, 1.jpg', str(path), '--amp', 'learning rate',
-                 'load_from', '--resume'):
+                 'load_from', '--resume', 'below 10000', 'model.max_loss'):
         assert part in str(info.value)
     assert ('loss_cls=' in str(info.value)) == (fault in ('image', 'weight'))
     saved = torch.load(path, weights_only=True)
@@ -66,6 +71,53 @@ def test_guard(fault, words, model, tmp_path, monkeypatch):
             found['bboxes'], sample.gt_instances.bboxes, equal_nan=True)
         assert found['labels'].equal(sample.gt_instances.labels)
     model.load_state_dict(before)
+
+
+def test_limit(model, monkeypatch):
+    """It can be set; a training that goes on is far below the default."""
+    data = model.data_preprocessor(
+        batch((128, 128), (128, 128), num_classes=2), True)
+    args = data['inputs'], data['data_samples']
+    terms = {k: v.item() for k, v in model.loss(*args).items()}
+    assert 0 < sum(terms.values()) < 100
+    monkeypatch.setattr(model, 'max_loss', terms['loss_bbox'])
+    MessageHub.get_instance('limit').update_info('work_dir', os.devnull)
+    with pytest.raises(NonFiniteLossError, match='loss_bbox='):
+        model.loss(*args)
+    monkeypatch.setattr(model, 'max_loss', np.inf)
+    monkeypatch.setattr(model.bbox_head.loss_bbox, 'loss_weight', 1e9)
+    assert model.loss(*args)['loss_bbox'] > 1e6
+
+
+@pytest.mark.parametrize('name, num_classes', [('d0', 1203), ('d7x', 90)])
+def test_no_sound_training_meets_the_limit(name, num_classes):
+    """The largest loss that it starts with, of 16 images without objects."""
+    row = SCALING[name]
+    cells = sum((-(-row.image_size // 2**level))**2
+                for level in range(3, row.max_level + 1))
+    head = EfficientDetHead(num_classes, 4)
+    head.init_weights()
+    prior = head.conv_cls.pointwise.bias[:1, None]
+    term = head.loss_cls(prior, torch.tensor([1]), avg_factor=1.0)
+    assert 2e3 < 16 * 9 * cells * num_classes * term < 1e4
+
+
+@pytest.mark.slow
+def test_diverging_training_stops(tmp_path):
+    """A loss that grows without end stays finite if gradients are clipped."""
+    root = make_dataset(tmp_path / 'data')
+    config = write_config(tmp_path / 'config.py', root)
+    done = run_tool(
+        'train.py',
+        config,
+        '--cfg-options',
+        'optim_wrapper.optimizer.lr=1e3',
+        'train_cfg.max_epochs=9',
+        'train_cfg.val_interval=9',
+        cwd=tmp_path)
+    assert done.code == 1
+    assert 'loss_bbox=' in done.output and 'below 10000' in done.output
+    assert 'nan' not in done.output.rsplit('NonFiniteLossError', 1)[1]
 
 
 def test_guard_comes_before_the_step(model, tmp_path):

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from mmcv.ops import soft_nms
 from mmdet.structures import DetDataSample
 from oracles import official_numpy as official
 from oracles.official_numpy import YX
@@ -244,10 +245,59 @@ def test_suppress_batch_equals_single(kind):
             assert torch.equal(a[i], b[0])
 
 
-def test_unknown_type_raises():
+@pytest.mark.parametrize('key, value, known', [
+    ('type', 'fast_nms', "'soft_nms', 'nms'"),
+    ('method', 'naive', "'gaussian', 'linear'"),
+])
+def test_unknown_type_raises(key, value, known):
     """The known ones are named."""
-    with pytest.raises(ValueError, match="'fast_nms'.*'soft_nms', 'nms'"):
-        suppress(*tensors(*random_candidates(0, 5, 1)), type='fast_nms')
+    with pytest.raises(ValueError, match=f"{key} '{value}'.*{known}"):
+        suppress(*tensors(*random_candidates(0, 5, 1)), **{key: value})
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('threshold, min_score', [(0.3, 0.001), (0.5, 0.05)])
+def test_linear_decay_equals_mmcv(seed, offset, threshold, min_score):
+    """Same boxes, order and scores as of the host's operator."""
+    boxes, _, labels = random_candidates(seed, 200, 1)
+    # Distinct, and none too weak, since mmcv drops even the first of a class.
+    scores = np.linspace(1, 1.1 * min_score, 200, dtype=np.float32)
+    settings = dict(
+        iou_threshold=threshold,
+        min_score=min_score,
+        method='linear',
+        offset=offset)
+    expected, _ = soft_nms(boxes, scores, **settings)
+    rows = as_rows(suppress(*tensors(boxes, scores, labels), 200, **settings))
+    assert 20 < len(expected) == len(rows)
+    np.testing.assert_allclose(rows[:, :5], expected, rtol=1e-4)
+    gaussian = as_rows(suppress(*tensors(boxes, scores, labels), 200))
+    assert not np.allclose(gaussian[:20, 4], rows[:20, 4])
+
+
+@pytest.mark.parametrize('kind', ['soft_nms', 'nms'])
+def test_class_agnostic(kind):
+    """As if all were of one class; each keeps its label."""
+    boxes, scores, labels = tensors(*random_candidates(2, 200, 5))
+    rows = as_rows(
+        suppress(boxes, scores, labels, type=kind, class_agnostic=True))
+    alone = as_rows(suppress(boxes, scores, 0 * labels, type=kind))
+    np.testing.assert_array_equal(rows[:, :5], alone[:, :5])
+    by_box = {tuple(box.tolist()): label
+              for box, label in zip(boxes[0], labels[0])}  # yapf: disable
+    assert [by_box[tuple(row[:4])] for row in rows] == rows[:, 5].tolist()
+    assert len(as_rows(suppress(boxes, scores, labels,
+                                type=kind))) > 100 * (kind == 'soft_nms') - 1
+    assert len(set(rows[:, 5])) == 5
+
+
+def test_all_boxes_are_kept():
+    """A negative max_per_img stands for no limit, as in the host."""
+    candidates = tensors(*random_candidates(0, 300, 50, 3000.))
+    rows = as_rows(suppress(*candidates, -1))
+    assert len(rows) > 200
+    np.testing.assert_array_equal(rows, as_rows(suppress(*candidates, 300)))
 
 
 @pytest.mark.parametrize('kind', ['soft_nms', 'nms'])
@@ -311,6 +361,8 @@ SUPPRESSIONS = [
     dict(max_per_img=7, sigma=0.3, min_score=0.05, offset=0),
     dict(type='nms'),
     dict(max_per_img=150, type='nms', iou_threshold=0.3, offset=1),
+    dict(method='linear', iou_threshold=0.3, offset=0),
+    dict(class_agnostic=True),
 ]
 
 
@@ -384,9 +436,13 @@ def predictions(batch=1, num_classes=4, spread=2.0):
     ], [torch.randn(batch, 36, *size) * 0.3 for size in SIZES])
 
 
-def predict(head, outs, scale=1.0, cfg=None, **kwargs):
-    metas = [dict(batch_input_shape=(128, 192), scale_factor=(scale, scale))
-             ] * len(outs[0][0])
+def predict(head, outs, scale=1.0, cfg=None, shapes=None, **kwargs):
+    metas = [
+        dict(
+            batch_input_shape=(128, 192),
+            scale_factor=(scale, scale),
+            **(shapes or {}))
+    ] * len(outs[0][0])
     return head.predict_by_feat(
         *outs, batch_img_metas=metas, cfg=cfg, **kwargs)
 
@@ -471,6 +527,65 @@ def test_one_scale_maps_back(scale):
     assert torch.equal(mapped.scores, plain.scores)
     assert plain.bboxes.min() < 0
     assert plain.bboxes[:, 2].max() > 192
+
+
+SHAPES = dict(img_shape=(100, 150), ori_shape=(250, 375, 3))
+
+
+@pytest.mark.parametrize('rescale, width, height', [(True, 375, 250),
+                                                    (False, 150, 100)])
+@pytest.mark.parametrize('with_nms', [True, False])
+def test_boxes_are_clipped(rescale, width, height, with_nms):
+    """To the image by default; nothing but the boxes changes."""
+    head, outs = EfficientDetHead(4, 8), predictions(2)
+    kwargs = dict(shapes=SHAPES, rescale=rescale, with_nms=with_nms)
+    official, all_clipped, results = (
+        predict(head, outs, 0.4, cfg, **kwargs)
+        for cfg in (dict(clip_boxes=False), dict(min_bbox_size=-1), None))
+    for clipped, plain, result in zip(all_clipped, official, results):
+        assert (plain.bboxes < 0).any() and (plain.bboxes > width).any()
+        limits = torch.tensor([width, height, width, height])
+        assert torch.equal(clipped.bboxes,
+                           plain.bboxes.clamp(min=0).minimum(limits))
+        assert (clipped.bboxes[:, 2:] >= clipped.bboxes[:, :2]).all()
+        assert torch.equal(clipped.scores, plain.scores)
+        assert torch.equal(clipped.labels, plain.labels)
+        # Boxes beyond the image are dropped by default.
+        inside = (clipped.bboxes[:, 2:] > clipped.bboxes[:, :2]).all(1)
+        assert not inside.all()
+        for key, value in result.items():
+            assert torch.equal(value, clipped[key][inside])
+
+
+def test_two_factors_map_back():
+    """Each axis has its own scale; without one, there was no resizing."""
+    head, outs = EfficientDetHead(4, 8), predictions()
+    plain, = predict(head, outs)
+    for meta, factors in ((dict(scale_factor=(0.5, 0.25)), [0.5, 0.25] * 2),
+                          (dict(), [1.0] * 4)):
+        mapped, = head.predict_by_feat(
+            *outs,
+            batch_img_metas=[dict(batch_input_shape=(128, 192), **meta)],
+            rescale=True)
+        torch.testing.assert_close(mapped.bboxes,
+                                   plain.bboxes / torch.tensor(factors))
+
+
+@pytest.mark.parametrize('clip', [True, False])
+def test_small_boxes_are_dropped(clip):
+    """Sides of the final boxes, in pixels, as in the host."""
+    head, outs = EfficientDetHead(4, 8), predictions()
+
+    def run(least):
+        cfg = dict(min_bbox_size=least, clip_boxes=clip)
+        return predict(head, outs, 0.4, cfg, SHAPES, rescale=True)[0]
+
+    plain = run(-1)
+    assert len(plain) == 100
+    shorter = (plain.bboxes[:, 2:] - plain.bboxes[:, :2]).amin(1)
+    for least in (0, shorter.median().item()):
+        for key, value in run(least).items():
+            assert torch.equal(value, plain[key][shorter > least])
 
 
 def test_predict_batch_equals_single():

@@ -65,6 +65,8 @@ from PIL import Image
 from terminaltables import GithubFlavoredMarkdownTable
 from torchvision.ops import box_iou
 
+from mmdet_efficientdet.datasets.transforms import scaled_size
+
 STEPS = ('nothing: same input, hard NMS in both',
          'effdet clips boxes, before NMS',
          'effdet resizes and pads by Pillow, in 8 bits',
@@ -109,6 +111,20 @@ def effdet_input(path, config):
         torch.tensor(source[key]).view(1, 3, 1, 1) * 255
         for key in ('mean', 'std'))
     return (x - mean) / std, info['img_scale']
+
+
+def official_detections(model, path):
+    """Our detections and the scale; as officially, one divides both axes.
+
+    Boxes are not clipped.
+    """
+    model.bbox_head.test_cfg.clip_boxes = False
+    found = inference_detector(model, path)
+    size = tuple(model.cfg.test_pipeline[1].image_size for _ in range(2))
+    scale = float(scaled_size(found.ori_shape, size)[0])
+    boxes = found.pred_instances.bboxes
+    boxes *= boxes.new_tensor(found.scale_factor).repeat(2) / scale
+    return found, scale
 
 
 def agreement(theirs, ours):
@@ -173,9 +189,9 @@ def compare(size, path, checkpoint=None, side=None):
     if not checkpoint:
         spread(weights, *theirs(inputs[0]))
         ours = our_network(weights, size, num_classes, side)
-    soft = inference_detector(ours, path)
+    soft, scale = official_detections(ours, path)
     ours.bbox_head.test_cfg.nms = dict(type='nms', iou_threshold=0.5)
-    hard = inference_detector(ours, path)
+    hard, scale = official_detections(ours, path)
     bench = effdet.DetBenchPredict(theirs)
 
     def detect(x, scale, clip=False, soft=False):
@@ -191,7 +207,7 @@ def compare(size, path, checkpoint=None, side=None):
                 img_scale=torch.tensor([scale]),
                 img_size=torch.tensor([[width, height]]).float()))[0]
 
-    same = inputs[0], 1 / hard.scale_factor[0]
+    same = inputs[0], 1 / scale
     own = effdet_input(path, theirs.config)
     steps = {
         STEPS[0]: (detect(*same), hard),
