@@ -6,12 +6,13 @@ norms into one pointwise convolution for each level, and fusion weights are
 numbers. It needs neither MMDetection nor MMCV, so everything that is deployed
 is made from it.
 """
+import json
 from typing import List, Optional, Sequence, Tuple
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 ACTIVATIONS = dict(
     SiLU=F.silu, ReLU6=F.relu6, ReLU=F.relu, Hardswish=F.hardswish)
@@ -60,19 +61,42 @@ class Conv(nn.Module):
         """``(N, C, H, W)`` to ``(N, C', ceil(H / stride), ceil(W / stride))``.
         """
         conv = self.conv
-        height, width = x.shape[-2:]
-        if conv.stride[0] == 2 and (height % 2 == 0 or width % 2 == 0):
-            # Of an even size, SAME pads one pixel less before it.
-            end = conv.kernel_size[0] // 2
-            top, left = end - 1 + height % 2, end - 1 + width % 2
-            x = F.conv2d(
-                F.pad(x, (left, end, top, end)), conv.weight, conv.bias, 2, 0,
-                1, conv.groups)
-        else:
-            x = conv(x)
+        weight, padding, convolve = conv.weight, conv.padding, F.conv2d
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if conv.stride[0] == 2:
+            # Before an even size, SAME pads one pixel less than after it.
+            top, left = (1 - size % 2 for size in x.shape[-2:])
+            if conv.groups > 1 and not traced:
+                # A row and a column of zeros save a padded copy of ``x``.
+                weight = F.pad(weight, (left, 0, top, 0))
+            elif top or left:
+                end = padding[0]
+                x = F.pad(x, (end - left, end, end - top, end))
+                padding = (0, 0)
+        if not traced and _writes_much(x, conv):
+            convolve = torch.mkldnn_convolution
+        x = convolve(
+            x,
+            weight,
+            conv.bias,
+            stride=conv.stride,
+            padding=padding,
+            dilation=conv.dilation,
+            groups=conv.groups)
         if hasattr(self, 'norm'):
             x = self.norm(x)
         return self.act(x, inplace=True) if self.act else x
+
+
+def _writes_much(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether oneDNN is faster than PyTorch's choice for one thread.
+
+    That is a product of matrices, which writes the result twice.
+    """
+    pixels = x.numel() // x.shape[1]
+    return (conv.kernel_size == (1, 1) and pixels * conv.out_channels >= 2**18
+            and x.device.type == 'cpu' and x.dtype == torch.float32
+            and torch.backends.mkldnn.is_available())
 
 
 class Block(nn.Module):
@@ -141,8 +165,8 @@ class Node(nn.Module):
         self.weights = tuple(weights)
         self.act = ACTIVATIONS[act] if act else None
         self.resample = nn.ModuleList(
-            nn.Identity() if width == channels else Conv(
-                width, channels, group_norm=group_norm)
+            nn.Identity() if width ==
+            channels else Conv(width, channels, group_norm=group_norm)
             for width in in_channels)
         self.depthwise = Conv(channels, channels, 3, 1, True, bias=False)
         self.pointwise = Conv(channels, channels, group_norm=group_norm)
@@ -219,14 +243,23 @@ class PlainNetwork(nn.Module):
         num_classes (int): Number of classes.
     """
 
-    def __init__(self, *, stem: int, blocks: Sequence[dict],
-                 out_blocks: Sequence[int], act: str,
-                 graph: Sequence[Tuple[int, list]], weights: Sequence,
-                 channels: int, num_levels: int, neck_act: Optional[str],
-                 head_act: Optional[str], neck_group_norm: Optional[Sequence],
-                 head_group_norm: Optional[Sequence], depth: int, num_anchors: int,
-                 num_classes: int) -> None:
+    def __init__(self, **settings) -> None:
         super().__init__()
+        self.settings = settings
+        self._build(**settings)
+        self.to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    def _build(self, *, stem: int, blocks: Sequence[dict],
+               out_blocks: Sequence[int], act: str,
+               graph: Sequence[Tuple[int, list]], weights: Sequence,
+               channels: int, num_levels: int, neck_act: Optional[str],
+               head_act: Optional[str], neck_group_norm: Optional[Sequence],
+               head_group_norm: Optional[Sequence], depth: int,
+               num_anchors: int, num_classes: int) -> None:
+        if not (2 <= num_levels <= 16 and 0 <= depth <= 16):
+            raise ValueError(f'num_levels={num_levels} must be 2 to 16 and '
+                             f'depth={depth} 0 to 16')
         self.stem = Conv(3, stem, 3, 2, act=act)
         self.blocks = nn.ModuleList(Block(**row, act=act) for row in blocks)
         self.out_blocks = list(out_blocks)
@@ -254,8 +287,6 @@ class PlainNetwork(nn.Module):
         self.cls_net, self.reg_net = (
             Net(channels, depth, num_levels, num_anchors * outputs, head_act,
                 head_group_norm) for outputs in (num_classes, 4))
-        self.to(memory_format=torch.channels_last)
-        self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
@@ -284,121 +315,34 @@ class PlainNetwork(nn.Module):
         return self.cls_net(feats), self.reg_net(feats)
 
 
-def plain_network(detector: nn.Module) -> PlainNetwork:
-    """The plain network of a detector, with copies of its weights.
+def save_plain(network: PlainNetwork, path: str) -> None:
+    """Writes a plain network into one safetensors file.
 
-    Args:
-        detector (EfficientDet): In any mode; it is not changed.
+    The file holds the weights and, as JSON in its metadata, the arguments of
+    :class:`PlainNetwork`. Reading it executes nothing.
+    """
+    weights = {k: v.contiguous() for k, v in network.state_dict().items()}
+    metadata = dict(plain_network=json.dumps(network.settings))
+    data = safetensors.torch.save(weights, metadata)
+    with open(path, 'wb') as file:
+        file.write(data)
+
+
+def load_plain(path: str) -> PlainNetwork:
+    """Reads what :func:`save_plain` has written.
 
     Raises:
-        ValueError: If an option of the detector has no plain form.
+        ValueError: If the file is no plain network or its weights do not fit.
     """
-    network = PlainNetwork(**describe(detector)).to(
-        next(detector.parameters()).device)
-    backbone, neck, head = detector.backbone, detector.neck, detector.bbox_head
-    fold(network.stem, backbone.stem.conv, backbone.stem.norm)
-    for plain, block in zip(network.blocks, backbone.blocks):
-        if block.with_expand_conv:
-            fold(plain.expand, block.expand_conv.conv, block.expand_conv.norm)
-        conv = block.depthwise_conv
-        fold(plain.depthwise, conv.conv, conv.norm)
-        if block.with_se:
-            fold(plain.squeeze, block.se.conv1.conv)
-            fold(plain.excite, block.se.conv2.conv)
-        fold(plain.project, block.linear_conv.conv, block.linear_conv.norm)
-    for plain, level in zip(network.extra_levels, neck.extra_levels):
-        if not isinstance(level, nn.Identity):
-            fold(plain, level.conv, level.norm)
-    for nodes, layer in zip(network.layers, neck.layers):
-        for plain, node in zip(nodes, layer.nodes):
-            for edge, resample in node.resamples.items():
-                fold(plain.resample[int(edge)], resample.conv, resample.norm)
-            fold(plain.depthwise, node.conv.depthwise)
-            fold(plain.pointwise, node.conv.pointwise, node.norm)
-    for plain, convs, norms, predictor in (
-        (network.cls_net, head.cls_convs, head.cls_norms, head.conv_cls),
-        (network.reg_net, head.reg_convs, head.reg_norms, head.conv_reg)):
-        for conv, depthwise in zip([*convs, predictor], plain.depthwise):
-            fold(depthwise, conv.depthwise)
-        for levels, conv, level_norms in zip(plain.pointwise, convs, norms):
-            for pointwise, norm in zip(levels, level_norms):
-                fold(pointwise, conv.pointwise, norm)
-        fold(plain.predictor, predictor.pointwise)
-    return network
-
-
-def describe(detector: nn.Module) -> dict:
-    """The arguments of :class:`PlainNetwork`, all of which JSON can hold."""
-    backbone, neck, head = detector.backbone, detector.neck, detector.bbox_head
-    nodes = [node for layer in neck.layers for node in layer.nodes]
-    if neck.add_extra_convs or any(
-            not hasattr(node.conv, 'depthwise')
-            or node.fusion.startswith('channel_') for node in nodes):
-        raise ValueError('add_extra_convs, separable_conv=False and the '
-                         "'channel_' fusions of BiFPN have no plain form")
-    return dict(
-        stem=backbone.stem.conv.out_channels,
-        blocks=[
-            dict(
-                in_channels=(block.expand_conv if block.with_expand_conv else
-                             block.depthwise_conv).conv.in_channels,
-                mid_channels=block.depthwise_conv.conv.in_channels,
-                out_channels=block.linear_conv.conv.out_channels,
-                kernel_size=block.depthwise_conv.conv.kernel_size[0],
-                stride=block.depthwise_conv.conv.stride[0],
-                squeeze=block.se.conv1.conv.out_channels
-                if block.with_se else 0) for block in backbone.blocks
-        ],
-        out_blocks=[backbone.level_ends[i] for i in backbone.out_indices],
-        act=_name(backbone.stem.activate),
-        graph=neck.layers[0].graph,
-        weights=[[
-            [1.0] * len(inputs) if node.fusion == 'sum' else
-            node.normalized_weights().tolist()
-            for node, (_, inputs) in zip(layer.nodes, layer.graph)
-        ] for layer in neck.layers],
-        channels=neck.out_channels,
-        num_levels=neck.num_outs,
-        neck_act=_name(nodes[0].act),
-        head_act=_name(head.act),
-        neck_group_norm=_group_norm(nodes[0].norm),
-        head_group_norm=_group_norm(head.cls_norms[0][0]),
-        depth=head.stacked_convs,
-        num_anchors=head.num_base_priors,
-        num_classes=head.cls_out_channels)
-
-
-def _name(act: nn.Module) -> Optional[str]:
-    """The key of an activation."""
-    name = type(act).__name__
-    name = dict(Swish='SiLU', Identity=None).get(name, name)
-    if name is not None and name not in ACTIVATIONS:
-        raise ValueError(f'the activation {name} has no plain form; use one '
-                         f'of {", ".join(ACTIVATIONS)}')
-    return name
-
-
-def _group_norm(norm: nn.Module) -> Optional[list]:
-    """Groups and eps of a norm that stays, None if it is folded."""
-    if isinstance(norm, nn.GroupNorm):
-        return [norm.num_groups, norm.eps]
-    if not isinstance(norm, (_BatchNorm, nn.Identity)):
-        raise ValueError(f'the norm {type(norm).__name__} has no plain form')
-
-
-@torch.no_grad()
-def fold(plain: Conv, conv: nn.Conv2d, norm: Optional[nn.Module] = None):
-    """Copies a convolution and its norm, in double precision if folded."""
-    weight = conv.weight.double()
-    bias = weight.new_zeros(len(weight)) if conv.bias is None \
-        else conv.bias.double()
-    if isinstance(norm, nn.GroupNorm):
-        plain.norm.load_state_dict(norm.state_dict())
-    elif isinstance(norm, _BatchNorm):
-        scale = norm.weight.double() / (norm.running_var.double() +
-                                        norm.eps).sqrt()
-        weight = weight * scale.view(-1, 1, 1, 1)
-        bias = (bias - norm.running_mean) * scale + norm.bias
-    plain.conv.weight.copy_(weight)
-    if plain.conv.bias is not None:
-        plain.conv.bias.copy_(bias)
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            settings = json.loads((file.metadata() or {})['plain_network'])
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+        with torch.device('meta'):  # takes no memory, whatever the settings
+            network = PlainNetwork(**settings)
+        network.load_state_dict(weights, assign=True)
+    except (safetensors.SafetensorError, ArithmeticError, LookupError,
+            RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is not a plain network that save_plain has '
+                         f'written: {error}') from error
+    return network.to(memory_format=torch.channels_last)
