@@ -79,7 +79,8 @@ def test_public_names():
     expected = [name for names in CLASSES.values() for name in names]
     assert sorted(mmdet_efficientdet.__all__) == sorted(
         expected +
-        ['__version__', 'SCALING', 'CompoundScaling', 'scale_config'])
+        ['__version__', 'SCALING', 'CompoundScaling', 'scale_config'] +
+        ['PlainNetwork', 'load_plain', 'plain_network', 'save_plain'])
 
 
 def test_prefix_is_enough(run):

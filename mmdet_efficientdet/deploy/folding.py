@@ -10,6 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .network import ACTIVATIONS, Conv, PlainNetwork
 
+PARTS = dict(
+    EfficientDet='',
+    EfficientNet='backbone',
+    BiFPN='neck',
+    EfficientDetHead='bbox_head')
+
 
 def plain_network(detector: nn.Module) -> PlainNetwork:
     """The plain network of a detector, with copies of its weights.
@@ -57,6 +63,11 @@ def plain_network(detector: nn.Module) -> PlainNetwork:
 
 def describe(detector: nn.Module) -> dict:
     """The arguments of :class:`PlainNetwork`, all of which JSON can hold."""
+    for name, part in PARTS.items():
+        kind = type(detector.get_submodule(part)).__name__
+        if kind != name:
+            raise ValueError(f'{part or "the detector"} of type {kind} has no '
+                             f'plain form; only {name} has one')
     backbone, neck, head = detector.backbone, detector.neck, detector.bbox_head
     nodes = [node for layer in neck.layers for node in layer.nodes]
     if neck.add_extra_convs or any(not hasattr(node.conv, 'depthwise')

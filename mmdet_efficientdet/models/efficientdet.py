@@ -8,6 +8,7 @@ from ..registry import MODELS
 from ..scaling import MIN_SIDE
 from .layers import NormEvalMixin
 from .loss_guard import check_finite
+from .plain_predict import PlainPredictMixin
 from .strict_loading import StrictLoading
 
 # The only layer whose weights depend on the classes.
@@ -15,7 +16,8 @@ CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'
 
 
 @MODELS.register_module()
-class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
+class EfficientDet(PlainPredictMixin, StrictLoading, NormEvalMixin,
+                   SingleStageDetector):
     """EfficientNet, BiFPN and the shared heads.
 
     Loading a checkpoint that does not fit raises an error, also in
@@ -29,6 +31,8 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         norm_eval (bool): Keeps all batch norms in evaluation mode while
             training, to fine-tune a trained detector with small batches.
             Scales and offsets are still learned. Defaults to False.
+        fast_predict (bool): Predicts with the folded network, see
+            :class:`PlainPredictMixin`. Defaults to True.
         kwargs: Further arguments of MMDetection's ``SingleStageDetector``.
     """
 
@@ -38,12 +42,14 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
                  bbox_head: dict,
                  with_cp: bool = False,
                  norm_eval: bool = False,
+                 fast_predict: bool = True,
                  **kwargs) -> None:
         parts = (backbone, neck, bbox_head)
         if with_cp:
             parts = [dict(part, with_cp=True) for part in parts]
         super().__init__(*parts, **kwargs)
         self.norm_eval = norm_eval
+        self.fast_predict = fast_predict
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """Returns the neck's features of images ``(N, 3, H, W)``.
