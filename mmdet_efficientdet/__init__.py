@@ -19,6 +19,8 @@ SCHEMES = {
     'timm://': 'load_from_timm'
 }
 
+DEPLOY = ('PlainNetwork', 'load_plain', 'plain_network', 'save_plain')
+
 try:
     import wrapt
     from mmengine.config.utils import MODULE2PACKAGE
@@ -54,6 +56,8 @@ def __getattr__(name: str):
         return __dir__()
     if name in scaling.__all__:
         return getattr(scaling, name)
+    if name in DEPLOY:
+        return getattr(import_module('.deploy', __name__), name)
     if name[0].isupper():
         for wing in _wings():
             if name in wing.__all__:
@@ -62,7 +66,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list:
-    return sorted({'__version__',
+    return sorted({'__version__', *DEPLOY,
                    *scaling.__all__}.union(*(wing.__all__
                                              for wing in _wings())))
 

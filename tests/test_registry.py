@@ -83,6 +83,7 @@ def test_public_names():
     expected = [name for names in CLASSES.values() for name in names]
     assert sorted(mmdet_efficientdet.__all__) == sorted(expected + [
         '__version__', 'SCALING', 'CompoundScaling', 'DetInferencer',
+        'PlainNetwork', 'load_plain', 'plain_network', 'save_plain',
         'scale_config'
     ])
 

@@ -8,6 +8,7 @@ from ..registry import MODELS
 from ..scaling import MIN_SIDE
 from .layers import NormEvalMixin, size_of
 from .loss_guard import check_finite
+from .plain_predict import PlainPredictMixin
 from .strict_loading import StrictLoading
 
 # The only layer whose weights depend on the classes.
@@ -15,7 +16,8 @@ CLASS_PREDICTOR = 'bbox_head.conv_cls.pointwise'
 
 
 @MODELS.register_module()
-class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
+class EfficientDet(PlainPredictMixin, StrictLoading, NormEvalMixin,
+                   SingleStageDetector):
     """EfficientNet, BiFPN and the shared heads.
 
     Loading a checkpoint that does not fit raises an error, also in
@@ -32,6 +34,8 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         max_loss (float): Training stops if a loss is not below it. A sound
             training starts with a few units, and with at most some thousands
             if no image of a batch has objects. Defaults to 1e4.
+        fast_predict (bool): Predicts with the folded network, see
+            :class:`PlainPredictMixin`. Defaults to True.
         kwargs: Further arguments of MMDetection's ``SingleStageDetector``.
     """
 
@@ -42,6 +46,7 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
                  with_cp: bool = False,
                  norm_eval: bool = False,
                  max_loss: float = 1e4,
+                 fast_predict: bool = True,
                  **kwargs) -> None:
         parts = (backbone, neck, bbox_head)
         if with_cp:
@@ -49,6 +54,7 @@ class EfficientDet(StrictLoading, NormEvalMixin, SingleStageDetector):
         super().__init__(*parts, **kwargs)
         self.norm_eval = norm_eval
         self.max_loss = max_loss
+        self.fast_predict = fast_predict
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """Returns the neck's features of images ``(N, 3, H, W)``.

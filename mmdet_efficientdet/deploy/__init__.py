@@ -1,0 +1,5 @@
+"""Trained detectors without MMDetection: this wing needs PyTorch alone."""
+from .folding import plain_network
+from .network import PlainNetwork, load_plain, save_plain
+
+__all__ = ['PlainNetwork', 'load_plain', 'plain_network', 'save_plain']

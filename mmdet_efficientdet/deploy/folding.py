@@ -1,0 +1,142 @@
+"""Makes the plain network of a trained detector.
+
+It only reads attributes and tensors, so it needs PyTorch alone.
+"""
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .network import ACTIVATIONS, Conv, PlainNetwork
+
+PARTS = dict(
+    EfficientDet='',
+    EfficientNet='backbone',
+    BiFPN='neck',
+    EfficientDetHead='bbox_head')
+
+
+def plain_network(detector: nn.Module) -> PlainNetwork:
+    """The plain network of a detector, with copies of its weights.
+
+    Args:
+        detector (EfficientDet): In any mode; it is not changed.
+
+    Raises:
+        ValueError: If an option of the detector has no plain form.
+    """
+    network = PlainNetwork(**describe(detector))
+    network.to(next(detector.parameters()))  # device and precision
+    backbone, neck, head = detector.backbone, detector.neck, detector.bbox_head
+    fold(network.stem, backbone.stem.conv, backbone.stem.norm)
+    for plain, block in zip(network.blocks, backbone.blocks):
+        if block.with_expand_conv:
+            fold(plain.expand, block.expand_conv.conv, block.expand_conv.norm)
+        conv = block.depthwise_conv
+        fold(plain.depthwise, conv.conv, conv.norm)
+        if block.with_se:
+            fold(plain.squeeze, block.se.conv1.conv)
+            fold(plain.excite, block.se.conv2.conv)
+        fold(plain.project, block.linear_conv.conv, block.linear_conv.norm)
+    for plain, level in zip(network.extra_levels, neck.extra_levels):
+        if not isinstance(level, nn.Identity):
+            fold(plain, level.conv, level.norm)
+    for nodes, layer in zip(network.layers, neck.layers):
+        for plain, node in zip(nodes, layer.nodes):
+            for edge, resample in node.resamples.items():
+                fold(plain.resample[int(edge)], resample.conv, resample.norm)
+            fold(plain.depthwise, node.conv.depthwise)
+            fold(plain.pointwise, node.conv.pointwise, node.norm)
+    for plain, convs, norms, predictor in ((network.cls_net, head.cls_convs,
+                                            head.cls_norms, head.conv_cls),
+                                           (network.reg_net, head.reg_convs,
+                                            head.reg_norms, head.conv_reg)):
+        for conv, depthwise in zip([*convs, predictor], plain.depthwise):
+            fold(depthwise, conv.depthwise)
+        for levels, conv, level_norms in zip(plain.pointwise, convs, norms):
+            for pointwise, norm in zip(levels, level_norms):
+                fold(pointwise, conv.pointwise, norm)
+        fold(plain.predictor, predictor.pointwise)
+    return network
+
+
+def describe(detector: nn.Module) -> dict:
+    """The arguments of :class:`PlainNetwork`, all of which JSON can hold."""
+    for name, part in PARTS.items():
+        kind = type(detector.get_submodule(part)).__name__
+        if kind != name:
+            raise ValueError(f'{part or "the detector"} of type {kind} has no '
+                             f'plain form; only {name} has one')
+    backbone, neck, head = detector.backbone, detector.neck, detector.bbox_head
+    nodes = [node for layer in neck.layers for node in layer.nodes]
+    if neck.add_extra_convs or any(not hasattr(node.conv, 'depthwise')
+                                   or node.fusion.startswith('channel_')
+                                   for node in nodes):
+        raise ValueError('add_extra_convs, separable_conv=False and the '
+                         "'channel_' fusions of BiFPN have no plain form")
+    return dict(
+        stem=backbone.stem.conv.out_channels,
+        blocks=[
+            dict(
+                in_channels=(block.expand_conv if block.with_expand_conv else
+                             block.depthwise_conv).conv.in_channels,
+                mid_channels=block.depthwise_conv.conv.in_channels,
+                out_channels=block.linear_conv.conv.out_channels,
+                kernel_size=block.depthwise_conv.conv.kernel_size[0],
+                stride=block.depthwise_conv.conv.stride[0],
+                squeeze=block.se.conv1.conv.out_channels
+                if block.with_se else 0) for block in backbone.blocks
+        ],
+        out_blocks=[backbone.level_ends[i] for i in backbone.out_indices],
+        act=_name(backbone.stem.activate),
+        graph=neck.layers[0].graph,
+        weights=[[[1.0] * len(inputs) if node.fusion == 'sum' else
+                  node.normalized_weights().tolist()
+                  for node, (_, inputs) in zip(layer.nodes, layer.graph)]
+                 for layer in neck.layers],
+        channels=neck.out_channels,
+        num_levels=neck.num_outs,
+        neck_act=_name(nodes[0].act),
+        head_act=_name(head.act),
+        neck_group_norm=_group_norm(nodes[0].norm),
+        head_group_norm=_group_norm(head.cls_norms[0][0]),
+        depth=head.stacked_convs,
+        num_anchors=head.num_base_priors,
+        num_classes=head.cls_out_channels)
+
+
+def _name(act: nn.Module) -> Optional[str]:
+    """The key of an activation."""
+    name = type(act).__name__
+    name = dict(Swish='SiLU', Identity=None).get(name, name)
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(f'the activation {name} has no plain form; use one '
+                         f'of {", ".join(ACTIVATIONS)}')
+    return name
+
+
+def _group_norm(norm: nn.Module) -> Optional[list]:
+    """Groups and eps of a norm that stays, None if it is folded."""
+    if isinstance(norm, nn.GroupNorm):
+        return [norm.num_groups, norm.eps]
+    if not isinstance(norm, (_BatchNorm, nn.Identity)):
+        raise ValueError(f'the norm {type(norm).__name__} has no plain form')
+
+
+@torch.no_grad()
+def fold(plain: Conv, conv: nn.Conv2d, norm: Optional[nn.Module] = None):
+    """Copies a convolution and its norm, in double precision if folded."""
+    weight = conv.weight.double()
+    bias = weight.new_zeros(len(weight)) if conv.bias is None \
+        else conv.bias.double()
+    if isinstance(norm, nn.GroupNorm):
+        plain.norm.load_state_dict(norm.state_dict())
+    elif isinstance(norm, _BatchNorm):
+        scale = norm.weight.double() / (norm.running_var.double() +
+                                        norm.eps).sqrt()
+        weight = weight * scale.view(-1, 1, 1, 1)
+        bias = (bias - norm.running_mean) * scale + norm.bias
+    plain.conv.weight.copy_(weight)
+    if plain.conv.bias is not None:
+        plain.conv.bias.copy_(bias)

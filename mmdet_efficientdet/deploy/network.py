@@ -1,0 +1,348 @@
+"""The network of a trained detector in plain PyTorch, for inference only.
+
+It computes what ``EfficientDet`` computes in evaluation mode, with fewer
+operators: batch norms are folded into the convolutions before them, the head's
+norms into one pointwise convolution for each level, and fusion weights are
+numbers. It needs neither MMDetection nor MMCV, so everything that is deployed
+is made from it.
+"""
+import json
+from typing import List, Optional, Sequence, Tuple
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = dict(
+    SiLU=F.silu, ReLU6=F.relu6, ReLU=F.relu, Hardswish=F.hardswish)
+
+
+class Conv(nn.Module):
+    """A convolution with TensorFlow's SAME padding, then norm and activation.
+
+    Args:
+        in_channels (int): Width of the input.
+        out_channels (int): Width of the output.
+        kernel_size (int): 1, 3 or 5. Defaults to 1.
+        stride (int): 1 or 2. Defaults to 1.
+        depthwise (bool): Whether each channel has its own kernel. Defaults to
+            False.
+        bias (bool): Defaults to True.
+        act (str, optional): A key of ``ACTIVATIONS``. Defaults to None.
+        group_norm (Sequence, optional): Groups and eps of a group norm,
+            which cannot be folded. Defaults to None.
+    """
+
+    def __init__(self,
+                 in_channels: int,
+                 out_channels: int,
+                 kernel_size: int = 1,
+                 stride: int = 1,
+                 depthwise: bool = False,
+                 bias: bool = True,
+                 act: Optional[str] = None,
+                 group_norm: Optional[Sequence] = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            kernel_size // 2,
+            groups=in_channels if depthwise else 1,
+            bias=bias)
+        self.act = ACTIVATIONS[act] if act else None
+        if group_norm:
+            groups, eps = group_norm
+            self.norm = nn.GroupNorm(groups, out_channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C', ceil(H / stride), ceil(W / stride))``.
+        """
+        conv = self.conv
+        weight, padding, convolve = conv.weight, conv.padding, F.conv2d
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if conv.stride[0] == 2:
+            # Before an even size, SAME pads one pixel less than after it.
+            top, left = (1 - size % 2 for size in x.shape[-2:])
+            if conv.groups > 1 and not traced:
+                # A row and a column of zeros save a padded copy of ``x``.
+                weight = F.pad(weight, (left, 0, top, 0))
+            elif top or left:
+                end = padding[0]
+                x = F.pad(x, (end - left, end, end - top, end))
+                padding = (0, 0)
+        if not traced and _writes_much(x, conv):
+            convolve = torch.mkldnn_convolution
+        x = convolve(
+            x,
+            weight,
+            conv.bias,
+            stride=conv.stride,
+            padding=padding,
+            dilation=conv.dilation,
+            groups=conv.groups)
+        if hasattr(self, 'norm'):
+            x = self.norm(x)
+        return self.act(x, inplace=True) if self.act else x
+
+
+def _writes_much(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether oneDNN is faster than PyTorch's choice for one thread.
+
+    That is a product of matrices, which writes the result twice.
+    """
+    pixels = x.numel() // x.shape[1]
+    return (conv.kernel_size == (1, 1) and pixels * conv.out_channels >= 2**18
+            and x.device.type == 'cpu' and x.dtype == torch.float32
+            and torch.backends.mkldnn.is_available())
+
+
+class Block(nn.Module):
+    """A block of EfficientNet: expand, depthwise, squeeze-and-excite, project.
+
+    Args:
+        in_channels (int): Width of the input.
+        mid_channels (int): Width after the expansion; without one,
+            ``in_channels``.
+        out_channels (int): Width of the output.
+        kernel_size (int): Of the depthwise convolution.
+        stride (int): Of the depthwise convolution.
+        squeeze (int): Width of the squeeze; 0 for none.
+        act (str): A key of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int,
+                 kernel_size: int, stride: int, squeeze: int,
+                 act: str) -> None:
+        super().__init__()
+        if mid_channels != in_channels:
+            self.expand = Conv(in_channels, mid_channels, act=act)
+        self.depthwise = Conv(
+            mid_channels, mid_channels, kernel_size, stride, True, act=act)
+        if squeeze:
+            self.squeeze = Conv(mid_channels, squeeze, act=act)
+            self.excite = Conv(squeeze, mid_channels)
+        self.project = Conv(mid_channels, out_channels)
+        self.shortcut = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C', ceil(H / s), ceil(W / s))``."""
+        y = self.expand(x) if hasattr(self, 'expand') else x
+        y = self.depthwise(y)
+        if hasattr(self, 'squeeze'):
+            gate = self.excite(self.squeeze(y.mean((2, 3), keepdim=True)))
+            y = y.mul_(gate.sigmoid_())
+        y = self.project(y)
+        return y.add_(x) if self.shortcut else y
+
+
+def pool(x: Tensor) -> Tensor:
+    """3x3 max-pooling of stride 2, SAME, without a padded copy.
+
+    An axis of one pixel stays one pixel.
+    """
+    height, width = x.shape[-2:]
+    return F.max_pool2d(x, 3, 2, (height % 2, width % 2), ceil_mode=True)
+
+
+class Node(nn.Module):
+    """A fusion node of BiFPN.
+
+    Args:
+        in_channels (Sequence[int]): Width of each input.
+        channels (int): Width of the output.
+        weights (Sequence[float]): Factor of each input.
+        act (str, optional): A key of ``ACTIVATIONS``.
+        group_norm (Sequence, optional): See :class:`Conv`.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int,
+                 weights: Sequence[float], act: Optional[str],
+                 group_norm: Optional[Sequence]) -> None:
+        super().__init__()
+        self.weights = tuple(weights)
+        self.act = ACTIVATIONS[act] if act else None
+        self.resample = nn.ModuleList(
+            nn.Identity() if width ==
+            channels else Conv(width, channels, group_norm=group_norm)
+            for width in in_channels)
+        self.depthwise = Conv(channels, channels, 3, 1, True, bias=False)
+        self.pointwise = Conv(channels, channels, group_norm=group_norm)
+
+    def forward(self, inputs: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Fuses features at the level of ``size`` (height and width)."""
+        fused = None
+        for x, weight, resample in zip(inputs, self.weights, self.resample):
+            x = resample(x)
+            if x.shape[-2:] != size:
+                larger = x.shape[-2] > size[0] or x.shape[-1] > size[1]
+                x = pool(x) if larger else F.interpolate(x, size)
+            if fused is None:
+                fused = x * weight
+            else:
+                fused.add_(x, alpha=weight)
+        if self.act:
+            fused = self.act(fused, inplace=True)
+        return self.pointwise(self.depthwise(fused))
+
+
+class Net(nn.Module):
+    """The class or the box net, which all levels share.
+
+    Args:
+        channels (int): Width of the features.
+        depth (int): Convolutions before the predictor.
+        num_levels (int): Number of levels, each with a norm of its own.
+        out_channels (int): Width of the predictions.
+        act (str, optional): A key of ``ACTIVATIONS``.
+        group_norm (Sequence, optional): See :class:`Conv`.
+    """
+
+    def __init__(self, channels: int, depth: int, num_levels: int,
+                 out_channels: int, act: Optional[str],
+                 group_norm: Optional[Sequence]) -> None:
+        super().__init__()
+        self.depthwise = nn.ModuleList(
+            Conv(channels, channels, 3, 1, True, bias=False)
+            for _ in range(depth + 1))
+        self.pointwise = nn.ModuleList(
+            nn.ModuleList(
+                Conv(channels, channels, act=act, group_norm=group_norm)
+                for _ in range(num_levels)) for _ in range(depth))
+        self.predictor = Conv(channels, out_channels)
+
+    def forward(self, feats: Sequence[Tensor]) -> List[Tensor]:
+        """Predicts ``(N, out_channels, H_i, W_i)`` for each level."""
+        outs = []
+        for level, x in enumerate(feats):
+            for depthwise, pointwise in zip(self.depthwise, self.pointwise):
+                x = pointwise[level](depthwise(x))
+            outs.append(self.predictor(self.depthwise[-1](x)))
+        return outs
+
+
+class PlainNetwork(nn.Module):
+    """EfficientDet from normalised images to the maps of its head.
+
+    Args:
+        stem (int): Width of the stem.
+        blocks (Sequence[dict]): Arguments of each :class:`Block` but ``act``.
+        out_blocks (Sequence[int]): Blocks whose outputs the neck uses.
+        act (str): Activation of the backbone.
+        graph (Sequence[tuple]): ``(level, inputs)`` of the nodes of a layer.
+        weights (Sequence): Fusion weights of each node of each layer.
+        channels (int): Width of neck and head.
+        num_levels (int): Number of levels.
+        neck_act, head_act (str, optional): Activations of neck and head.
+        neck_group_norm, head_group_norm (Sequence, optional):
+            See :class:`Conv`.
+        depth (int): Convolutions of the head before the predictors.
+        num_anchors (int): Anchors of a cell.
+        num_classes (int): Number of classes.
+    """
+
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self._build(**settings)
+        self.to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    def _build(self, *, stem: int, blocks: Sequence[dict],
+               out_blocks: Sequence[int], act: str,
+               graph: Sequence[Tuple[int, list]], weights: Sequence,
+               channels: int, num_levels: int, neck_act: Optional[str],
+               head_act: Optional[str], neck_group_norm: Optional[Sequence],
+               head_group_norm: Optional[Sequence], depth: int,
+               num_anchors: int, num_classes: int) -> None:
+        if not (2 <= num_levels <= 16 and 0 <= depth <= 16):
+            raise ValueError(f'num_levels={num_levels} must be 2 to 16 and '
+                             f'depth={depth} 0 to 16')
+        self.stem = Conv(3, stem, 3, 2, act=act)
+        self.blocks = nn.ModuleList(Block(**row, act=act) for row in blocks)
+        self.out_blocks = list(out_blocks)
+        widths = [blocks[i]['out_channels'] for i in out_blocks]
+        self.extra_levels = nn.ModuleList()
+        width = widths[-1]
+        for _ in range(num_levels - len(widths)):
+            self.extra_levels.append(
+                nn.Identity() if width == channels else Conv(
+                    width, channels, group_norm=neck_group_norm))
+            width = channels
+            widths.append(width)
+        self.graph = [(level, list(inputs)) for level, inputs in graph]
+        self.num_levels = num_levels
+        self.layers = nn.ModuleList()
+        for layer in weights:
+            nodes, widths = nn.ModuleList(), list(widths)
+            for (_, inputs), factors in zip(graph, layer):
+                nodes.append(
+                    Node([widths[i] for i in inputs], channels, factors,
+                         neck_act, neck_group_norm))
+                widths.append(channels)
+            self.layers.append(nodes)
+            widths = [channels] * num_levels
+        self.cls_net, self.reg_net = (
+            Net(channels, depth, num_levels, num_anchors * outputs, head_act,
+                head_group_norm) for outputs in (num_classes, 4))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
+        """Predicts class scores and boxes on every level.
+
+        Args:
+            images (Tensor): ``(N, 3, H, W)``, normalised, of any size.
+
+        Returns:
+            tuple[list]: ``cls_scores``, logits ``(N, A * K, H_i, W_i)``, and
+            ``bbox_preds``, deltas ``(N, A * 4, H_i, W_i)``.
+        """
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        feats = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in self.out_blocks:
+                feats.append(x)
+        for extra_level in self.extra_levels:
+            feats.append(pool(extra_level(feats[-1])))
+        sizes = [x.shape[-2:] for x in feats]
+        for nodes in self.layers:
+            for node, (level, inputs) in zip(nodes, self.graph):
+                feats.append(node([feats[i] for i in inputs], sizes[level]))
+            feats = feats[-self.num_levels:]
+        return self.cls_net(feats), self.reg_net(feats)
+
+
+def save_plain(network: PlainNetwork, path: str) -> None:
+    """Writes a plain network into one safetensors file.
+
+    The file holds the weights and, as JSON in its metadata, the arguments of
+    :class:`PlainNetwork`. Reading it executes nothing.
+    """
+    weights = {k: v.contiguous() for k, v in network.state_dict().items()}
+    metadata = dict(plain_network=json.dumps(network.settings))
+    data = safetensors.torch.save(weights, metadata)
+    with open(path, 'wb') as file:
+        file.write(data)
+
+
+def load_plain(path: str) -> PlainNetwork:
+    """Reads what :func:`save_plain` has written.
+
+    Raises:
+        ValueError: If the file is no plain network or its weights do not fit.
+    """
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            settings = json.loads((file.metadata() or {})['plain_network'])
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+        with torch.device('meta'):  # takes no memory, whatever the settings
+            network = PlainNetwork(**settings)
+        network.load_state_dict(weights, assign=True)
+    except (safetensors.SafetensorError, ArithmeticError, LookupError,
+            RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is not a plain network that save_plain has '
+                         f'written: {error}') from error
+    return network.to(memory_format=torch.channels_last)
