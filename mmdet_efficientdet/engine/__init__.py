@@ -10,9 +10,8 @@ from .safe_checkpoint import SafeCheckpointHook
 from .schedule import BatchScaleHook, WarmupCosineLR
 
 __all__ = [
-    'BatchScaleHook', 'ClassTransferHook', 'DetInferencer',
-    'DetRunner', 'GroupedOptimWrapperConstructor', 'LocalClipOptimWrapper',
-    'PreflightHook', 'SafeCheckpointHook', 'SeedHook',
-    'SeedTransforms', 'SeededIterBasedTrainLoop', 'SeededSampler',
-    'WarmupCosineLR'
+    'BatchScaleHook', 'ClassTransferHook', 'DetInferencer', 'DetRunner',
+    'GroupedOptimWrapperConstructor', 'LocalClipOptimWrapper', 'PreflightHook',
+    'SafeCheckpointHook', 'SeedHook', 'SeedTransforms',
+    'SeededIterBasedTrainLoop', 'SeededSampler', 'WarmupCosineLR'
 ]

@@ -160,7 +160,9 @@ def ranks(tmp_path_factory):
     """A function to (updates, weights) of a case on both ranks."""
     folder = tmp_path_factory.mktemp('ranks')
     port = free_port()
-    processes = [new_process(run_rank, rank, port, folder) for rank in range(2)]
+    processes = [
+        new_process(run_rank, rank, port, folder) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):
