@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..registry import TASK_UTILS
+from .window_matching import match_in_windows
 
 ASPECTS = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
 
@@ -195,9 +196,14 @@ def _pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
     return inter.div_(union)
 
 
-def anchor_targets(anchors: Tensor, batch_bboxes: Sequence[Tensor],
-                   batch_labels: Sequence[Tensor], num_classes: int,
-                   coder: AnchorBoxCoder) -> Tuple[Tensor, Tensor, Tensor]:
+def anchor_targets(
+    anchors: Tensor,
+    batch_bboxes: Sequence[Tensor],
+    batch_labels: Sequence[Tensor],
+    num_classes: int,
+    coder: AnchorBoxCoder,
+    featmap_sizes: Optional[Sequence[Tuple[int, int]]] = None
+) -> Tuple[Tensor, Tensor, Tensor]:
     """Training targets of a whole batch.
 
     Args:
@@ -206,6 +212,10 @@ def anchor_targets(anchors: Tensor, batch_bboxes: Sequence[Tensor],
         batch_labels (Sequence[Tensor]): ``(G_i, )`` of each image, from 0.
         num_classes (int): The label of the background.
         coder (AnchorBoxCoder): Encodes the boxes.
+        featmap_sizes (Sequence[tuple], optional): Height and width of the
+            levels, if the anchors are those of :class:`AnchorGenerator`. Then
+            they are matched in windows on a CPU, which is faster; on a GPU
+            windows would wait for it. Defaults to None.
 
     Returns:
         tuple[Tensor]: Labels ``(N, A)``, deltas ``(N, A, 4)`` that are zero
@@ -217,7 +227,10 @@ def anchor_targets(anchors: Tensor, batch_bboxes: Sequence[Tensor],
     labels = pad_sequence(list(batch_labels), True, num_classes)
     num_gts = bboxes.shape[1]
     valid = torch.arange(num_gts, device=anchors.device) < counts[:, None]
-    matches = match_anchors(anchors, bboxes, valid)
+    if featmap_sizes and anchors.device.type == 'cpu':
+        matches = match_in_windows(anchors, featmap_sizes, bboxes, valid)
+    else:
+        matches = match_anchors(anchors, bboxes, valid)
     positive = matches >= 0
     # One more slot of each image stands for the background.
     matches = torch.where(positive, matches, num_gts)

@@ -17,7 +17,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from ..registry import MODELS
 from ..scaling import MAX_PER_IMG
-from .anchors import anchor_targets, background_weights
+from .anchors import AnchorGenerator, anchor_targets, background_weights
 from .layers import (BN_CFG, SWISH_CFG, ConvInitMixin, SeparableConv2d,
                      build_norm, recompute)
 from .postprocess import decode, select, suppress
@@ -230,9 +230,11 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         bboxes, labels = zip(*((gt.bboxes, gt.labels)
                                for gt in batch_gt_instances))
         anchors = self._anchors(cls_scores, batch_img_metas)
+        sizes = [x.shape[-2:] for x in cls_scores] if isinstance(
+            self.prior_generator, AnchorGenerator) else None
         labels, deltas, num_positive = anchor_targets(anchors, bboxes, labels,
                                                       self.num_classes,
-                                                      self.bbox_coder)
+                                                      self.bbox_coder, sizes)
         if self.sync_num_pos:
             num_positive = reduce_mean(num_positive.float())
         avg_factor = num_positive + 1.0

@@ -14,13 +14,12 @@ MIN_IOU = 0.5
 SLACK = 1e-4  # windows are larger than rounding errors of their limits
 
 
-def match_in_windows(level_anchors: Sequence[Tensor],
-                     featmap_sizes: Sequence[Tuple[int, int]],
+def match_in_windows(anchors: Tensor, featmap_sizes: Sequence[Tuple[int, int]],
                      gt_bboxes: Tensor, gt_valid: Tensor) -> Tensor:
     """The same matches as those of ``match_anchors``.
 
     Args:
-        level_anchors (Sequence[Tensor]): ``(H_i * W_i * S, 4)`` of each level.
+        anchors (Tensor): ``(A, 4)``, of :class:`AnchorGenerator`.
         featmap_sizes (Sequence[tuple]): Height and width of the levels.
         gt_bboxes (Tensor): ``(N, G, 4)``; images with fewer boxes are padded.
         gt_valid (Tensor): ``(N, G)`` bool; False for padding.
@@ -29,7 +28,10 @@ def match_in_windows(level_anchors: Sequence[Tensor],
         Tensor: ``(N, A)`` int64, index of the box or -1 for background.
     """
     num_images, num_gts = gt_valid.shape
-    num_anchors = sum(map(len, level_anchors))
+    num_anchors = len(anchors)
+    cells = [height * width for height, width in featmap_sizes]
+    per_cell = num_anchors // sum(cells)
+    level_anchors = anchors.split([per_cell * count for count in cells])
     image, slot = gt_valid.nonzero(as_tuple=True)
     box, anchor, iou, best = _likely_pairs(level_anchors, featmap_sizes,
                                            gt_bboxes[image, slot])
@@ -42,7 +44,7 @@ def match_in_windows(level_anchors: Sequence[Tensor],
 
     # Each anchor takes the box that it overlaps most.
     index = image[box] * num_anchors + anchor
-    most = torch.zeros(num_images * num_anchors)
+    most = iou.new_zeros(num_images * num_anchors)
     most.scatter_reduce_(0, index, iou, 'amax')
     taken = (iou >= MIN_IOU) & (iou == most[index])
     matches = first_box(box[taken], anchor[taken])
@@ -62,7 +64,8 @@ def _likely_pairs(level_anchors: Sequence[Tensor],
     """All pairs of an IoU of 0.5 or more, and the best of each box.
 
     Args:
-        level_anchors, featmap_sizes: See :func:`match_in_windows`.
+        level_anchors (Sequence[Tensor]): ``(H_i * W_i * S, 4)`` of each level.
+        featmap_sizes (Sequence[tuple]): Height and width of the levels.
         boxes (Tensor): ``(B, 4)``.
 
     Returns:
@@ -106,7 +109,7 @@ def _likely_pairs(level_anchors: Sequence[Tensor],
         found.append((box, start + index, inter.div_(union)))
         start += len(anchors)
     box, anchor, iou = map(torch.cat, zip(*found))
-    best = torch.zeros(len(boxes)).scatter_reduce_(0, box, iou, 'amax')
+    best = iou.new_zeros(len(boxes)).scatter_reduce_(0, box, iou, 'amax')
     return box, anchor, iou, best
 
 

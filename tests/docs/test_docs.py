@@ -332,7 +332,7 @@ def test_bifpn_configs():
 def test_map_of_the_packages():
     """The tables of architecture.md list every module, and no other."""
     text = (ROOT / 'docs/architecture.md').read_text()
-    for package in ('models', 'datasets', 'weights', 'engine'):
+    for package in ('deploy', 'models', 'datasets', 'weights', 'engine'):
         rows = re.search(rf'^`{package}/`\n\n(.*?)\n\n', text,
                          re.M | re.S).group(1)
         folder = ROOT / 'mmdet_efficientdet' / package
