@@ -119,6 +119,7 @@ def official_detections(model, path):
     Boxes are not clipped.
     """
     model.bbox_head.test_cfg.clip_boxes = False
+    model.fast_predict = False  # folded norms round otherwise
     found = inference_detector(model, path)
     size = tuple(model.cfg.test_pipeline[1].image_size for _ in range(2))
     scale = float(scaled_size(found.ori_shape, size)[0])
