@@ -1,0 +1,176 @@
+"""What benchmark.py times, as functions of one call.
+
+Each function of this module takes the arguments of the tool, a size, the side
+of its input and the networks, and returns title to name to function.
+"""
+import effdet
+import numpy as np
+import torch
+from effdet_bridge import random_weights
+from mmdet.apis import inference_detector
+from mmdet.registry import TASK_UTILS, TRANSFORMS
+from mmdet.structures import DetDataSample
+from mmengine.optim import build_optim_wrapper
+from mmengine.structures import InstanceData
+from PIL import Image
+from verify_training import build_bench, build_ours
+
+from mmdet_efficientdet.models.anchors import AnchorGenerator, anchor_targets
+
+PHOTO = (480, 640)  # height and width of the image in memory
+
+
+def forward(args, size, side, networks):
+    """From normalised images to the maps of the head."""
+    device = networks['detector'].data_preprocessor.device
+    images = torch.randn(args.batch_size, 3, side, side, device=device)
+    detector, plain = networks['detector'], networks['plain']
+    functions = {
+        'effdet': lambda: networks['effdet'](images),
+        'detector': lambda: detector(images, mode='tensor'),
+        'plain network': lambda: plain(images)
+    }
+    if args.compile:
+        compiled = torch.compile(plain)
+        functions['plain network, compiled'] = lambda: compiled(images)
+    return {f'{size} forward, {side} px, batch {args.batch_size}': functions}
+
+
+def boxes(args, size, side, networks):
+    """From an image in memory to boxes, by hard and by soft suppression."""
+    photo = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), np.uint8)
+    detector, found = networks['detector'], {}
+    for kind in ('nms', 'soft_nms'):
+        config = networks['effdet'].config
+        bench = effdet.DetBenchPredict(networks['effdet'])
+        bench.soft_nms = kind == 'soft_nms'
+        resize = effdet.data.transforms.ResizePad((side, side))
+        mean, std = (
+            torch.tensor(x).view(1, 3, 1, 1) * 255
+            for x in (config.mean, config.std))
+
+        def official(bench=bench, resize=resize, mean=mean, std=std):
+            image, _ = resize(Image.fromarray(photo), {})
+            x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+            bench(((x - mean) / std).to(next(bench.parameters()).device))
+
+        def ours(kind=kind, fast=True):
+            detector.bbox_head.test_cfg.nms = dict(type=kind)
+            detector.fast_predict = fast
+            inference_detector(detector, photo)
+
+        found[f'{size} image to boxes, {kind}'] = {
+            'effdet': official,
+            'detector': lambda ours=ours: ours(fast=False),
+            'plain network': ours
+        }
+    return found
+
+
+def targets(args, size, side, networks):
+    """Targets of one image with 100 boxes, beside ``MaxIoUAssigner``."""
+    head = networks['detector'].bbox_head
+    levels = range(3, 3 + head.num_levels)
+    sizes = [(-(-side // 2**level), ) * 2 for level in levels]
+    generator = AnchorGenerator(head.prior_generator.octave_base_scale)
+    anchors = torch.cat(generator.grid_priors(sizes, (side, side)))
+    corners = torch.rand(100, 2, 2).sort(1).values * side
+    truth = corners.flatten(1)
+    labels = torch.zeros(100, dtype=torch.long)
+    assigner = TASK_UTILS.build(
+        dict(
+            type='mmdet.MaxIoUAssigner',
+            pos_iou_thr=0.5,
+            neg_iou_thr=0.5,
+            min_pos_iou=0))
+    instances = InstanceData(bboxes=truth, labels=labels)
+    priors = InstanceData(priors=anchors)
+    ours = [anchors, [truth], [labels], 80, head.bbox_coder]
+    return {
+        f'{size} targets, {len(anchors):,} anchors, 100 boxes': {
+            'MaxIoUAssigner': lambda: assigner.assign(priors, instances),
+            'matrix': lambda: anchor_targets(*ours),
+            'windows': lambda: anchor_targets(*ours, sizes)
+        }
+    }
+
+
+def resize(args, size, side, networks):
+    """A photograph by factors of 0.1 to 2, beside the host's two transforms.
+    """
+    photo = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), np.uint8)
+    ours = [
+        TRANSFORMS.build(
+            dict(
+                type='mmdet_efficientdet.ResizeCrop',
+                image_size=side,
+                ratio_range=(factor, factor))) for factor in (0.1, 0.7, 1.3, 2)
+    ]
+    hosts = [[
+        TRANSFORMS.build(
+            dict(
+                type='RandomResize',
+                scale=(side, side),
+                ratio_range=(factor, factor),
+                keep_ratio=True)),
+        TRANSFORMS.build(
+            dict(
+                type='RandomCrop',
+                crop_size=(side, side),
+                allow_negative_crop=True))
+    ] for factor in (0.1, 0.7, 1.3, 2)]
+
+    def run(pipelines):
+        for pipeline in pipelines:
+            results = dict(img=photo, img_shape=PHOTO)
+            for transform in pipeline:
+                results = transform(results)
+
+    return {
+        f'{size} resize and crop, 4 images': {
+            'RandomResize, RandomCrop': lambda: run(hosts),
+            'ResizeCrop': lambda: run([[x] for x in ours])
+        }
+    }
+
+
+def train(args, size, side, networks):
+    """A training step of 4 images with 20 boxes each, on normalised images."""
+    device = networks['detector'].data_preprocessor.device
+    model, config = build_ours(size, 80)
+    wrapper = build_optim_wrapper(model.to(device), config.optim_wrapper)
+    bench = build_bench(size, side, random_weights(size, num_classes=80), 80)
+    optimizer = torch.optim.SGD(bench.to(device).parameters(), 0, 0.9)
+    images = torch.randn(4, 3, side, side, device=device)
+    truth = [
+        InstanceData(
+            bboxes=torch.rand(20, 2, 2).sort(1).values.flatten(1) * side,
+            labels=torch.randint(80, (20, ))).to(device) for _ in range(4)
+    ]
+    samples = [
+        DetDataSample(
+            gt_instances=x, metainfo=dict(batch_input_shape=(side, side)))
+        for x in truth
+    ]
+    target = dict(
+        bbox=[x.bboxes[:, [1, 0, 3, 2]] for x in truth],
+        cls=[x.labels + 1 for x in truth])
+    for group in wrapper.param_groups:
+        group['lr'] = 0
+
+    def ours():
+        loss = model(images, samples, mode='loss')
+        wrapper.update_params(model.parse_losses(loss)[0])
+
+    def official():
+        optimizer.zero_grad()
+        bench(images, target)['loss'].backward()
+        torch.nn.utils.clip_grad_norm_(bench.parameters(), 10)
+        optimizer.step()
+
+    return {
+        f'{size} training step, {side} px, batch 4, 20 boxes': {
+            'effdet': official,
+            'detector': ours
+        }
+    }
