@@ -82,11 +82,15 @@ class EfficientDet(PlainPredictMixin, StrictLoading, NormEvalMixin,
                      self.max_loss)
         return losses
 
-    def predict(self, batch_inputs: Tensor, batch_data_samples: list,
+    def predict(self, batch_inputs: Tensor, batch_data_samples: list, *args,
                 **kwargs) -> list:
-        """Adds ``pred_instances`` to the samples and returns them."""
+        """Adds ``pred_instances`` to the samples and returns them.
+
+        The arguments are those of MMDetection's ``SingleStageDetector``.
+        """
         _note_shape(batch_inputs, batch_data_samples)
-        return super().predict(batch_inputs, batch_data_samples, **kwargs)
+        return super().predict(batch_inputs, batch_data_samples, *args,
+                               **kwargs)
 
     def explain_mismatch(self, shapes: dict) -> str:
         """Returns what to do if only the number of classes differs.

@@ -67,9 +67,9 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
             the number of boxes to keep, -1 for all. ``score_thr`` (0), below
             which boxes are dropped. ``clip_boxes`` (True), whether the final
             boxes are clipped to the image; the official ones are not, but
-            have the same scores, classes and order. ``min_bbox_size`` (0, or
-            -1 if boxes are not clipped), in pixels; boxes with a side that is
-            not larger are dropped, such as those beyond the image.
+            have the same scores, classes and order. ``min_bbox_size`` (-1),
+            in pixels: boxes with a side that is not larger are dropped; 0
+            drops those beyond the image.
         init_cfg (dict, optional): Defaults to the official initialisers.
         parts: ``anchor_generator``, by default that of D0. ``bbox_coder``, by
             default without clamps. ``loss_cls``, summed over all anchors and
@@ -312,10 +312,9 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
                 result.bboxes = result.bboxes / result.bboxes.new_tensor(
                     img_meta.get('scale_factor', (1.0, 1.0))).repeat(2)
             shape = img_meta.get('ori_shape' if rescale else 'img_shape')
-            shape = shape if cfg.get('clip_boxes', True) else None
-            if shape:
+            if shape and cfg.get('clip_boxes', True):
                 result.bboxes = clip_boxes_to_image(result.bboxes, shape[:2])
-            least = cfg.get('min_bbox_size', 0 if shape else -1)
+            least = cfg.get('min_bbox_size', -1)
             if least >= 0:
                 sides = result.bboxes[:, 2:] - result.bboxes[:, :2]
                 keep &= (sides > least).all(1)

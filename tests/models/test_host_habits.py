@@ -35,7 +35,7 @@ def test_without_the_preprocessor(model, rescale):
     with torch.no_grad():
         expected = boxes_of(
             model.predict(inputs, data['data_samples'], rescale=rescale))
-        found = boxes_of(model.predict(inputs, plain, rescale=rescale))
+        found = boxes_of(model.predict(inputs, plain, rescale))
         by_mode = boxes_of(model(inputs, plain, mode='predict'))
         bare = boxes_of(model.predict(inputs, [DetDataSample()] * 2))
     for boxes in zip(expected, found, by_mode):
