@@ -76,6 +76,7 @@ def describe(detector: nn.Module) -> dict:
         raise ValueError('add_extra_convs, separable_conv=False and the '
                          "'channel_' fusions of BiFPN have no plain form")
     return dict(
+        in_channels=backbone.stem.conv.in_channels,
         stem=backbone.stem.conv.out_channels,
         blocks=[
             dict(

@@ -227,6 +227,7 @@ class PlainNetwork(nn.Module):
     """EfficientDet from normalised images to the maps of its head.
 
     Args:
+        in_channels (int): Channels of the images.
         stem (int): Width of the stem.
         blocks (Sequence[dict]): Arguments of each :class:`Block` but ``act``.
         out_blocks (Sequence[int]): Blocks whose outputs the neck uses.
@@ -250,7 +251,7 @@ class PlainNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.eval().requires_grad_(False)
 
-    def _build(self, *, stem: int, blocks: Sequence[dict],
+    def _build(self, *, in_channels: int, stem: int, blocks: Sequence[dict],
                out_blocks: Sequence[int], act: str,
                graph: Sequence[Tuple[int, list]], weights: Sequence,
                channels: int, num_levels: int, neck_act: Optional[str],
@@ -260,7 +261,7 @@ class PlainNetwork(nn.Module):
         if not (2 <= num_levels <= 16 and 0 <= depth <= 16):
             raise ValueError(f'num_levels={num_levels} must be 2 to 16 and '
                              f'depth={depth} 0 to 16')
-        self.stem = Conv(3, stem, 3, 2, act=act)
+        self.stem = Conv(in_channels, stem, 3, 2, act=act)
         self.blocks = nn.ModuleList(Block(**row, act=act) for row in blocks)
         self.out_blocks = list(out_blocks)
         widths = [blocks[i]['out_channels'] for i in out_blocks]
@@ -293,7 +294,8 @@ class PlainNetwork(nn.Module):
         """Predicts class scores and boxes on every level.
 
         Args:
-            images (Tensor): ``(N, 3, H, W)``, normalised, of any size.
+            images (Tensor): ``(N, in_channels, H, W)``, normalised, of any
+                size.
 
         Returns:
             tuple[list]: ``cls_scores``, logits ``(N, A * K, H_i, W_i)``, and

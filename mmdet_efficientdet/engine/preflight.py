@@ -204,8 +204,7 @@ class PreflightHook(Hook):
     Args:
         enabled (bool): Whether to check all; otherwise only the classes of
             the config are compared with those of head and data. Set it by
-            ``--cfg-options default_hooks.preflight.enabled=False``, since
-            mmengine does not take None for a hook of this package. Defaults
+            ``--cfg-options default_hooks.preflight.enabled=False``. Defaults
             to True.
     """
 

@@ -32,8 +32,9 @@ class EfficientDet(PlainPredictMixin, StrictLoading, NormEvalMixin,
             training, to fine-tune a trained detector with small batches.
             Scales and offsets are still learned. Defaults to False.
         max_loss (float): Training stops if a loss is not below it. A sound
-            training starts with a few units, and with at most some thousands
-            if no image of a batch has objects. Defaults to 1e4.
+            training starts with a few units, and with up to 64,000 for D7x
+            and 1203 classes if no image of a batch has objects. Defaults to
+            1e5.
         fast_predict (bool): Predicts with the folded network, see
             :class:`PlainPredictMixin`. Defaults to True.
         kwargs: Further arguments of MMDetection's ``SingleStageDetector``.
@@ -45,7 +46,7 @@ class EfficientDet(PlainPredictMixin, StrictLoading, NormEvalMixin,
                  bbox_head: dict,
                  with_cp: bool = False,
                  norm_eval: bool = False,
-                 max_loss: float = 1e4,
+                 max_loss: float = 1e5,
                  fast_predict: bool = True,
                  **kwargs) -> None:
         parts = (backbone, neck, bbox_head)

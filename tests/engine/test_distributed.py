@@ -69,6 +69,7 @@ def build(**head):
     config = Config.fromfile(D0)
     config.model.backbone.init_cfg = None
     config.model.data_preprocessor.pad_size_divisor = SIDE
+    config.model.max_loss = float('inf')  # nothing is trained, see new_model
     config.model.bbox_head.update(num_classes=2, **head)
     torch.manual_seed(0)
     model = MODELS.build(config.model)

@@ -57,7 +57,7 @@ def test_guard(fault, words, model, tmp_path, monkeypatch):
         model.loss(inputs, samples)
     path = tmp_path / 'nonfinite_step_42_rank_0.pth'
     for part in (words, '0.jpg, 1.jpg', str(path), '--amp', 'learning rate',
-                 'load_from', '--resume', 'below 10000', 'model.max_loss'):
+                 'load_from', '--resume', 'below 100000', 'model.max_loss'):
         assert part in str(info.value)
     assert ('loss_cls=' in str(info.value)) == (fault in ('image', 'weight'))
     saved = torch.load(path, weights_only=True)
@@ -80,16 +80,17 @@ def test_limit(model, monkeypatch):
     args = data['inputs'], data['data_samples']
     terms = {k: v.item() for k, v in model.loss(*args).items()}
     assert 0 < sum(terms.values()) < 100
-    monkeypatch.setattr(model, 'max_loss', terms['loss_bbox'])
+    worst = max(terms, key=terms.get)
+    monkeypatch.setattr(model, 'max_loss', terms[worst])
     MessageHub.get_instance('limit').update_info('work_dir', os.devnull)
-    with pytest.raises(NonFiniteLossError, match='loss_bbox='):
+    with pytest.raises(NonFiniteLossError, match=f'{worst}='):
         model.loss(*args)
     monkeypatch.setattr(model, 'max_loss', np.inf)
     monkeypatch.setattr(model.bbox_head.loss_bbox, 'loss_weight', 1e9)
     assert model.loss(*args)['loss_bbox'] > 1e6
 
 
-@pytest.mark.parametrize('name, num_classes', [('d0', 1203), ('d7x', 90)])
+@pytest.mark.parametrize('name, num_classes', [('d0', 1203), ('d7x', 1203)])
 def test_no_sound_training_meets_the_limit(name, num_classes):
     """The largest loss that it starts with, of 16 images without objects."""
     row = SCALING[name]
@@ -99,7 +100,7 @@ def test_no_sound_training_meets_the_limit(name, num_classes):
     head.init_weights()
     prior = head.conv_cls.pointwise.bias[:1, None]
     term = head.loss_cls(prior, torch.tensor([1]), avg_factor=1.0)
-    assert 2e3 < 16 * 9 * cells * num_classes * term < 1e4
+    assert 2e3 < 16 * 9 * cells * num_classes * term < 1e5
 
 
 @pytest.mark.slow
@@ -116,7 +117,7 @@ def test_diverging_training_stops(tmp_path):
         'train_cfg.val_interval=9',
         cwd=tmp_path)
     assert done.code == 1
-    assert 'loss_bbox=' in done.output and 'below 10000' in done.output
+    assert 'loss_bbox=' in done.output and 'below 100000' in done.output
     assert 'nan' not in done.output.rsplit('NonFiniteLossError', 1)[1]
 
 

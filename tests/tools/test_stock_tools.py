@@ -314,6 +314,7 @@ def test_part_without_objects(tmp_path):
     head = SimpleNamespace(num_classes=3)
     hook = PreflightHook(enabled=False)
     runner = SimpleNamespace(
+        cfg={},
         hooks=[hook],
         logger=SimpleNamespace(warning=print),
         train_dataloader=loader,
