@@ -344,6 +344,7 @@ def test_order_in_the_file(kind, stops, tmp_path):
             data_prefix=dict(img='JPEGImages/')))
     hook = PreflightHook(enabled=False)
     runner = SimpleNamespace(
+        cfg={},
         hooks=[hook],
         logger=SimpleNamespace(warning=print),
         train_dataloader=SimpleNamespace(dataset=dataset),
