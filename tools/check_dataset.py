@@ -71,7 +71,8 @@ from mmdet_efficientdet.engine.preflight import (check_training,
                                                  in_plain_words, input_boxes,
                                                  read_all)
 from mmdet_efficientdet.models import AnchorGenerator, EfficientDetHead
-from mmdet_efficientdet.utils import register_all_modules, write_file
+from mmdet_efficientdet.utils import (read_config, register_all_modules,
+                                      write_file)
 
 CELL = 480  # pixels of a sample in the picture, with the white gap
 GAP = 8
@@ -195,8 +196,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     register_all_modules()
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    try:
+        cfg = read_config(args.config, args.cfg_options)
+    except ValueError as error:
+        parser.error(str(error))
     if args.auto_scale_lr:
         if not cfg.get('auto_scale_lr'):
             parser.error('--auto-scale-lr needs auto_scale_lr=dict('
@@ -227,6 +230,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     for finding in findings:
         print(f'\n{finding}')
     failed = any(finding.error for finding in findings)
+    if '://' in (cfg.get('load_from') or ''):
+        print(f'\nThe training loads {cfg.load_from}, which is downloaded if '
+              'it is not there yet')
     # Of classes with wrong names, other boxes would be counted.
     if not failed and isinstance(
             getattr(model, 'bbox_head', None), EfficientDetHead):

@@ -255,7 +255,8 @@ class PreflightHook(Hook):
             except Exception as error:  # the other processes are waiting
                 warn(f'The pre-flight could not check this {run}: '
                      f'{type(error).__name__}: {error}')
-        errors = [str(finding) for finding in found if finding.error]
+        # Training and validation data may have the same error.
+        errors = dict.fromkeys(str(f) for f in found if f.error)
         message = ['\n'.join([*errors, verdict(found, run)] if errors else [])]
         broadcast_object_list(message)
         if message[0]:
