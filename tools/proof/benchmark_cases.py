@@ -41,13 +41,14 @@ def boxes(args, size, side, networks):
     photo = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), np.uint8)
     detector, found = networks['detector'], {}
     for kind in ('nms', 'soft_nms'):
-        config = networks['effdet'].config
+        source = effdet.data.resolve_input_config({},
+                                                  networks['effdet'].config)
         bench = effdet.DetBenchPredict(networks['effdet'])
         bench.soft_nms = kind == 'soft_nms'
         resize = effdet.data.transforms.ResizePad((side, side))
         mean, std = (
             torch.tensor(x).view(1, 3, 1, 1) * 255
-            for x in (config.mean, config.std))
+            for x in (source['mean'], source['std']))
 
         def official(bench=bench, resize=resize, mean=mean, std=std):
             image, _ = resize(Image.fromarray(photo), {})
