@@ -52,8 +52,9 @@ class AtomicBackend(LocalBackend):
         """Marks a file for removal by :meth:`clean`."""
         self.outdated.append(filepath)
 
-    def clean(self) -> None:
-        """Removes the marked files."""
-        while self.outdated:
+    def clean(self, current: set) -> None:
+        """Removes the marked files, but for those that are in use again."""
+        for path in {*self.outdated} - current:
             with suppress(FileNotFoundError):
-                os.remove(self.outdated.pop())
+                os.remove(path)
+        self.outdated.clear()

@@ -76,7 +76,8 @@ class SafeCheckpointHook(CheckpointHook):
         """Finds what to resume; mmengine takes its path as it was saved."""
         if runner._resume and runner._load_from is None:
             runner._load_from = find_checkpoint(runner.work_dir,
-                                                self.filename_tmpl)
+                                                self.filename_tmpl,
+                                                bool(self.out_dir))
 
     def before_train(self, runner) -> None:
         """Locks the folders and removes half-written files in them.
@@ -299,7 +300,10 @@ class SafeCheckpointHook(CheckpointHook):
             RuntimeError: On all ranks, if a weight of any rank is not finite.
         """
         weights = runner.model.state_dict()
-        broken = [n for n, t in weights.items() if not t.isfinite().all()]
+        broken = [
+            n for n, t in weights.items()
+            if isinstance(t, torch.Tensor) and not t.isfinite().all()
+        ]
         count = torch.tensor(len(broken), device=get_comm_device())
         all_reduce(count)
         if count:
@@ -313,4 +317,9 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _clean(self) -> None:
         if isinstance(self.file_backend, AtomicBackend):
-            self.file_backend.clean()
+            # A repeated validation may write a file of the same name.
+            self.file_backend.clean({
+                getattr(self, 'last_ckpt', None),
+                getattr(self, 'best_ckpt_path', None),
+                *getattr(self, 'best_ckpt_path_dict', {}).values()
+            })

@@ -4,11 +4,14 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO, Dict, Optional
 
 from mmengine.logging import print_log
 
 from ..utils import TEMPORARY, shown
+
+# Locks of this process: closing one file of a folder would end them all.
+_HELD: Dict[Path, IO] = {}
 
 
 def lock_folder(folder: str) -> Optional[IO]:
@@ -25,6 +28,9 @@ def lock_folder(folder: str) -> Optional[IO]:
         BlockingIOError: If another process has the folder.
     """
     path = Path(folder, '.lock')
+    held = _HELD.get(path.resolve())
+    if held and not held.closed:
+        return held
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, 'a+')
@@ -40,6 +46,7 @@ def lock_folder(folder: str) -> Optional[IO]:
             f'{folder} cannot be locked, so that a second training in '
             f'it would not be noticed: {error}', 'current', logging.WARNING)
         return None
+    _HELD[path.resolve()] = file
     file.truncate(0)
     print(f'process {os.getpid()} on {os.uname()[1]}', file=file, flush=True)
     for name in ('*.pth', 'last_checkpoint'):
@@ -48,16 +55,20 @@ def lock_folder(folder: str) -> Optional[IO]:
     return file
 
 
-def find_checkpoint(work_dir: str, template: str) -> Optional[str]:
+def find_checkpoint(work_dir: str,
+                    template: str,
+                    elsewhere: bool = False) -> Optional[str]:
     """The checkpoint that ``--resume`` continues, if there is one.
 
     The file ``last_checkpoint`` has the path as it was when it was written. If
-    the folder was moved, it is the checkpoint of that name in the folder. If
-    the file is missing or damaged, it is the newest checkpoint there.
+    the folder was moved or copied, it is the checkpoint of that name in the
+    folder. If the file is missing or damaged, it is the newest checkpoint.
 
     Args:
         work_dir (str): The folder.
         template (str): Name of a checkpoint, with {} for its number.
+        elsewhere (bool): Whether checkpoints are written to another folder,
+            whose file then precedes one in ``work_dir``. Defaults to False.
 
     Raises:
         FileNotFoundError: If ``last_checkpoint`` exists, but no checkpoint.
@@ -68,10 +79,11 @@ def find_checkpoint(work_dir: str, template: str) -> Optional[str]:
         named = pointer.read_text(errors='replace').strip()
     if '://' in named:
         return named
-    pattern = re.escape(template).replace(r'\{\}', r'(\d+)')
+    pattern = re.sub(r'\\\{.*?\\\}', r'(\\d+)', re.escape(template))
     found = [re.fullmatch(pattern, path.name) for path in folder.iterdir()]
     newest = max(filter(None, found), key=lambda m: int(m[1]), default=[''])
-    for path in folder / Path(named).name, Path(named), folder / newest[0]:
+    places = [folder / Path(named).name, Path(named)]
+    for path in (*(places[::-1] if elsewhere else places), folder / newest[0]):
         if path.is_file():
             print_log(f'{pointer} names {shown(named)}; resuming from {path}',
                       'current')

@@ -238,6 +238,17 @@ def test_best_of_a_wrong_name(root, tmp_path):
     assert not list(tmp_path.glob('*.pth'))
 
 
+def test_better_when_validated_again(tmp_path):
+    """A best checkpoint that is written once more is not removed as old."""
+    toy_runner(tmp_path, [0.5]).train()
+    best = tmp_path / 'best_mAP_epoch_1.pth'
+    assert best.is_file()
+    runner = toy_runner(tmp_path, [0.500001, 0.3])
+    runner._resume = True
+    runner.train()
+    assert best.is_file() and (tmp_path / 'epoch_2.pth').is_file()
+
+
 def test_resumed_history(tmp_path):
     """What was logged before goes on to be averaged, from plain data."""
     runner = toy_runner(tmp_path / 'first', [0.1])

@@ -149,6 +149,36 @@ def test_newest_checkpoint(tmp_path, log):
     assert log[-1].endswith(f'resuming from {found}')
 
 
+def test_numbers_of_a_width(tmp_path):
+    """Names such as epoch_003.pth."""
+    for name in ('epoch_003.pth', 'epoch_012.pth'):
+        (tmp_path / name).touch()
+    found = find_checkpoint(str(tmp_path), 'epoch_{:03d}.pth')
+    assert found == str(tmp_path / 'epoch_012.pth')
+
+
+def test_file_of_out_dir(tmp_path):
+    """An old checkpoint of the same name does not hide that of out_dir."""
+    for folder in ('wd', 'out'):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'epoch_3.pth').touch()
+    named = str(tmp_path / 'out' / 'epoch_3.pth')
+    (tmp_path / 'wd' / 'last_checkpoint').write_text(named)
+    args = str(tmp_path / 'wd'), 'epoch_{}.pth'
+    assert find_checkpoint(*args, elsewhere=True) == named
+    assert find_checkpoint(*args) == str(tmp_path / 'wd' / 'epoch_3.pth')
+
+
+def test_two_runners_of_one_process(tmp_path):
+    """The second one does not free the folder when the first one is gone."""
+    first = lock_folder(tmp_path)
+    assert lock_folder(tmp_path) is first
+    first.close()
+    second = lock_folder(tmp_path)
+    assert second is not first and not second.closed
+    second.close()
+
+
 def test_checkpoints_elsewhere(tmp_path):
     """Those of out_dir, and of a remote drive, stay where they are."""
     (tmp_path / 'out').mkdir()
