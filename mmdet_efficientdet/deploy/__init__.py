@@ -1,4 +1,4 @@
-"""Trained detectors without MMDetection: this wing needs PyTorch alone."""
+"""Trained detectors without MMDetection, by PyTorch and safetensors alone."""
 from .folding import plain_network
 from .network import PlainNetwork, load_plain, save_plain
 

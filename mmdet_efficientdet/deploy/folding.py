@@ -1,6 +1,6 @@
 """Makes the plain network of a trained detector.
 
-It only reads attributes and tensors, so it needs PyTorch alone.
+It only reads attributes and tensors, so it does not import MMDetection.
 """
 from typing import Optional
 
@@ -10,11 +10,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .network import ACTIVATIONS, Conv, PlainNetwork
 
+# Where each class belongs whose computation the plain network repeats.
 PARTS = dict(
     EfficientDet='',
     EfficientNet='backbone',
     BiFPN='neck',
     EfficientDetHead='bbox_head')
+INNER = {
+    'AdaptiveAvgPool2d', 'BatchNorm2d', 'BiFPNLayer', 'Conv2d',
+    'Conv2dAdaptivePadding', 'ConvModule', 'DropPath', 'FusionNode',
+    'GroupNorm', 'Hardswish', 'Identity', 'InvertedResidual', 'ModuleDict',
+    'ModuleList', 'ReLU', 'ReLU6', 'SELayer', 'SeparableConv2d', 'Sequential',
+    'SiLU', 'Sigmoid', 'Swish', 'SyncBatchNorm', '_BatchNormXd'
+}
+PROJECTS = ('torch.nn.modules.', 'mmcv.', 'mmdet.', 'mmengine.',
+            f'{__package__.partition(".")[0]}.')
+OTHERS = ('data_preprocessor', 'bbox_head.loss_')  # compute nothing here
 
 
 def plain_network(detector: nn.Module) -> PlainNetwork:
@@ -63,12 +74,17 @@ def plain_network(detector: nn.Module) -> PlainNetwork:
 
 def describe(detector: nn.Module) -> dict:
     """The arguments of :class:`PlainNetwork`, all of which JSON can hold."""
-    for name, part in PARTS.items():
-        kind = type(detector.get_submodule(part)).__name__
-        if kind != name:
-            raise ValueError(f'{part or "the detector"} of type {kind} has no '
-                             f'plain form; only {name} has one')
+    for name, module in detector.named_modules():
+        kind = type(module)
+        known = (PARTS.get(kind.__name__) == name or name and kind.__name__
+                 in INNER) and kind.__module__.startswith(PROJECTS)
+        if not known and not name.startswith(OTHERS):
+            raise ValueError(f'{name or "the detector"} of type {kind} has no '
+                             'plain form')
     backbone, neck, head = detector.backbone, detector.neck, detector.bbox_head
+    if neck.num_outs != head.num_levels:
+        raise ValueError(f'the neck has {neck.num_outs} levels and the head '
+                         f'{head.num_levels}')
     nodes = [node for layer in neck.layers for node in layer.nodes]
     if neck.add_extra_convs or any(not hasattr(node.conv, 'depthwise')
                                    or node.fusion.startswith('channel_')
@@ -89,7 +105,10 @@ def describe(detector: nn.Module) -> dict:
                 squeeze=block.se.conv1.conv.out_channels
                 if block.with_se else 0) for block in backbone.blocks
         ],
-        out_blocks=[backbone.level_ends[i] for i in backbone.out_indices],
+        out_blocks=[
+            backbone.level_ends[backbone.out_indices[i]]
+            for i in neck.used_inputs
+        ],
         act=_name(backbone.stem.activate),
         graph=neck.layers[0].graph,
         weights=[[[1.0] * len(inputs) if node.fusion == 'sum' else
@@ -101,7 +120,8 @@ def describe(detector: nn.Module) -> dict:
         neck_act=_name(nodes[0].act),
         head_act=_name(head.act),
         neck_group_norm=_group_norm(nodes[0].norm),
-        head_group_norm=_group_norm(head.cls_norms[0][0]),
+        head_group_norm=_group_norm(head.cls_norms[0][0])
+        if head.stacked_convs else None,
         depth=head.stacked_convs,
         num_anchors=head.num_base_priors,
         num_classes=head.cls_out_channels)
@@ -121,8 +141,6 @@ def _group_norm(norm: nn.Module) -> Optional[list]:
     """Groups and eps of a norm that stays, None if it is folded."""
     if isinstance(norm, nn.GroupNorm):
         return [norm.num_groups, norm.eps]
-    if not isinstance(norm, (_BatchNorm, nn.Identity)):
-        raise ValueError(f'the norm {type(norm).__name__} has no plain form')
 
 
 @torch.no_grad()
@@ -131,9 +149,14 @@ def fold(plain: Conv, conv: nn.Conv2d, norm: Optional[nn.Module] = None):
     weight = conv.weight.double()
     bias = weight.new_zeros(len(weight)) if conv.bias is None \
         else conv.bias.double()
-    if isinstance(norm, nn.GroupNorm):
+    if isinstance(norm, nn.GroupNorm) and hasattr(plain, 'norm'):
         plain.norm.load_state_dict(norm.state_dict())
-    elif isinstance(norm, _BatchNorm):
+    elif norm is None or isinstance(norm, nn.Identity):
+        pass
+    elif (not isinstance(norm, _BatchNorm) or norm.weight is None
+          or norm.running_var is None):
+        raise ValueError(f'the norm {norm} has no plain form')
+    else:
         scale = norm.weight.double() / (norm.running_var.double() +
                                         norm.eps).sqrt()
         weight = weight * scale.view(-1, 1, 1, 1)

@@ -96,7 +96,8 @@ def _writes_much(x: Tensor, conv: nn.Conv2d) -> bool:
     pixels = x.numel() // x.shape[1]
     return (conv.kernel_size == (1, 1) and pixels * conv.out_channels >= 2**18
             and x.device.type == 'cpu' and x.dtype == torch.float32
-            and torch.backends.mkldnn.is_available())
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled)
 
 
 class Block(nn.Module):

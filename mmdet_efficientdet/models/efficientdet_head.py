@@ -230,8 +230,9 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         bboxes, labels = zip(*((gt.bboxes, gt.labels)
                                for gt in batch_gt_instances))
         anchors = self._anchors(cls_scores, batch_img_metas)
-        sizes = [x.shape[-2:] for x in cls_scores] if isinstance(
-            self.prior_generator, AnchorGenerator) else None
+        # A subclass may place its anchors anywhere.
+        regular = type(self.prior_generator) is AnchorGenerator
+        sizes = [x.shape[-2:] for x in cls_scores] if regular else None
         labels, deltas, num_positive = anchor_targets(anchors, bboxes, labels,
                                                       self.num_classes,
                                                       self.bbox_coder, sizes)

@@ -3,6 +3,7 @@ from typing import Optional
 
 import torch
 from mmdet.structures import SampleList
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..deploy import PlainNetwork, plain_network
@@ -13,20 +14,25 @@ class PlainPredictMixin:
     """Mixin of single-stage detectors that fold their norms to predict.
 
     In evaluation mode and without gradients, ``predict`` runs the plain
-    network, which is made once and again after any change: of the mode, of a
-    tensor, of its place or of the modules. The detector itself runs if one of
-    its modules has a hook, with another precision than float32, and if an
-    option has no plain form. ``fast_predict=False`` turns the plain network
-    off.
+    network. It is made at the first image, and again after any change of a
+    tensor, of its place, or of the modules. The detector itself runs if one of
+    its modules has a hook or trains, with another precision than float32, and
+    if a module has no plain form. ``fast_predict=False`` turns the plain
+    network off.
     """
 
     fast_predict = True
     _plain = (None, None)  # state of the detector, its plain network
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Sets the mode and forgets the plain network."""
-        self._plain = (None, None)
+        """Sets the mode; in training the plain network is not kept."""
+        if mode:
+            self._plain = (None, None)
         return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        """Neither copies nor files have the plain network."""
+        return {k: v for k, v in vars(self).items() if k != '_plain'}
 
     def predict(self,
                 batch_inputs: Tensor,
@@ -46,7 +52,7 @@ class PlainPredictMixin:
 
     def current_plain_network(self) -> Optional[PlainNetwork]:
         """The plain network of the present weights, if it may be used."""
-        if (not self.fast_predict or self.training or torch.is_grad_enabled()
+        if (not self.fast_predict or torch.is_grad_enabled()
                 or torch.is_autocast_enabled()
                 or torch.is_autocast_enabled('cpu')
                 or torch.compiler.is_compiling()):
@@ -57,24 +63,31 @@ class PlainPredictMixin:
         if state != self._plain[0]:
             try:
                 network = plain_network(self)
-            except ValueError:  # an option has no plain form
+            except ValueError as error:
                 network = None
+                print_log(f'predict runs the detector itself: {error}',
+                          'current')
             self._plain = state, network
         return self._plain[1]
 
 
-def _state(detector: nn.Module) -> Optional[list]:
-    """What changes with the weights; None for hooks or other precisions."""
-    state = []
+def _state(detector: nn.Module) -> Optional[tuple]:
+    """What changes with the computation; None if it cannot be plain.
+
+    Versions of tensors do not count what is written through ``data``, as by
+    mmengine's EMAHook, so their norms are compared as well.
+    """
+    kinds, tensors = [], []
     for module in detector.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if (module.training or module._forward_hooks
+                or module._forward_pre_hooks):
             return None
-        state.append(type(module))
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is None:
-                    continue
-                if tensor.dtype not in (torch.float32, torch.int64):
-                    return None
-                state.append((tensor.data_ptr(), tensor._version))
-    return state
+        kinds.append((type(module), getattr(module, 'eps', None)))
+        tensors += module._parameters.values()
+        tensors += module._buffers.values()
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if any(x.dtype != torch.float32 or x.is_inference() for x in floats):
+        return None
+    norms = torch.stack(torch._foreach_norm(floats)).tolist()
+    return kinds, [(x.data_ptr(), x._version) for x in floats], norms

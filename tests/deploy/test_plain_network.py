@@ -88,6 +88,24 @@ def test_group_norm():
     assert difference(outputs(model, images), plain(images)) < 1e-12
 
 
+@pytest.mark.parametrize('backbone, neck, head', [
+    (dict(out_indices=(2, 3, 4, 5)),
+     dict(in_channels=[24, 40, 112, 320], start_level=1), dict()),
+    (dict(), dict(end_level=1, num_outs=2), dict(num_levels=2)),
+    (dict(), dict(), dict(stacked_convs=0)),
+])  # yapf: disable
+def test_options(backbone, neck, head, model_cfg):
+    """Inputs of the neck that are not used, and a head without layers."""
+    config = model_cfg('d0')
+    config.backbone.update(backbone)
+    config.neck.update(neck)
+    config.bbox_head.update(head)
+    model = MODELS.build(config).double().eval()
+    images = torch.randn(1, 3, 128, 96, dtype=torch.float64)
+    plain = plain_network(model)
+    assert difference(outputs(model, images), plain(images)) < 1e-12
+
+
 def test_the_detector_stays_as_it_is(detector):
     """Its mode and its weights, which share no memory with the copies."""
     model = detector('d0').train()

@@ -116,8 +116,9 @@ def test_made_once(detector, data):
         first = detector.current_plain_network()
         predict(detector, data)
         assert first is detector.current_plain_network() is not None
-        detector.eval()
-        assert first is not detector.current_plain_network()
+        assert first is detector.eval().current_plain_network()
+        detector.train().eval()
+        assert first is not detector.current_plain_network() is not None
 
 
 def hooked(detector):
@@ -126,7 +127,7 @@ def hooked(detector):
 
 def no_plain_form(detector):
     detector.neck.add_extra_convs = 'on_input'
-    detector.eval()
+    detector.train().eval()
 
 
 def other_part(detector):
@@ -157,3 +158,80 @@ def test_too_small(detector, data):
     small = dict(data, inputs=data['inputs'][..., :32])
     with torch.no_grad(), pytest.raises(ValueError, match='128x32'):
         detector(**small, mode='predict')
+
+
+def data_alone(detector):
+    """Versions of tensors do not count this."""
+    detector.bbox_head.conv_reg.pointwise.weight.data.mul_(1.05)
+
+
+def eps(detector):
+    for module in detector.neck.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 1.0
+
+
+@pytest.mark.parametrize('change', [data_alone, eps])
+def test_unseen_changes(change, detector, data):
+    """What no version of a tensor tells is noticed, too."""
+    old = predict(detector, data)
+    change(detector)
+    found = predict(detector, data)
+    with pytest.raises(AssertionError):
+        assert_near(found, old)
+    assert_near(found, predict(detector, data, fast=False))
+
+
+class Conv2d(torch.nn.Conv2d):
+    """Has the name of PyTorch's, and computes something else."""
+
+    def forward(self, x):
+        return super().forward(x).round()
+
+
+def other_convolution(detector):
+    detector.neck.layers[0].nodes[0].conv.pointwise.__class__ = Conv2d
+
+
+def other_norm(detector):
+    norm = torch.nn.InstanceNorm2d(16)
+    detector.backbone.blocks[0].linear_conv.norm_name = 'other'
+    detector.backbone.blocks[0].linear_conv.add_module('other', norm.eval())
+
+
+def no_statistics(detector):
+    for module in detector.neck.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var = module.running_mean = None
+
+
+def more_levels(detector):
+    detector.bbox_head.num_levels = 6
+
+
+def one_norm_trains(detector):
+    detector.neck.layers[0].nodes[0].norm.train()
+
+
+@pytest.mark.parametrize('change', [
+    other_convolution, other_norm, no_statistics, more_levels, one_norm_trains
+])
+def test_no_plain_form(change, detector):
+    """The detector itself computes what the plain network would not."""
+    change(detector)
+    with torch.no_grad():
+        assert detector.current_plain_network() is None
+
+
+def test_built_in_inference_mode(trained, data):
+    """Such tensors have no versions."""
+    with torch.inference_mode():
+        model = copy.deepcopy(trained).eval()
+        assert len(predict(model, data)[0]['scores']) > 10
+
+
+def test_copies_are_light(detector, data):
+    """A copy, or a file, has no second set of weights."""
+    predict(detector, data)
+    assert detector._plain[1] is not None
+    assert copy.deepcopy(detector)._plain[1] is None
