@@ -22,15 +22,20 @@ class NamingPipeline(Compose):
         Raises:
             ValueError: If the image cannot be read.
         """
-        try:
-            return super().__call__(data)
-        except Exception as error:  # every library raises its own
-            if 'img' in data:  # another transform failed
-                raise
-            raise ValueError(
-                f'{data.get("img_path")} cannot be read as an image ({error}).'
-                ' Replace it or leave it out; python -m mmdet_efficientdet '
-                'check_dataset lists all such images') from error
+        for transform in self.transforms:
+            try:
+                data = transform(data)
+            except Exception as error:  # every library raises its own
+                if 'Load' not in type(transform).__name__ or 'img' in data:
+                    raise
+                raise ValueError(
+                    f'{data.get("img_path")} cannot be read as an image '
+                    f'({error}). Replace it or leave it out; python -m '
+                    'mmdet_efficientdet check_dataset lists all such images'
+                ) from error
+            if data is None:
+                return None
+        return data
 
 
 @RUNNERS.register_module()
@@ -72,7 +77,8 @@ class DetInferencer(mmdet.apis.DetInferencer):
     """MMDetection's, which leaves out images that cannot be read.
 
     It warns of each of them. After a call, ``unreadable`` is a list of their
-    paths and errors. If none can be read, a ValueError is raised.
+    paths and errors, and the results are those of the other images, in order.
+    If none can be read, a ValueError is raised.
     """
 
     def _get_chunk_data(self, inputs: Iterable, chunk_size: int) -> Iterator:

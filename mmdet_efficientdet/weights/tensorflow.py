@@ -170,7 +170,10 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
             raise ValueError(f'is in {path}, which is missing')
         size = path.stat().st_size
         # An empty file cannot be mapped.
-        return [np.memmap(path, np.uint8, 'r') if size else b'', size]
+        return [
+            np.memmap(path, np.uint8, 'r') if size else np.zeros(0, np.uint8),
+            size
+        ]
 
     tensors = {}
     for name, entry in entries.items():
