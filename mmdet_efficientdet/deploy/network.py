@@ -91,9 +91,10 @@ class Conv(nn.Module):
 def _writes_much(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether oneDNN is faster than PyTorch's choice for one thread.
 
-    That is a product of matrices, which writes the result twice.
+    That is a product of matrices, which writes the result twice. The answer,
+    and thus the rounding, is the same for all sizes of a batch.
     """
-    pixels = x.numel() // x.shape[1]
+    pixels = x.shape[2] * x.shape[3]
     return (conv.kernel_size == (1, 1) and pixels * conv.out_channels >= 2**18
             and x.device.type == 'cpu' and x.dtype == torch.float32
             and torch.backends.mkldnn.is_available()

@@ -74,6 +74,15 @@ def test_large_maps():
     assert difference(outputs(model, images), plain(images)) < 1e-5
 
 
+def test_batch_does_not_matter():
+    """An image has the same maps alone and among others, bit for bit."""
+    model = MODELS.build(Config.fromfile(config_file('lite0')).model).eval()
+    plain, images = plain_network(model), torch.randn(6, 3, 208, 368)
+    together, alone = plain(images), plain(images[1:2])
+    for maps, single in zip(together, alone):
+        assert all(torch.equal(a[1:2], b) for a, b in zip(maps, single))
+
+
 def test_group_norm():
     """Group norms cannot be folded, and stay."""
     path = D0.with_name('efficientdet_d0_1xb8-gn-300e_coco.py')
