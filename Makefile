@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 # Two processes take half the time of one on two cores. Each holds up to 3 GB.
 PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
-# Written last, and only when tools/check_env.py has passed.
+# Written last, and only when tools/doctor.py has passed.
 STAMP := $(VENV)/.ready
 pin = $(shell grep -o '^[\# ]*$(1)==[0-9.]*' requirements.txt | tr -d '\# ')
 MMCV := $(call pin,mmcv)
@@ -179,6 +179,6 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 
 	# 6. The package itself, then the proof.
 	alive $(PIP) install -q --no-deps --no-build-isolation -e .
-	alive $(PY) tools/check_env.py
+	alive $(PY) tools/doctor.py
 	echo "$(CURDIR)" > $(STAMP)
 	echo "Done. Next: source $(VENV)/bin/activate"

@@ -25,7 +25,7 @@ HOST_TOOLS = ('train', 'test', 'analysis_tools/analyze_logs',
 
 def find_tools() -> dict:
     """The file of each installed tool: title to name to path."""
-    host = find_spec('mmdet')  # without it check_env is still of use
+    host = find_spec('mmdet')  # without it `doctor` is still of use
     folder = Path(host.origin).parent / '.mim' / 'tools' if host else TOOLS
     files = [folder / f'{name}.py' for name in HOST_TOOLS]
     return {

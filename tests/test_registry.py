@@ -4,7 +4,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 
-import check_env
+import doctor
 import pytest
 import torch
 from helpers.models import batch
@@ -307,18 +307,18 @@ assert Config.fromstring(line, '.py').image_size == 512
 def test_versions_are_the_same_everywhere():
     """Files that import nothing of each other agree about versions.
 
-    They are setup.cfg, requirements.txt, the registry and check_env.py.
+    They are setup.cfg, requirements.txt, the registry and doctor.py.
     """
     root = D0.parents[2]
     setup = ConfigParser()
     setup.read(root / 'setup.cfg')
     classifiers = re.findall(r'Python :: (3\.\d+)',
                              setup['metadata']['classifiers'])
-    assert classifiers == list(PYTHONS) == list(check_env.PYTHONS)
+    assert classifiers == list(PYTHONS) == list(doctor.PYTHONS)
     assert setup['options']['python_requires'] == f'>={PYTHONS[0]}'
     pins = dict(
         re.findall(r'^(?:# )?([\w-]+)==([\d.]+)',
                    (root / 'requirements.txt').read_text(), re.MULTILINE))
     pins['cv2'] = pins['opencv-python-headless'].rpartition('.')[0]
-    for name, versions in check_env.TESTED.items():
+    for name, versions in doctor.TESTED.items():
         assert versions[0] == pins[name], name
