@@ -1,10 +1,12 @@
 """The recipes of the shipped configs: averages, norms and rates."""
 import copy
+import re
 
 import pytest
 import torch
 from helpers.models import SIZES, batch, new_model
-from helpers.tiny_data import CONFIGS, D0, LITE0
+from helpers.tiny_data import (CLASSES, CONFIGS, D0, LITE0, make_dataset,
+                               run_tool)
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
@@ -195,3 +197,36 @@ def test_inputs_of_advprop():
         dict(inputs=[image.expand(3, 4, 8)], data_samples=None))['inputs']
     assert inputs[0, :, 0, 0].tolist() == [-1, 1, -1]
     assert (inputs[0, :, 4:] == -1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['COCO', 'VOC'])
+def test_config_of_the_readme(kind, tmp_path):
+    """Both forms of the data train and are evaluated."""
+    root = make_dataset(tmp_path / 'data')
+    readme = (CONFIGS.parents[1] / 'README.md').read_text()
+    config, voc = (
+        text for text in re.findall(r'```python\n(.*?)```', readme, re.S)
+        if 'adamw' in text or 'VOCDataset' in text)
+    lines = '''
+train_dataloader.update(num_workers=0, persistent_workers=False)
+val_dataloader.update(num_workers=0, persistent_workers=False)
+train_cfg = dict(max_iters=2, val_interval=2)
+'''
+    text = config + voc * (kind == 'VOC') + lines
+    for old, new in (("'configs/efficientdet", f"'{CONFIGS}"),
+                     ("'d1', image_size=640",
+                      "'lite0', image_size=128"), ("['cat', 'dog']",
+                                                   str(CLASSES)),
+                     ('data/pets', str(root)), ('images/', 'JPEGImages/'),
+                     ('train.json', 'coco.json'), ('val.json', 'coco.json'),
+                     ('train.txt', 'ids.txt'), ('val.txt', 'ids.txt')):
+        assert old in text or kind == 'COCO'
+        text = text.replace(old, new)
+    (tmp_path / 'mine.py').write_text(text)
+    done = run_tool('train.py', tmp_path / 'mine.py', cwd=tmp_path)
+    assert done.code == 0, done.output
+    key = dict(COCO='coco/bbox_mAP', VOC='pascal_voc/mAP')[kind]
+    assert f'{key}: ' in done.output
+    saved, = (tmp_path / 'work_dirs' / 'mine').glob('best_*.pth')
+    assert saved.name == f'best_{key.replace("/", "_")}_iter_2.pth'
