@@ -65,7 +65,7 @@ def test_one_config_for_each_size():
     for path in ALL:
         if path.parent == CONFIGS:
             assert re.fullmatch(
-                r'efficientdet_[a-z0-9]+_\d+xb\d+(-[a-z]+)?(-\d+e)?_[a-z]+',
+                r'efficientdet_[a-z0-9]+_\d+xb\d+(-[a-z]+)?(-\d+[ek])?_[a-z]+',
                 path.stem)
 
 

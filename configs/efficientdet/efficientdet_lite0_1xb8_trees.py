@@ -1,4 +1,4 @@
-_base_ = './efficientdet_lite0_8xb16-300e_coco.py'
+_base_ = './efficientdet_d0_1xb8-adamw-1k_coco.py'
 
 from mmdet_efficientdet.scaling import scale_config
 
@@ -8,14 +8,7 @@ data_root = 'data/trees/'
 # Trees have 8 to 108 px, anchors at least 24.
 enlargement = 1.8
 
-# The official momentum of 0.01 would leave the statistics behind the weights
-# in so few steps.
-norm_cfg = dict(type='BN', momentum=0.1, eps=1e-3)
-model = dict(
-    backbone=dict(frozen_stages=4, norm_eval=True, drop_path_rate=0.0),
-    neck=dict(norm_cfg=norm_cfg),
-    bbox_head=dict(norm_cfg=norm_cfg),
-    test_cfg=dict(max_per_img=300))
+model = dict(test_cfg=dict(max_per_img=300))
 
 train_pipeline = [
     dict(type='mmdet_efficientdet.SeedTransforms'),
@@ -43,46 +36,17 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
                    'scale_factor'))
 ]
+images = dict(data_root=data_root, data_prefix=dict(img='images/'))
 train_dataloader = dict(
-    batch_size=8,
     num_workers=1,
-    sampler=dict(infinite=True),
-    dataset=dict(
-        data_root=data_root,
-        ann_file='train.json',
-        data_prefix=dict(img='images/'),
-        pipeline=train_pipeline))
+    dataset=dict(ann_file='train.json', pipeline=train_pipeline, **images))
 val_dataloader = dict(
     num_workers=1,
-    dataset=dict(
-        data_root=data_root,
-        ann_file='test.json',
-        data_prefix=dict(img='images/'),
-        pipeline=test_pipeline))
+    dataset=dict(ann_file='test.json', pipeline=test_pipeline, **images))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'test.json')
 test_evaluator = val_evaluator
 
-max_iters = 1000
-train_cfg = dict(
-    _delete_=True,
-    type='mmdet_efficientdet.SeededIterBasedTrainLoop',
-    max_iters=max_iters,
-    val_interval=max_iters)
-# Steps as large as neck and head need would destroy the pretrained backbone.
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=6e-3, weight_decay=1e-2),
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
-auto_scale_lr = dict(base_batch_size=8)
-param_scheduler = [
-    dict(
-        type='mmdet_efficientdet.WarmupCosineLR',
-        by_epoch=False,
-        warmup=30,
-        start_factor=0.01)
-]
-default_hooks = dict(
-    logger=dict(interval=20),
-    checkpoint=dict(
-        by_epoch=False, interval=100, save_best=None, max_keep_ckpts=1))
-log_processor = dict(by_epoch=False, window_size=20)
+# The held-out part is looked at once, at the end.
+train_cfg = dict(val_interval=1000)
+default_hooks = dict(checkpoint=dict(save_best=None))

@@ -297,17 +297,19 @@ def test_published_ap():
 
 
 def test_recipes():
-    """Batch, learning rate, jitter and epochs are those of the configs."""
+    """Batch, learning rate, jitter and length are those of the configs."""
     rows = table(ROOT / 'docs/training.md', 'config')
-    assert len(rows) == 4
-    for name, (_, batch, rate, _, jitter, epochs) in rows.items():
+    assert len(rows) == 5
+    for name, (_, batch, rate, _, jitter, length) in rows.items():
         path = CONFIGS / 'efficientdet' / f'{name.replace("<size>", "d0")}.py'
         config = Config.fromfile(path)
         assert config.auto_scale_lr.base_batch_size == int(batch)
         assert config.optim_wrapper.optimizer.lr == float(rate)
         crop = config.train_dataloader.dataset.pipeline[-2]
         assert crop.ratio_range == tuple(map(float, jitter.split('–')))
-        assert config.train_cfg.max_epochs == int(epochs.split(',')[0])
+        number, unit, *_ = length.replace(',', '').split()
+        assert config.train_cfg[dict(epochs='max_epochs',
+                                     steps='max_iters')[unit]] == int(number)
 
 
 def test_bifpn_configs():

@@ -1,8 +1,12 @@
 """The recipes of the shipped configs: averages, norms and rates."""
+import copy
+import re
+
 import pytest
 import torch
 from helpers.models import SIZES, batch, new_model
-from helpers.tiny_data import CONFIGS, D0, LITE0
+from helpers.tiny_data import (CLASSES, CONFIGS, D0, LITE0, make_dataset,
+                               run_tool)
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
@@ -10,9 +14,11 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS as ENGINE_MODELS
 from mmengine.registry import init_default_scope
 
-GN, FINETUNE, ADVPROP = (
+GN, FINETUNE, ADVPROP, ADAMW = (
     CONFIGS / f'efficientdet_d0_{name}_coco.py'
-    for name in ('1xb8-gn-300e', '1xb8-finetune-50e', '8xb16-advprop-300e'))
+    for name in ('1xb8-gn-300e', '1xb8-finetune-50e', '8xb16-advprop-300e',
+                 '1xb8-adamw-1k'))
+TREES = CONFIGS / 'efficientdet_lite0_1xb8_trees.py'
 
 
 def averages_of(model):
@@ -74,7 +80,7 @@ def test_averages_agree_within_50_steps():
 
 def train_briefly(path, **options):
     """Three steps with the optimizer of a config; returns model and log."""
-    config = Config.fromfile(path)
+    config = path if isinstance(path, Config) else Config.fromfile(path)
     config.merge_from_dict(options)
     model = new_model(config)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
@@ -115,12 +121,56 @@ def test_recipe_of_fine_tuning():
     assert log[-1]['loss'] < log[0]['loss']
 
 
+@pytest.mark.parametrize('path', [ADAMW, TREES])
+def test_recipe_for_small_data(path):
+    """Neck and head learn, the backbone above stride 16 slowly."""
+    config = Config.fromfile(path)
+    config.optim_wrapper.optimizer.lr = 1e-3  # there is no warm-up here
+    before = copy.deepcopy(config.model.backbone)
+    model, log, changed = train_briefly(config)
+    assert changed == {'neck', 'bbox_head'}
+    assert log[-1]['loss'] < 0.95 * log[0]['loss']
+    assert before.norm_cfg.momentum == 0.01
+    assert {
+        m.momentum
+        for part in (model.neck, model.bbox_head)
+        for m in part.modules() if isinstance(m, torch.nn.BatchNorm2d)
+    } == {0.1}
+    last = model.backbone.level_ends[4]  # of stride 16
+    assert [
+        all(p.requires_grad for p in block.parameters())
+        for block in model.backbone.blocks
+    ] == [i > last for i in range(len(model.backbone.blocks))]
+
+
+@pytest.mark.parametrize('path', [ADAMW, TREES])
+def test_one_number_is_the_length(path):
+    """Only ``max_iters`` is for more data; all else counts steps."""
+    config = Config.fromfile(path)
+    assert config.train_cfg.max_iters == 1000
+    schedule, = config.param_scheduler
+    assert not schedule.by_epoch and 'end' not in schedule
+    assert 10 * schedule.warmup <= config.train_cfg.max_iters
+    assert config.train_dataloader.sampler.infinite
+    hooks, head = config.default_hooks, config.train_cfg
+    assert head.type == 'mmdet_efficientdet.SeededIterBasedTrainLoop'
+    assert not hooks.checkpoint.by_epoch and hooks.checkpoint.interval == 100
+    assert not config.log_processor.by_epoch
+    # Averages of the last tenth, of however many steps
+    averaged = averages_of(torch.nn.Linear(1, 1))
+    for steps in (300, 1000, 5000):
+        averaged.steps.fill_(steps)
+        share = averaged.momentum, 1 / (steps / averaged.gamma + 1)
+        assert max(share) == pytest.approx(9 / steps, rel=0.05)
+
+
 def test_ordinary_training_changes_statistics():
-    """The two recipes above differ from this."""
+    """The recipes above differ from this."""
     assert train_briefly(LITE0)[2] == {'backbone', 'neck', 'bbox_head'}
 
 
-@pytest.mark.parametrize('path, rate', [(GN, 0.01), (FINETUNE, 0.005)])
+@pytest.mark.parametrize('path, rate', [(GN, 0.01), (FINETUNE, 0.005),
+                                        (ADAMW, 6e-3)])
 def test_rate_fits_the_batch(path, rate):
     """Each rate stands beside the batch that it is for."""
     config = Config.fromfile(path)
@@ -147,3 +197,36 @@ def test_inputs_of_advprop():
         dict(inputs=[image.expand(3, 4, 8)], data_samples=None))['inputs']
     assert inputs[0, :, 0, 0].tolist() == [-1, 1, -1]
     assert (inputs[0, :, 4:] == -1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['COCO', 'VOC'])
+def test_config_of_the_readme(kind, tmp_path):
+    """Both forms of the data train and are evaluated."""
+    root = make_dataset(tmp_path / 'data')
+    readme = (CONFIGS.parents[1] / 'README.md').read_text()
+    config, voc = (
+        text for text in re.findall(r'```python\n(.*?)```', readme, re.S)
+        if 'adamw' in text or 'VOCDataset' in text)
+    lines = '''
+train_dataloader.update(num_workers=0, persistent_workers=False)
+val_dataloader.update(num_workers=0, persistent_workers=False)
+train_cfg = dict(max_iters=2, val_interval=2)
+'''
+    text = config + voc * (kind == 'VOC') + lines
+    for old, new in (("'configs/efficientdet", f"'{CONFIGS}"),
+                     ("'d1', image_size=640",
+                      "'lite0', image_size=128"), ("['cat', 'dog']",
+                                                   str(CLASSES)),
+                     ('data/pets', str(root)), ('images/', 'JPEGImages/'),
+                     ('train.json', 'coco.json'), ('val.json', 'coco.json'),
+                     ('train.txt', 'ids.txt'), ('val.txt', 'ids.txt')):
+        assert old in text or kind == 'COCO'
+        text = text.replace(old, new)
+    (tmp_path / 'mine.py').write_text(text)
+    done = run_tool('train.py', tmp_path / 'mine.py', cwd=tmp_path)
+    assert done.code == 0, done.output
+    key = dict(COCO='coco/bbox_mAP', VOC='pascal_voc/mAP')[kind]
+    assert f'{key}: ' in done.output
+    saved, = (tmp_path / 'work_dirs' / 'mine').glob('best_*.pth')
+    assert saved.name == f'best_{key.replace("/", "_")}_iter_2.pth'

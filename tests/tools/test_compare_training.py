@@ -1,0 +1,135 @@
+"""The comparison of our recipe with effdet's trainer."""
+import json
+import shutil
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_data import CONFIGS, make_dataset
+
+sys.path.append(str(CONFIGS.parents[1] / 'tools' / 'studies'))
+import compare_training as study  # noqa: E402
+import training_data  # noqa: E402
+import training_report  # noqa: E402
+import training_runs  # noqa: E402
+
+SIDE = 128
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = make_dataset(tmp_path_factory.mktemp('training') / 'data')
+    shutil.move(root / 'JPEGImages', root / 'images')
+    return root / 'coco.json'
+
+
+@pytest.fixture(scope='module')
+def batch(data):
+    """Of one step, with the settings of ours, and the network."""
+    torch.manual_seed(0)
+    pictures, classes = training_data.read_data(data)
+    assert classes == [5, 15, 25] and len(pictures) == 6
+    model = training_runs.build(3, SIDE, 0, study.OURS)
+    batch, = training_data.make_batches(model, pictures, study.OURS, 0, 1,
+                                        SIDE)
+    return batch, model
+
+
+def test_one_thing_at_a_time():
+    """The names are those of the settings, and every value is another."""
+    for name, changes in study.VARIANTS.items():
+        assert changes.keys() <= study.OURS.keys()
+        assert not changes.items() & study.OURS.items()
+        assert len(changes) == {
+            'ours': 0,
+            'effdet': 7,
+            'drop_path': 2  # without statistics of the batch it does nothing
+        }.get(name, 1)
+
+
+def test_both_trainers_compute_the_same_loss(batch):
+    """Without effdet's deviations only rounding is left."""
+    data, model = batch
+    network, ours = training_runs.our_losses(model)
+    bench, theirs = training_runs.effdet_losses(model, 3, SIDE, 0.0)
+    for part in (network, bench):
+        part.eval()
+    assert ours(*data).item() == pytest.approx(theirs(*data).item(), rel=1e-4)
+    assert {
+        sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for part in (network, bench)
+    } == {sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def test_features_are_those_of_the_backbone(batch):
+    """The frozen part and the rest are the whole."""
+    _, model = batch
+    model.eval()
+    images = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        x = model.backbone(images)
+        *feats, = training_data.frozen_features(model, images)
+    for got, expected in zip(feats, x):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize('transform', ['our_transform', 'effdet_transform'])
+def test_boxes_follow_their_pixels(transform, data):
+    """A red box is red also where it was flipped, resized and cropped."""
+    pictures, _ = training_data.read_data(data)
+    picture, boxes, labels = pictures[0]
+    np.random.seed(0)
+    apply = getattr(training_data, transform)(SIDE, (0.8, 1.5))
+    for _ in range(8):
+        image, found, classes = apply(picture, boxes, labels)
+        for (x0, y0, x1, y1), label in zip(found.round().int().tolist(),
+                                           classes.tolist()):
+            if min(x1 - x0, y1 - y0) > 8:
+                inside = image[y0 + 3:y1 - 3, x0 + 3:x1 - 3]
+                assert inside.mean((0, 1)).argmax() == 2 - label
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ours', 'effdet'])
+def test_run(name, data, batch):
+    """The loss falls within a few steps, with every setting in use."""
+    args = Namespace(data=(data, data), side=SIDE, steps=12)
+    row = training_runs.run(args, training_data.read_data(data), {
+        **study.OURS,
+        **study.VARIANTS[name]
+    }, 1e-2, 0, {})
+    assert row['loss'] < 1.8 and 0 <= row['AP'] <= row['AP50'] <= 1
+
+
+def test_table(tmp_path):
+    """Differences are paired by seed, with the baseline at its best rate."""
+    rows = [
+        dict(
+            variant=name,
+            rate=rate,
+            seed=seed,
+            loss=1.0,
+            seconds=1.0,
+            AP=ap,
+            AP50=ap + seed / 10,
+            AP75=0.1,
+            AP_small=0.1)
+        for name, rate, ap in (('ours', 1e-3, 0.1), ('ours', 1e-2, 0.4),
+                               ('effdet', 1e-2, 0.3)) for seed in range(3)
+    ]
+    rows[-1]['AP'] += 0.03
+    (tmp_path / 'runs').mkdir()
+    for i, row in enumerate(rows):
+        (tmp_path / 'runs' / f'{i}.json').write_text(json.dumps(row))
+    args = Namespace(steps=5, side=64, data=(tmp_path, tmp_path))
+    training_report.write_results(tmp_path, list(study.VARIANTS), args)
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    assert 'ours at 0.01' in lines[0]
+    line, = (line for line in lines if line.startswith('| effdet'))
+    # The deviation of -0.1, -0.1 and -0.07 is 0.03 / sqrt(3), and the
+    # quantile of t for two degrees of freedom 4.303: 4.303 * 0.03 / 3.
+    assert '-0.090 +- 0.043' in line and '-0.100' in line
+    assert len((tmp_path / 'results.csv').read_text().splitlines()) == 10
+    assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
