@@ -28,16 +28,19 @@ PROJECTS = ('torch.nn.modules.', 'mmcv.', 'mmdet.', 'mmengine.',
 OTHERS = ('data_preprocessor', 'bbox_head.loss_')  # compute nothing here
 
 
-def plain_network(detector: nn.Module) -> PlainNetwork:
+def plain_network(detector: nn.Module, even: bool = False) -> PlainNetwork:
     """The plain network of a detector, with copies of its weights.
 
     Args:
         detector (EfficientDet): In any mode; it is not changed.
+        even (bool): The form for export, for inputs whose sides are multiples
+            of 128, or 256 for six levels; see :class:`PlainNetwork`. Defaults
+            to False.
 
     Raises:
         ValueError: If an option of the detector has no plain form.
     """
-    network = PlainNetwork(**describe(detector))
+    network = PlainNetwork(**describe(detector), even=even)
     network.to(next(detector.parameters()))  # device and precision
     backbone, neck, head = detector.backbone, detector.neck, detector.bbox_head
     fold(network.stem, backbone.stem.conv, backbone.stem.norm)
@@ -85,6 +88,10 @@ def describe(detector: nn.Module) -> dict:
     if neck.num_outs != head.num_levels:
         raise ValueError(f'the neck has {neck.num_outs} levels and the head '
                          f'{head.num_levels}')
+    levels = [backbone.out_indices[i] for i in neck.used_inputs]
+    if levels != list(range(levels[0], levels[0] + len(levels))):
+        raise ValueError(f'levels {levels} of the backbone, of which some are '
+                         'left out, have no plain form')
     nodes = [node for layer in neck.layers for node in layer.nodes]
     if neck.add_extra_convs or any(not hasattr(node.conv, 'depthwise')
                                    or node.fusion.startswith('channel_')
@@ -105,10 +112,7 @@ def describe(detector: nn.Module) -> dict:
                 squeeze=block.se.conv1.conv.out_channels
                 if block.with_se else 0) for block in backbone.blocks
         ],
-        out_blocks=[
-            backbone.level_ends[backbone.out_indices[i]]
-            for i in neck.used_inputs
-        ],
+        out_blocks=[backbone.level_ends[level] for level in levels],
         act=_name(backbone.stem.activate),
         graph=neck.layers[0].graph,
         weights=[[[1.0] * len(inputs) if node.fusion == 'sum' else

@@ -7,7 +7,7 @@ numbers. It needs neither MMDetection nor MMCV, so everything that is deployed
 is made from it.
 """
 import json
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import safetensors.torch
 import torch
@@ -18,7 +18,13 @@ ACTIVATIONS = dict(
     SiLU=F.silu, ReLU6=F.relu6, ReLU=F.relu, Hardswish=F.hardswish)
 
 
-class Conv(nn.Module):
+class Part(nn.Module):
+    """A part of the network."""
+
+    even = False  # whether the input's sides are multiples of its divisor
+
+
+class Conv(Part):
     """A convolution with TensorFlow's SAME padding, then norm and activation.
 
     Args:
@@ -62,10 +68,11 @@ class Conv(nn.Module):
         """
         conv = self.conv
         weight, padding, convolve = conv.weight, conv.padding, F.conv2d
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = self.even or torch.compiler.is_compiling()
         if conv.stride[0] == 2:
             # Before an even size, SAME pads one pixel less than after it.
-            top, left = (1 - size % 2 for size in x.shape[-2:])
+            top, left = (1, 1) if self.even else (1 - size % 2
+                                                  for size in x.shape[-2:])
             if conv.groups > 1 and not traced:
                 # A row and a column of zeros save a padded copy of ``x``.
                 weight = F.pad(weight, (left, 0, top, 0))
@@ -85,7 +92,7 @@ class Conv(nn.Module):
             groups=conv.groups)
         if hasattr(self, 'norm'):
             x = self.norm(x)
-        return self.act(x, inplace=True) if self.act else x
+        return self.act(x, inplace=not self.even) if self.act else x
 
 
 def _writes_much(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -101,7 +108,7 @@ def _writes_much(x: Tensor, conv: nn.Conv2d) -> bool:
             and torch.backends.mkldnn.enabled)
 
 
-class Block(nn.Module):
+class Block(Part):
     """A block of EfficientNet: expand, depthwise, squeeze-and-excite, project.
 
     Args:
@@ -135,58 +142,74 @@ class Block(nn.Module):
         y = self.depthwise(y)
         if hasattr(self, 'squeeze'):
             gate = self.excite(self.squeeze(y.mean((2, 3), keepdim=True)))
-            y = y.mul_(gate.sigmoid_())
+            y = y * gate.sigmoid() if self.even else y.mul_(gate.sigmoid_())
         y = self.project(y)
-        return y.add_(x) if self.shortcut else y
+        if not self.shortcut:
+            return y
+        return y + x if self.even else y.add_(x)
 
 
-def pool(x: Tensor) -> Tensor:
+def pool(x: Tensor, even: bool) -> Tensor:
     """3x3 max-pooling of stride 2, SAME, without a padded copy.
 
     An axis of one pixel stays one pixel.
     """
-    height, width = x.shape[-2:]
-    return F.max_pool2d(x, 3, 2, (height % 2, width % 2), ceil_mode=True)
+    padding = 0 if even else [size % 2 for size in x.shape[-2:]]
+    return F.max_pool2d(x, 3, 2, padding, ceil_mode=True)
 
 
-class Node(nn.Module):
+class Node(Part):
     """A fusion node of BiFPN.
 
     Args:
-        in_channels (Sequence[int]): Width of each input.
+        level (int): Level of the node.
+        inputs (dict[int, tuple]): Index of each input in the list of features
+            to its level, width and factor.
         channels (int): Width of the output.
-        weights (Sequence[float]): Factor of each input.
         act (str, optional): A key of ``ACTIVATIONS``.
         group_norm (Sequence, optional): See :class:`Conv`.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int,
-                 weights: Sequence[float], act: Optional[str],
-                 group_norm: Optional[Sequence]) -> None:
+    def __init__(self, level: int, inputs: Dict[int, tuple], channels: int,
+                 act: Optional[str], group_norm: Optional[Sequence]) -> None:
         super().__init__()
-        self.weights = tuple(weights)
+        self.level = level
+        self.inputs = dict(inputs)
         self.act = ACTIVATIONS[act] if act else None
         self.resample = nn.ModuleList(
             nn.Identity() if width ==
             channels else Conv(width, channels, group_norm=group_norm)
-            for width in in_channels)
+            for _, width, _ in inputs.values())
         self.depthwise = Conv(channels, channels, 3, 1, True, bias=False)
         self.pointwise = Conv(channels, channels, group_norm=group_norm)
 
-    def forward(self, inputs: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Fuses features at the level of ``size`` (height and width)."""
+    def forward(self, feats: Sequence[Tensor],
+                sizes: Sequence[Sequence[int]]) -> Tensor:
+        """Fuses its inputs out of ``feats``.
+
+        Args:
+            feats (Sequence[Tensor]): Features ``(N, C_i, H_i, W_i)``.
+            sizes (Sequence): Height and width of each level.
+        """
         fused = None
-        for x, weight, resample in zip(inputs, self.weights, self.resample):
-            x = resample(x)
-            if x.shape[-2:] != size:
-                larger = x.shape[-2] > size[0] or x.shape[-1] > size[1]
-                x = pool(x) if larger else F.interpolate(x, size)
+        for (index, (level, _,
+                     weight)), resample in zip(self.inputs.items(),
+                                               self.resample):
+            x = resample(feats[index])
+            if level < self.level:
+                x = pool(x, self.even)
+            elif level > self.level and self.even:
+                x = F.interpolate(x, scale_factor=2.0)
+            elif level > self.level:
+                x = F.interpolate(x, sizes[self.level])
             if fused is None:
                 fused = x * weight
+            elif self.even:
+                fused = fused + x * weight
             else:
                 fused.add_(x, alpha=weight)
         if self.act:
-            fused = self.act(fused, inplace=True)
+            fused = self.act(fused, inplace=not self.even)
         return self.pointwise(self.depthwise(fused))
 
 
@@ -225,7 +248,7 @@ class Net(nn.Module):
         return outs
 
 
-class PlainNetwork(nn.Module):
+class PlainNetwork(Part):
     """EfficientDet from normalised images to the maps of its head.
 
     Args:
@@ -244,12 +267,21 @@ class PlainNetwork(nn.Module):
         depth (int): Convolutions of the head before the predictors.
         num_anchors (int): Anchors of a cell.
         num_classes (int): Number of classes.
+        even (bool): The form for export, in which no operator depends on the
+            input's size and none works in place. Then both sides of an input
+            must be multiples of ``divisor``, 2 to the power of the highest
+            level, such as 128. Defaults to False.
     """
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, *, even: bool = False, **settings) -> None:
         super().__init__()
         self.settings = settings
         self._build(**settings)
+        strides = [block.depthwise.conv.stride[0] for block in self.blocks]
+        self.divisor = 2**(1 + strides[:self.out_blocks[-1] + 1].count(2) +
+                           len(self.extra_levels))
+        for module in self.modules():
+            module.even = even
         self.to(memory_format=torch.channels_last)
         self.eval().requires_grad_(False)
 
@@ -275,17 +307,18 @@ class PlainNetwork(nn.Module):
                     width, channels, group_norm=neck_group_norm))
             width = channels
             widths.append(width)
-        self.graph = [(level, list(inputs)) for level, inputs in graph]
-        self.num_levels = num_levels
         self.layers = nn.ModuleList()
+        levels = [*range(num_levels), *(level for level, _ in graph)]
         for layer in weights:
-            nodes, widths = nn.ModuleList(), list(widths)
-            for (_, inputs), factors in zip(graph, layer):
-                nodes.append(
-                    Node([widths[i] for i in inputs], channels, factors,
-                         neck_act, neck_group_norm))
-                widths.append(channels)
-            self.layers.append(nodes)
+            widths += [channels] * len(graph)
+            self.layers.append(
+                nn.ModuleList(
+                    Node(
+                        level, {
+                            i: (levels[i], widths[i], factor)
+                            for i, factor in zip(inputs, factors)
+                        }, channels, neck_act, neck_group_norm)
+                    for (level, inputs), factors in zip(graph, layer)))
             widths = [channels] * num_levels
         self.cls_net, self.reg_net = (
             Net(channels, depth, num_levels, num_anchors * outputs, head_act,
@@ -297,12 +330,22 @@ class PlainNetwork(nn.Module):
 
         Args:
             images (Tensor): ``(N, in_channels, H, W)``, normalised, of any
-                size.
+                size unless the network is ``even``.
 
         Returns:
             tuple[list]: ``cls_scores``, logits ``(N, A * K, H_i, W_i)``, and
             ``bbox_preds``, deltas ``(N, A * 4, H_i, W_i)``.
+
+        Raises:
+            ValueError: If the network is ``even`` and a side does not fit.
         """
+        if self.even and not torch.jit.is_tracing():
+            height, width = images.shape[-2:]
+            if height % self.divisor or width % self.divisor:
+                raise ValueError(
+                    f'the images have {height}x{width} pixels, but both sides '
+                    f'must be multiples of {self.divisor} for a network with '
+                    'even=True. Pad the images, or use even=False')
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         feats = []
         for index, block in enumerate(self.blocks):
@@ -310,12 +353,12 @@ class PlainNetwork(nn.Module):
             if index in self.out_blocks:
                 feats.append(x)
         for extra_level in self.extra_levels:
-            feats.append(pool(extra_level(feats[-1])))
+            feats.append(pool(extra_level(feats[-1]), self.even))
         sizes = [x.shape[-2:] for x in feats]
         for nodes in self.layers:
-            for node, (level, inputs) in zip(nodes, self.graph):
-                feats.append(node([feats[i] for i in inputs], sizes[level]))
-            feats = feats[-self.num_levels:]
+            for node in nodes:
+                feats.append(node(feats, sizes))
+            feats = feats[-len(sizes):]
         return self.cls_net(feats), self.reg_net(feats)
 
 
@@ -332,8 +375,12 @@ def save_plain(network: PlainNetwork, path: str) -> None:
         file.write(data)
 
 
-def load_plain(path: str) -> PlainNetwork:
+def load_plain(path: str, even: bool = False) -> PlainNetwork:
     """Reads what :func:`save_plain` has written.
+
+    Args:
+        path (str): The file.
+        even (bool): See :class:`PlainNetwork`. Defaults to False.
 
     Raises:
         ValueError: If the file is no plain network or its weights do not fit.
@@ -343,7 +390,7 @@ def load_plain(path: str) -> PlainNetwork:
             settings = json.loads((file.metadata() or {})['plain_network'])
             weights = {key: file.get_tensor(key) for key in file.keys()}
         with torch.device('meta'):  # takes no memory, whatever the settings
-            network = PlainNetwork(**settings)
+            network = PlainNetwork(**settings, even=even)
         network.load_state_dict(weights, assign=True)
     except (safetensors.SafetensorError, ArithmeticError, LookupError,
             RuntimeError, TypeError, ValueError) as error:

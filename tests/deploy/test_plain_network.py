@@ -66,6 +66,35 @@ def test_no_worse_in_single_precision(detector, size):
         assert difference(exact, plain_network(model)(images)) < 3 * own
 
 
+@pytest.mark.parametrize('size', ['d0', 'lite0'])
+def test_even(detector, size):
+    """The form for export computes the same at the sizes that it takes."""
+    model = detector(size).double()
+    plain, even = plain_network(model), plain_network(model, even=True)
+    model.float()
+    images = torch.randn(2, 3, 128, 256, dtype=torch.float64)
+    assert difference(plain(images), even(images)) < 1e-13
+    for side in (64, 130):
+        with pytest.raises(ValueError, match=f'{side}x256.* 128'):
+            even(images.new_zeros(1, 3, side, 256))
+
+
+@pytest.mark.slow
+def test_export(model_cfg):
+    """One graph for all batches and all sizes from twice the divisor on."""
+    config = model_cfg('d0')
+    config.neck.num_outs = config.bbox_head.num_levels = 6
+    model = MODELS.build(config).eval()
+    even, dim = plain_network(model, even=True), torch.export.Dim.DYNAMIC
+    sizes = (dict(enumerate((dim, None, dim, dim))), )
+    images = torch.empty(2, 3, 768, 512)
+    graph = torch.export.export(even, (images, ), dynamic_shapes=sizes)
+    graph, images = graph.module(), torch.randn(1, 3, 512, 768)
+    assert difference(plain_network(model)(images), graph(images)) < 1e-5
+    with pytest.raises(AssertionError, match='% 256 == 0'):
+        graph(images[..., :640])
+
+
 def test_large_maps():
     """oneDNN's path, which only large results take."""
     model = MODELS.build(Config.fromfile(config_file('lite0')).model).eval()
@@ -113,6 +142,15 @@ def test_options(backbone, neck, head, model_cfg):
     images = torch.randn(1, 3, 128, 96, dtype=torch.float64)
     plain = plain_network(model)
     assert difference(outputs(model, images), plain(images)) < 1e-12
+
+
+def test_levels_with_gaps(model_cfg):
+    """One pooling cannot bridge them."""
+    config = model_cfg('d0')
+    config.backbone.out_indices = (2, 3, 5)
+    config.neck.in_channels = [24, 40, 320]
+    with pytest.raises(ValueError, match=r'\[2, 3, 5\].*no plain form'):
+        plain_network(MODELS.build(config))
 
 
 def test_the_detector_stays_as_it_is(detector):
@@ -167,6 +205,9 @@ def test_file(detector, tmp_path):
     plain = plain_network(detector('lite0')).double()
     images = torch.randn(1, 3, 96, 130, dtype=torch.float64)
     save_plain(plain, tmp_path / 'plain.safetensors')
+    even = load_plain(tmp_path / 'plain.safetensors', even=True)
+    with pytest.raises(ValueError, match='96x130'):
+        even(images)
     torch.save(images, tmp_path / 'images.pth')
     source = '''
 import sys
