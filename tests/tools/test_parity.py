@@ -114,6 +114,7 @@ def run(monkeypatch, tool, *args):
     tool.main()
 
 
+@pytest.mark.slow
 def test_table(monkeypatch, capsys):
     """One row for each case, one for each source, and the exit status."""
     run(monkeypatch, verify_parity, '--size', 'lite0')
@@ -126,6 +127,7 @@ def test_table(monkeypatch, capsys):
         assert any(row.startswith(f'| {layout.title} ') for row in rows)
 
 
+@pytest.mark.slow
 def test_difference_fails(monkeypatch, capsys):
     """What is wrong in the neck is DIFFERENT there, and fails."""
     monkeypatch.setattr(FusionNode, 'eps', 0.0)
@@ -171,6 +173,7 @@ def picture(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_detections(picture):
     """The same 100 detections from effdet's bench and from MMDetection."""
     steps = verify_detections.compare('lite0', picture)
@@ -183,6 +186,7 @@ def test_detections(picture):
     assert both_soft['found'] > 90
 
 
+@pytest.mark.slow
 def test_gradients():
     """Gradients of a training step, in float64, reach the same tensors."""
     theirs, ours = build_both('d0', (128, 256), num_classes=3)
