@@ -28,11 +28,8 @@ def build_both(size, sides, **settings):
     return theirs, our_network(weights, size, settings.get('num_classes', 90))
 
 
-@pytest.mark.parametrize('size', [
-    'd0',
-    pytest.param('d1', marks=pytest.mark.slow),
-    pytest.param('d7x', marks=pytest.mark.slow)
-])
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['d0', 'd1', 'd7x'])
 def test_equal(size):
     """Every part at all sides, and the weights of every source.
 
@@ -48,8 +45,8 @@ def test_equal(size):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(head_bn_level_first=True),
-    dict(redundant_bias=False),
+    pytest.param(dict(head_bn_level_first=True), marks=pytest.mark.slow),
+    pytest.param(dict(redundant_bias=False), marks=pytest.mark.slow),
     dict(head_bn_level_first=True, redundant_bias=False, num_classes=3)
 ])
 def test_variants_of_effdet(settings):
@@ -60,6 +57,7 @@ def test_variants_of_effdet(settings):
     assert max(parts.values()) < BOUND
 
 
+@pytest.mark.slow
 def test_softmax_fusion():
     """effdet's 'attn'; the sizes above have the other two fusions."""
     sides = (192, 258)
