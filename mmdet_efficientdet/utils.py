@@ -1,10 +1,10 @@
 """What every wing needs: registration, configs, whole files, plain text."""
 import os
 import reprlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, Callable, Optional, Union
+from typing import BinaryIO, Callable, Iterator, Optional, Union
 
 import mmengine
 import numpy as np
@@ -88,6 +88,26 @@ def import_package(name: str, needed_by: str, hint: str = ''):
     except ImportError as error:
         raise ValueError(f'{needed_by} needs the package {name}: pip install '
                          f'{name}. {hint}'.rstrip()) from error
+
+
+@contextmanager
+def reading(what: str, hint: str = '') -> Iterator[None]:
+    """Turns every error into one that names what is read.
+
+    Args:
+        what (str): A file or a part of one.
+        hint (str): The end of the message. Defaults to ''.
+
+    Raises:
+        ValueError: If the body raises, whatever it raises.
+    """
+    try:
+        yield
+    except Exception as error:  # every library raises its own
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(
+            printable(f'{what} is damaged or cut off, or holds more than data:'
+                      f' {reason}{hint}')) from error
 
 
 def write_file(path: str, data: Union[bytes, Callable[[BinaryIO],

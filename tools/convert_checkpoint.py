@@ -81,8 +81,8 @@ def main():
         config = read_config(args.config) if args.config else None
         path, entry = args.src, find_by_file(args.src)
         if '://' in path:
-            entry, pin = find(path)
-            path = str(fetch(entry, pin))
+            entry = find(path)
+            path = str(fetch(entry))
         elif not (os.path.exists(src) or os.path.exists(parts[0])):
             raise ValueError(f'{path} does not exist')
         elif entry:

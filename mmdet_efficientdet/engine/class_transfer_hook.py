@@ -10,7 +10,7 @@ from ..models import EfficientDetHead
 from ..registry import HOOKS
 from ..utils import shorten
 from ..weights.class_transfer import transfer_classes
-from ..weights.sources import class_names, meta_of
+from ..weights.conventions import class_names, meta_of
 
 
 @HOOKS.register_module()

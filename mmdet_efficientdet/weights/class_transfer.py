@@ -14,11 +14,12 @@ from ..models.efficientdet import CLASS_PREDICTOR
 from ..registry import MODELS
 from ..scaling import set_classes
 from ..utils import printable, shorten
-from .conventions import adopt_conventions
-from .convert import build_on_meta, convert_file
-from .sources import check_unique, class_names, meta_of, open_source, origin_of
+from .conventions import check_unique, class_names, meta_of, origin_of
+from .convert import adapt, convert
+from .sources import open_source
 
-_PREDICTOR = re.compile(rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(weight|bias)')
+_PREDICTOR = re.compile(
+    rf'(.*\.)?{re.escape(CLASS_PREDICTOR)}\.(?P<leaf>weight|bias)')
 
 
 def transfer_file(path: str,
@@ -44,21 +45,17 @@ def transfer_file(path: str,
             transferred, or it does not fit the config.
     """
     source = open_source(path)
-    if class_names(source.meta) and any(
-            map(_PREDICTOR.fullmatch, source.tensors)):
+    if class_names(source.meta) and _predictor(source.tensors):
         checkpoint = source.checkpoint
         if not averages:
             raise ValueError(
                 f'{path} is a checkpoint of this package, of which raw '
                 'weights and averages are both kept; leave out --raw')
     else:
-        checkpoint = convert_file(
-            path, config, averages=averages, source=source)
+        checkpoint = convert(source, config, averages=averages)
     config = copy.deepcopy(config)
-    config.model.backbone.init_cfg = None
     set_classes(config, classes)
-    adopt_conventions(config, checkpoint['meta'])
-    model = build_on_meta(config)
+    config, model = adapt(config, checkpoint['meta'])
     with DefaultScope.overwrite_default_scope('mmdet_efficientdet'):
         head = MODELS.build(config.model.bbox_head)
     with torch.random.fork_rng([]):
@@ -66,11 +63,11 @@ def transfer_file(path: str,
         head.init_weights()
     new, receipt = transfer_classes(checkpoint, classes, head)
     model.load_state_dict(new['state_dict'], assign=True)  # or raises
-    origin = origin_of(new['meta']) or dict(
+    meta = new['meta']
+    origin = origin_of(meta) or dict(
         file=Path(path).name, sha256=source.sha256, receipt=[])
-    new['meta'].update(
-        cfg=config.pretty_text,
-        source=dict(origin, receipt=origin['receipt'] + receipt))
+    origin['receipt'] += receipt
+    meta.update(cfg=config.pretty_text, source=origin)
     return new
 
 
@@ -99,9 +96,8 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
     averaged = 'ema_state_dict' in checkpoint
     entries = ('state_dict', 'ema_state_dict')[:1 + averaged]
     for entry in entries:
-        keys = checkpoint.get(entry, checkpoint)  # it may be a bare one
-        if not (isinstance(keys, dict)
-                and any(_PREDICTOR.fullmatch(str(key)) for key in keys)):
+        # The checkpoint may be a bare state dict.
+        if not _predictor(checkpoint.get(entry, checkpoint)):
             raise ValueError(
                 f'the {entry} of the checkpoint has no {CLASS_PREDICTOR}, the '
                 'class predictor of EfficientDet')
@@ -118,12 +114,19 @@ def transfer_classes(checkpoint: dict, classes: Sequence[str],
             checkpoint['meta'], dataset_meta=dict(classes=list(classes))))
     for entry in entries:
         new[entry] = _transfer(checkpoint[entry], old, classes, head)
-    kept = sum(not _PREDICTOR.fullmatch(str(key)) for key in new['state_dict'])
+    kept = len(new['state_dict']) - len(_predictor(new['state_dict']))
     receipt = [
         f'classes of the checkpoint: {len(old)}, requested: {len(classes)}',
         f'kept: {kept} tensors, bit-identical', *_differences(old, classes)
     ]
     return new, receipt + ['the same in ema_state_dict'] * averaged
+
+
+def _predictor(state_dict) -> Dict[str, str]:
+    """The keys of the class predictor, to ``weight`` or ``bias``."""
+    keys = state_dict if isinstance(state_dict, dict) else ()
+    found = (_PREDICTOR.fullmatch(str(key)) for key in keys)
+    return {match[0]: match['leaf'] for match in found if match}
 
 
 def _transfer(state_dict: Dict[str, Tensor], old: List[str],
@@ -133,12 +136,9 @@ def _transfer(state_dict: Dict[str, Tensor], old: List[str],
     copied = [i for i, name in enumerate(new) if name in old]
     sources = [old.index(new[i]) for i in copied]
     result = copy.copy(state_dict)
-    for key, value in state_dict.items():
-        match = _PREDICTOR.fullmatch(str(key))
-        if not match:
-            continue
-        name = f'{printable(key)} of the checkpoint'
-        initial = getattr(head.conv_cls.pointwise, match[2]).detach()
+    for key, leaf in _predictor(state_dict).items():
+        value, name = state_dict[key], f'{printable(key)} of the checkpoint'
+        initial = getattr(head.conv_cls.pointwise, leaf).detach()
         count, *shape = getattr(value, 'shape', ()) or (0, )
         if count != num_anchors * len(old):
             raise ValueError(

@@ -1,12 +1,21 @@
-"""Settings that weights were trained with and that no tensor shows."""
+"""What a checkpoint says of itself in its meta, of which nothing is trusted.
+
+Its conventions are the settings that the weights were trained with and that
+no tensor shows.
+"""
+import json
 import logging
 import shlex
+from collections import Counter
 from functools import reduce
-from typing import List
+from operator import getitem
+from typing import Annotated, List, Optional, Sequence, TypedDict
 
+import msgspec
 from mmengine.logging import print_log
+from msgspec import Meta
 
-from ..utils import shown
+from ..utils import shorten, shown
 
 # Name in the meta of a checkpoint, and place in the config of a model.
 PLACES = dict(
@@ -16,40 +25,62 @@ PLACES = dict(
     std='data_preprocessor.std',
     pad_value='data_preprocessor.pad_value')
 
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # False for NaN
-
-
-def _is_positive(value) -> bool:
-    return _is_number(value) and value > 0
+# NaN is in no range.
+_Number = Annotated[float, Meta(gt=-1e30, lt=1e30)]
+_Positive = Annotated[float, Meta(gt=0, lt=1e30)]
+_Pair = Annotated[List[_Positive], Meta(min_length=2, max_length=2)]
+_UpTo3 = Meta(min_length=1, max_length=3)
 
 
-def _is_list(value, is_item, counts) -> bool:
-    return (isinstance(value, (list, tuple)) and len(value) in counts
-            and all(map(is_item, value)))
+class _DatasetMeta(TypedDict, total=False):
+    classes: Optional[List[str]]
 
 
-def _is_pair(value) -> bool:
-    return _is_list(value, _is_positive, (2, ))
+class Origin(TypedDict):
+    """What the converter notes: name and SHA-256 of a file, and a receipt."""
+    file: str
+    sha256: str
+    receipt: List[str]
 
 
-# What the meta may have: a test of the value, and the words of the error.
-# Without mean and std, images are not normalized.
+# What the meta may have: a type, and the words of the error. Without mean and
+# std, images are not normalized.
 _ALLOWED = dict(
-    aspect_pairs=(lambda value: _is_list(value, _is_pair, range(1, 101)),
+    aspect_pairs=(Annotated[List[_Pair],
+                            Meta(min_length=1, max_length=100)],
                   'a list of pairs (width, height) of positive, finite '
                   'numbers'),
-    anchor_scale=(_is_positive, 'a positive, finite number'),
-    mean=(lambda value: value is None or _is_list(value, _is_number, (1, 3)),
-          'a finite number for each channel'),
-    std=(lambda value: value is None or _is_list(value, _is_positive, (1, 3)),
-         'a positive, finite number for each channel'),
-    pad_value=(_is_number, 'a finite number'))
+    anchor_scale=(_Positive, 'a positive, finite number'),
+    mean=(Optional[Annotated[List[_Number], _UpTo3]],
+          'a finite number for each of 1 or 3 channels'),
+    std=(Optional[Annotated[List[_Positive], _UpTo3]],
+         'a positive, finite number for each of 1 or 3 channels'),
+    pad_value=(_Number, 'a finite number'),
+    dataset_meta=(Optional[_DatasetMeta],
+                  "a dict with a list of texts as 'classes', the class names"),
+    source=(Optional[Origin],
+            "a dict of texts 'file' and 'sha256', and texts 'receipt'"))
+
+
+def _read(meta: dict, key: str):
+    """One value of a meta as plain data.
+
+    Raises:
+        ValueError: If it is not allowed. The message has its name.
+    """
+    kind, allowed = _ALLOWED[key]
+    try:
+        value = msgspec.convert(meta[key], kind)
+        if key in ('mean', 'std') and value and len(value) == 2:
+            raise ValueError
+    except (msgspec.ValidationError, ValueError) as error:
+        raise ValueError(f'the {key} of the checkpoint is {shown(meta[key])}, '
+                         f'but must be {allowed}') from error
+    return value
 
 
 def read_conventions(meta: dict) -> dict:
-    """The conventions in the meta of a checkpoint, of which none is trusted.
+    """The conventions in the meta of a checkpoint.
 
     Args:
         meta (dict): With any of ``PLACES``.
@@ -60,19 +91,45 @@ def read_conventions(meta: dict) -> dict:
     Raises:
         ValueError: If a value is not allowed. The message has its name.
     """
-    found = {}
     if not isinstance(meta, dict):
         raise ValueError(f'the meta of the checkpoint is {shown(meta)}, but '
                          'must be a dict')
-    for key, (is_allowed, allowed) in _ALLOWED.items():
-        if key not in meta:
-            continue
-        value = meta[key]
-        if not is_allowed(value):
-            raise ValueError(f'the {key} of the checkpoint is {shown(value)}, '
-                             f'but must be {allowed}')
-        found[key] = _as_lists(value)
-    return found
+    return {key: _read(meta, key) for key in PLACES if key in meta}
+
+
+def meta_of(checkpoint: dict) -> dict:
+    """The ``meta`` of a checkpoint, or {} if it has none or it is no dict."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
+
+
+def class_names(meta: dict) -> List[str]:
+    """The class names in the meta of a checkpoint, if any.
+
+    Raises:
+        ValueError: If they are not a list of different texts.
+    """
+    given = _read(meta, 'dataset_meta') if 'dataset_meta' in meta else None
+    names = (given or {}).get('classes') or []
+    check_unique(names)
+    return names
+
+
+def check_unique(names: Sequence[str]) -> None:
+    """Raises a ValueError that names a class name that occurs twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f'the class name {twice[0]!r} occurs twice in '
+                         f'{shorten(names)}; names must be unique')
+
+
+def origin_of(meta: dict) -> Optional[Origin]:
+    """The origin that the converter has noted in a meta, if any.
+
+    Raises:
+        ValueError: If it is not what the converter writes.
+    """
+    return _read(meta, 'source') if 'source' in meta else None
 
 
 def adopt_conventions(config, meta: dict) -> None:
@@ -124,17 +181,11 @@ def conventions(model: dict) -> dict:
     values = {}
     for key, place in PLACES.items():
         *parents, last = place.split('.')
-        node = reduce(lambda node, part: node[part], parents, model)
-        values[key] = _as_lists(
-            node.get(last, 0 if key == 'pad_value' else None))
+        node = reduce(getitem, parents, model)
+        value = node.get(last, 0 if key == 'pad_value' else None)
+        # Lists instead of tuples, which files do not keep.
+        values[key] = json.loads(json.dumps(value))
     return values
-
-
-def _as_lists(value):
-    """A value with lists instead of tuples, which files do not keep."""
-    if isinstance(value, (list, tuple)):
-        return [_as_lists(item) for item in value]
-    return value
 
 
 def option(key: str, value) -> str:

@@ -4,7 +4,7 @@ import os
 from functools import partial
 from math import sqrt
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 from mmdet.datasets import CocoDataset
@@ -16,10 +16,10 @@ from ..models.efficientdet import CLASS_PREDICTOR
 from ..registry import MODELS
 from ..scaling import BACKBONES, SCALING, scale_config
 from ..utils import write_file
-from .conventions import adopt_conventions, conventions
+from .conventions import adopt_conventions, class_names, conventions, origin_of
+from .layouts import Layout
 from .matching import match
-from .naming import Layout
-from .sources import Source, class_names, open_source, origin_of
+from .sources import Source, open_source
 
 _BIAS = f'{CLASS_PREDICTOR}.bias'
 COCO = list(CocoDataset.METAINFO['classes'])
@@ -28,14 +28,13 @@ COCO = list(CocoDataset.METAINFO['classes'])
 SLOTS = COCO[:]
 for _id in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83):
     SLOTS.insert(_id - 1, f'unused {_id}')
-NUM_CLASSES, NUM_SLOTS = len(COCO), len(SLOTS)  # 80 and 90
+_COUNTS = NUM_CLASSES, NUM_SLOTS = len(COCO), len(SLOTS)  # 80 and 90
 
 
 def convert_file(path: str,
                  config: Config,
                  num_classes: int = NUM_CLASSES,
-                 averages: bool = True,
-                 source: Optional[Source] = None) -> dict:
+                 averages: bool = True) -> dict:
     """Converts a file of published weights to a checkpoint of our model.
 
     Args:
@@ -47,8 +46,6 @@ def convert_file(path: str,
             Defaults to 80.
         averages (bool): Whether to prefer moving averages of the weights.
             Defaults to True.
-        source (Source, optional): What :func:`open_source` has read of the
-            file, if it has; it is not changed.
 
     Returns:
         dict: ``state_dict`` and ``meta``, of plain types and tensors only.
@@ -63,29 +60,33 @@ def convert_file(path: str,
         ValueError: If the file cannot be read or does not fit the config. If
             it fits another size, the message names that size.
     """
-    source = source or open_source(path)
-    if num_classes not in (NUM_CLASSES, NUM_SLOTS):
-        raise ValueError(f'num_classes={num_classes} must be {NUM_CLASSES} or '
-                         f'{NUM_SLOTS}')
+    if num_classes not in _COUNTS:
+        raise ValueError(f'num_classes={num_classes} must be in {_COUNTS}')
+    return convert(open_source(path), config, num_classes, averages)
+
+
+def convert(source: Source,
+            config: Config,
+            num_classes: int = NUM_CLASSES,
+            averages: bool = True) -> dict:
+    """As :func:`convert_file`, for what has been read of a file."""
     if not str(config.get('model', {}).get('type')).endswith('EfficientDet'):
         raise ValueError(
             f'the config {config.filename} is not of an EfficientDet; use '
             'configs/efficientdet/efficientdet_<size>_8xb16-300e_coco.py, or '
             'your own config based on it')
-    config = copy.deepcopy(config)
-    config.model.backbone.init_cfg = None
     meta = source.meta
     if source.ratio_major:
         # (width, height) of MMDetection's ratios 1, 0.5 and 2
         pairs = [(1.0, 1.0), (sqrt(2), sqrt(0.5)), (sqrt(0.5), sqrt(2))]
         meta = dict(meta, aspect_pairs=pairs)
-    adopt_conventions(config, meta)
-    model = build_on_meta(config)
+    config, model = adapt(config, meta)
     state_dict, receipt = _rename(source, model, config, averages)
-    if Path(path).suffix in ('.h5', '.safetensors'):
+    path = Path(source.path)
+    if path.suffix in ('.h5', '.safetensors'):
         receipt.append('damage: this format has no checksums; compare the '
                        'SHA-256')
-    origin = dict(file=Path(path).name, sha256=source.sha256, receipt=receipt)
+    origin = dict(file=path.name, sha256=source.sha256, receipt=receipt)
     if _BIAS not in state_dict:
         backbone = {
             key.removeprefix('backbone.'): value
@@ -93,20 +94,44 @@ def convert_file(path: str,
         }
         return dict(meta=dict(source=origin), state_dict=backbone)
     origin = origin_of(meta) or origin  # a converted file keeps its origin
-    receipt = list(origin['receipt'])
-    state_dict, names = _select_classes(state_dict,
-                                        model.bbox_head.num_base_priors, path,
-                                        class_names(meta), config, num_classes,
-                                        receipt)
+    num_anchors = model.bbox_head.num_base_priors
+    names = _names_of(source,
+                      len(state_dict[_BIAS]) / num_anchors, config,
+                      origin['receipt'])
+    if {*COCO} <= {*names} and {num_classes, len(names)} == {*_COUNTS}:
+        if num_classes == NUM_SLOTS:
+            raise ValueError(
+                f"{path} predicts COCO's {len(names)} classes, from which the "
+                f'{num_classes} slots cannot be made')
+        origin['receipt'].append(f'classes: {num_classes} of {len(names)} '
+                                 'slots, bit-identical')
+        state_dict = select_coco_classes(state_dict, num_anchors)
+        names = COCO[:]
     config.model.bbox_head.num_classes = len(names)
     new = dict(
         cfg=config.pretty_text,
         dataset_meta=dict(classes=names),
-        source=dict(origin, receipt=receipt),
+        source=origin,
         **conventions(config.model))
     if isinstance(meta.get('published'), dict):
         new['published'] = meta['published']
     return dict(meta=new, state_dict=state_dict)
+
+
+def adapt(config: Config, meta: dict) -> Tuple[Config, nn.Module]:
+    """A copy of a config for weights that exist, and its model.
+
+    Args:
+        config (Config): Config of a detector; it is not changed.
+        meta (dict): Of the checkpoint, whose conventions the copy gets.
+
+    Returns:
+        tuple: The copy, and the model without memory for its weights.
+    """
+    config = copy.deepcopy(config)
+    config.model.backbone.init_cfg = None
+    adopt_conventions(config, meta)
+    return config, build_on_meta(config)
 
 
 def build_on_meta(config: Config) -> nn.Module:
@@ -165,49 +190,28 @@ def model_signature(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
     return shapes, model.backbone.arch, model.bbox_head.num_levels
 
 
-def _select_classes(state_dict: Dict[str, Tensor], num_anchors: int, path: str,
-                    names: List[str], config: Config, num_classes: int,
-                    receipt: List[str]) -> Tuple[Dict[str, Tensor], List[str]]:
-    """The state dict for the classes that are wanted, and their names.
+def _names_of(source: Source, given: float, config: Config,
+              receipt: List[str]) -> List[str]:
+    """The class names of a source, or else of the config's data or of COCO.
 
     Args:
-        state_dict (dict): Ours, with a head of the source's classes.
-        num_anchors (int): Per position.
-        path (str): Of the source, for messages.
-        names (list[str]): Class names in the source, if any.
-        config (Config): Its data have the class names otherwise.
-        num_classes (int): As in :func:`convert_file`.
-        receipt (list[str]): Lines are appended.
+        source (Source): For messages, too.
+        given (float): How many classes its head predicts.
+        config (Config): Config of its size.
+        receipt (list[str]): A line is appended if the source has no names.
     """
-    given, rest = divmod(len(state_dict[_BIAS]), num_anchors)
-    if rest:
-        raise ValueError(f'{path} has {len(state_dict[_BIAS])} class outputs, '
-                         f'not a multiple of {num_anchors} anchors')
+    names = class_names(source.meta)
     if not names:
         receipt.append('class names: of the config, since the file has none')
-        names = _names_for(given, config)
-    is_coco = set(COCO) <= set(names)
-    if is_coco and (given, num_classes) == (NUM_SLOTS, NUM_CLASSES):
-        receipt.append(f'classes: {num_classes} of {given} slots, '
-                       'bit-identical')
-        return select_coco_classes(state_dict, num_anchors), COCO[:]
-    if is_coco and (given, num_classes) == (NUM_CLASSES, NUM_SLOTS):
-        raise ValueError(f"{path} predicts COCO's {given} classes, from which "
-                         f'the {num_classes} slots cannot be made')
+        dataset = config.get('test_dataloader', {}).get('dataset', {})
+        names = dataset.get('metainfo', {}).get('classes', COCO)
+        if len(names) != given:
+            names = dict(zip(_COUNTS, (COCO, SLOTS))).get(given, names)
     if len(names) != given:
         raise ValueError(
-            f'{path} predicts {given} classes, whose names must come from the '
-            f'config, which has {len(names)}: scale_config(_base_, '
+            f'{source.path} predicts {given:g} classes, whose names must come '
+            f'from the config, which has {len(names)}: scale_config(_base_, '
             "'<size>', classes=['<name>', ...])")
-    return state_dict, names
-
-
-def _names_for(num_classes: int, config: Config) -> List[str]:
-    """The class names of the config's data or of COCO."""
-    dataset = config.get('test_dataloader', {}).get('dataset', {})
-    names = dataset.get('metainfo', {}).get('classes', COCO)
-    if len(names) != num_classes:
-        names = {NUM_CLASSES: COCO, NUM_SLOTS: SLOTS}.get(num_classes, names)
     return list(names)
 
 

@@ -4,27 +4,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Dict, List, Mapping, Optional, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.efficientdet import CLASS_PREDICTOR
-from .layouts import BACKBONES, LAYOUTS
-from .naming import Layout
+from .layouts import BACKBONES, IGNORED, LAYOUTS, Layout
 from .tensorflow import EMA_SUFFIX
 
 # Marks the name of a moving average. The rest is the name of the weight.
 _AVERAGE = re.compile(rf'{EMA_SUFFIX}$|'
                       r'/\.OPTIMIZER_SLOT/\w+/average(?=/\.ATTRIBUTES/)')
-# What checkpoints contain beside weights: pattern of names, and what they are.
-IGNORED = (
-    (r'.*/(Momentum|RMSProp)(_\d)?|.*/\.OPTIMIZER_SLOT/.*|'
-     r'(.*/)?optimizer/_variables/.*', 'optimizer slots'),
-    (r'(.*/)?global_step|(.*/)?save_counter/.*|(.*/)?optimizer/.*',
-     'counters and settings of the training'),
-    (r'.*\.num_batches_tracked', 'batch counters, which are not needed'),
-)
 _FUSION_WEIGHTS = r'.*\.p\d_w[12]'
+# Of TensorFlow's kernels in our order, of depthwise ones last.
+_AXES = (3, 2, 0, 1), (2, 3, 0, 1)
 _NUMBER = re.compile(r'\d+')
 _REDUNDANT_BIAS = (r'(neck\..*\.conv(\.pointwise)?|'
                    r'bbox_head\.\w+_convs\.\d+\.pointwise)\.bias')
@@ -38,23 +30,47 @@ class Match:
         layout (Layout): How the source names its tensors.
         shapes (dict): Our name to shape, of what the source can fill: the
             model, or its backbone.
-        values (dict): Our name to the tensors of the source. Fusion weights
-            may have several.
-        zeros (list[str]): Redundant biases before norms, which the source
-            does not have.
+        values (dict): Our name to the tensor of the source, in our axes, or
+            to zeros for a redundant bias that the source does not have.
         missing (list[str]): Only in the model, with shapes.
         leftover (list[str]): Only in the source.
         mismatched (list[str]): Of another shape, or not of a float type.
         receipt (list[str]): What was used, set to zero and ignored.
+        num_outputs (tuple[int]): Rows of the class predictor in the source.
     """
     layout: Layout
     shapes: Dict[str, Tuple]
-    values: Dict[str, list] = field(default_factory=dict)
-    zeros: List[str] = field(default_factory=list)
+    values: Dict[str, Tensor] = field(default_factory=dict)
     missing: List[str] = field(default_factory=list)
     leftover: List[str] = field(default_factory=list)
     mismatched: List[str] = field(default_factory=list)
     receipt: List[str] = field(default_factory=list)
+    num_outputs: Tuple[int, ...] = ()
+
+    def add(self, key: str, values: List[Tensor]) -> None:
+        """Fills one tensor, unless its shape or type differs.
+
+        Args:
+            key (str): Its name.
+            values (list[Tensor]): Of the source. TensorFlow stores the fusion
+                weights of a node one by one.
+        """
+        value = values[0]
+        floats = all(part.is_floating_point() and part.layout is torch.strided
+                     for part in values)
+        if floats and self.layout.tensorflow:
+            if key.endswith('fusion_weights'):
+                value = torch.cat([part.reshape(-1) for part in values])
+            elif value.ndim == 4:
+                value = value.permute(_AXES['depthwise' in key])
+        given, shape = tuple(value.shape), self.shapes[key]
+        if key.startswith(CLASS_PREDICTOR):
+            # The source has its own number of classes.
+            self.num_outputs = self.num_outputs or given[:1]
+            shape = self.num_outputs + shape[1:]
+        if given != shape or not floats:
+            self.mismatched.append(f'{key} {given} {value.dtype}, {shape}')
+        self.values[key] = value
 
     @property
     def error(self) -> str:
@@ -87,12 +103,23 @@ class Match:
         """
         if self.error:
             raise ValueError(self.error)
-        state_dict = {
-            key:
-            _to_ours(self.values[key], key, self.layout, ratio_major)
-            if key in self.values else torch.zeros(shape)
-            for key, shape in self.shapes.items()
-        }
+        state_dict = {}
+        for key in self.shapes:
+            value = self.values[key].detach().to(
+                torch.float32,
+                copy=True,
+                memory_format=torch.contiguous_format)
+            if ratio_major and re.match(r'bbox_head\.conv_\w+\.pointwise',
+                                        key):
+                # anchors of each ratio, then scale, to each scale, then ratio
+                value = value.unflatten(0, (3, 3, -1))
+                value = value.transpose(0, 1).flatten(0, 2)
+            elif (self.layout.y_first
+                  and key.startswith('bbox_head.conv_reg.pointwise')):
+                # (y, x, h, w) of each anchor to (x, y, w, h)
+                value = value.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]]
+                value = value.flatten(0, 1)
+            state_dict[key] = value
         broken = [k for k, v in state_dict.items() if not v.isfinite().all()]
         if broken:
             raise ValueError(f'{len(broken)} tensors hold NaN or infinity: '
@@ -100,7 +127,7 @@ class Match:
         return state_dict
 
 
-def match(tensors: Mapping,
+def match(tensors: Mapping[str, Tensor],
           model_shapes: Mapping[str, Tuple],
           arch: str,
           num_levels: int,
@@ -112,7 +139,7 @@ def match(tensors: Mapping,
     receipt gives.
 
     Args:
-        tensors (Mapping): Name to array, in one of ``LAYOUTS`` or, for a
+        tensors (Mapping): Name to tensor, in one of ``LAYOUTS`` or, for a
             backbone alone, of ``BACKBONES``.
         model_shapes (Mapping): Name to shape of our model's state dict.
         arch (str): Architecture of its backbone.
@@ -137,28 +164,25 @@ def match(tensors: Mapping,
     weights, averaged, ignored = _sort(tensors, layout, shapes)
     candidates = {**weights, **averaged} if averages else weights
     found, used = Match(layout, shapes), set()
-    for key, shape in shapes.items():
+    for key in shapes:
         names = layout.names(key, arch, num_levels)
-        values = [candidates.get(name) for name in names]
-        if values and all(value is not None for value in values):
-            found.values[key] = values
+        if names and candidates.keys() >= {*names}:
             used.update(names)
-        elif re.fullmatch(_REDUNDANT_BIAS, key):
-            found.zeros.append(key)
-        else:
-            found.missing.append(f'{key} {shape}')
+            found.add(key, [candidates[name] for name in names])
     # A project has all biases of a kind or none. If one is absent, it is lost.
     kinds = {_NUMBER.sub('', key) for key in found.values}
-    for key in list(found.zeros):
-        if _NUMBER.sub('', key) in kinds or not layout.modules:
-            found.zeros.remove(key)
+    num_zeros = 0
+    for key in [key for key in shapes if key not in found.values]:
+        if (re.fullmatch(_REDUNDANT_BIAS, key) and layout.modules
+                and _NUMBER.sub('', key) not in kinds):
+            found.values[key] = torch.zeros(shapes[key])
+            num_zeros += 1
+        else:
             found.missing.append(f'{key} {shapes[key]}')
     found.leftover = sorted({**weights, **averaged}.keys() - used)
-    found.mismatched = _mismatched(found)
     found.receipt = [
-        f'layout: {layout.title}',
-        f'filled: {len(found.values) + len(found.zeros)} tensors of the ' +
-        ('backbone' if layout.classifier else 'model')
+        f'layout: {layout.title}', f'filled: {len(found.values)} tensors of '
+        f'the {"backbone" if layout.classifier else "model"}'
     ]
     if averaged:
         num_averaged = len(used & averaged.keys())
@@ -166,8 +190,8 @@ def match(tensors: Mapping,
             f'used: {num_averaged} moving averages, '
             f'{len(used) - num_averaged} raw' if averages else
             f'used: {len(used)} raw, not the {len(averaged)} moving averages')
-    if found.zeros:
-        found.receipt.append(f'set to zero: {len(found.zeros)} biases before '
+    if num_zeros:
+        found.receipt.append(f'set to zero: {num_zeros} biases before '
                              'norms, which the source does not have')
     found.receipt += [f'ignored: {n} {kind}' for kind, n in ignored.items()]
     return found
@@ -195,78 +219,20 @@ def _recognize(tensors: Mapping, shapes: Mapping, arch: str,
 def _sort(tensors: Mapping, layout: Layout,
           shapes: Mapping) -> Tuple[Dict, Dict, Counter]:
     """Weights, their moving averages, and the number of others by kind."""
-    kinds = IGNORED
+    kinds = dict(IGNORED)
     if layout.classifier:
-        kinds += ((layout.classifier, 'tensors of the classifier'), )
+        kinds['tensors of the classifier'] = layout.classifier
     if not any(key.endswith('fusion_weights') for key in shapes):
-        kinds += ((_FUSION_WEIGHTS,
-                   'fusion weights, which a sum does not use'), )
+        kinds['fusion weights, which a sum does not use'] = _FUSION_WEIGHTS
     weights, averaged, ignored = {}, {}, Counter()
     for given, value in tensors.items():
         name = _AVERAGE.sub('', given)
         group = weights if name == given else averaged
         name = layout.normalized(name)
-        kind = next(
-            (kind for pattern, kind in kinds if re.fullmatch(pattern, name)),
-            '')
-        if kind:
-            ignored[kind] += 1
-        elif name in group:
+        kind = [k for k, names in kinds.items() if re.fullmatch(names, name)]
+        if not kind and name in group:
             raise ValueError(f'the source holds {name} twice, once as {given}')
-        else:
+        ignored.update(kind[:1])
+        if not kind:
             group[name] = value
     return weights, averaged, ignored
-
-
-def _mismatched(found: Match) -> List[str]:
-    """The tensors of another shape, or of a quantized network."""
-    mismatched, num_outputs = [], ()
-    for key, values in found.values.items():
-        given, shape = _shape(values, key, found.layout), found.shapes[key]
-        if key.startswith(CLASS_PREDICTOR):
-            # The source has its own number of classes.
-            num_outputs = num_outputs or given[:1]
-            shape = num_outputs + shape[1:]
-        floats = all(
-            value.is_floating_point() and value.layout is torch.strided
-            if isinstance(value, Tensor) else value.dtype.kind == 'f'
-            for value in values)
-        if given != shape or not floats:
-            mismatched.append(f'{key} {given} {values[0].dtype}, {shape}')
-    return mismatched
-
-
-def _shape(values: list, key: str, layout: Layout) -> Tuple[int, ...]:
-    """The shape of the tensors as one of ours."""
-    shape = max(tuple(value.shape) for value in values)
-    if layout.tensorflow and key.endswith('fusion_weights'):
-        return (len(values), *shape)
-    if layout.tensorflow and len(shape) == 4:
-        return tuple(shape[axis] for axis in _axes(key))
-    return shape
-
-
-def _axes(key: str) -> Tuple[int, ...]:
-    """The axes of TensorFlow's kernel in the order of ours."""
-    return (2, 3, 0, 1) if 'depthwise' in key else (3, 2, 0, 1)
-
-
-def _to_ours(values: list, key: str, layout: Layout,
-             ratio_major: bool) -> Tensor:
-    """A copy of one tensor in our axes and order."""
-    if layout.tensorflow:
-        if key.endswith('fusion_weights'):
-            values = [np.stack(values)]
-        value = np.asarray(values[0])
-        if value.ndim == 4:
-            value = value.transpose(_axes(key))
-        value = torch.from_numpy(np.array(value, np.float32, order='C'))
-    else:
-        value = values[0].detach().to(torch.float32, copy=True).contiguous()
-    if ratio_major and re.match(r'bbox_head\.conv_\w+\.pointwise', key):
-        # anchors of each ratio, then scale, to each scale, then ratio
-        return value.unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
-    if layout.y_first and key.startswith('bbox_head.conv_reg.pointwise'):
-        # (y, x, h, w) of each anchor to (x, y, w, h)
-        value = value.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
-    return value

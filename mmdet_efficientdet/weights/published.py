@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException
 from multiprocessing import ProcessError
@@ -40,7 +40,10 @@ _GZIP = b'\x1f\x8b'
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One file of ``published.yml``, which explains the fields."""
+    """One file of ``published.yml``, which explains the fields.
+
+    ``pin`` is the SHA-256 that the user asks for, or its first digits.
+    """
     scheme: str
     name: str
     size: str
@@ -60,6 +63,7 @@ class PublishedFile:
     ap: Optional[float] = None
     test_dev: Optional[float] = None
     unusable: str = ''
+    pin: str = ''
 
     @property
     def path(self) -> str:
@@ -73,8 +77,8 @@ class PublishedFile:
         return self.sha256 or (short.group(1) if short else '')
 
 
-def find(path: str) -> Tuple[PublishedFile, str]:
-    """Splits ``scheme://name#sha256=...`` into the file and the hash, or ''.
+def find(path: str) -> PublishedFile:
+    """The file of a name, ``scheme://name`` or ``scheme://name#sha256=...``.
 
     Raises:
         ValueError: If the name is unknown, or its file cannot be used. The
@@ -93,7 +97,7 @@ def find(path: str) -> Tuple[PublishedFile, str]:
             f'All names are in {Path(__file__).with_suffix(".yml")}')
     if entries[name].unusable:
         raise ValueError(f'{name} cannot be used: {entries[name].unusable}')
-    return entries[name], pin
+    return replace(entries[name], pin=pin)
 
 
 def _similar(path: str) -> List[str]:
@@ -130,9 +134,7 @@ def manifest() -> Dict[str, PublishedFile]:
     return {entry.path: entry for entry in entries}
 
 
-def fetch(entry: PublishedFile,
-          pin: str = '',
-          timeout: float = TIMEOUT) -> Path:
+def fetch(entry: PublishedFile, timeout: float = TIMEOUT) -> Path:
     """Returns the verified file and downloads it if necessary.
 
     Several processes may ask for it at once. One on each machine downloads,
@@ -141,8 +143,6 @@ def fetch(entry: PublishedFile,
 
     Args:
         entry (PublishedFile): The file.
-        pin (str): The first digits of the SHA-256 that the user asks for.
-            Defaults to ''.
         timeout (float): Seconds in which a mirror must send something.
             Defaults to 30.
 
@@ -152,15 +152,14 @@ def fetch(entry: PublishedFile,
     """
     folder = os.environ.get(VARIABLE)
     if folder:
-        return _from_folder(Path(folder).expanduser(), entry, pin)
+        return _from_folder(Path(folder).expanduser(), entry)
     target = Path(torch.hub.get_dir(), 'mmdet_efficientdet', entry.file)
-    if target.is_file() and not find_problem(target, entry, pin):
-        return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
-            if not target.is_file() or find_problem(target, entry, pin):
-                _from_mirrors(entry, pin, target, timeout)
+        if find_problem(target, entry):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(target):
+                if find_problem(target, entry):
+                    _from_mirrors(entry, target, timeout)
     except OSError as error:
         raise ValueError(
             f'{entry.path}: cannot write {target} ({error}). Set TORCH_HOME '
@@ -169,20 +168,19 @@ def fetch(entry: PublishedFile,
     return target
 
 
-def _from_folder(folder: Path, entry: PublishedFile, pin: str) -> Path:
+def _from_folder(folder: Path, entry: PublishedFile) -> Path:
     # Of several files with the same name, the first may lie in the folder
     # itself. The others must lie in their subfolders.
     name, places = Path(entry.file).name, [folder / entry.file]
-    same = [e for e in manifest().values() if Path(e.file).name == name]
-    if entry.file != name and entry in same[:1]:
+    same = [e.path for e in manifest().values() if Path(e.file).name == name]
+    if entry.file != name and same[:1] == [entry.path]:
         places.append(folder / name)
-    for place in places:
-        if place.is_file():
-            problem = find_problem(place, entry, pin)
-            if problem:
-                raise ValueError(f'{entry.path}: {place} is not the published '
-                                 f'file: {problem}')
-            return place
+    for place in filter(Path.is_file, places):
+        problem = find_problem(place, entry)
+        if problem:
+            raise ValueError(f'{entry.path}: {place} is not the published '
+                             f'file: {problem}')
+        return place
     raise ValueError('\n'.join([
         f'{entry.path}: {VARIABLE} is set, so nothing is downloaded, but '
         'there is no file', *[f'  {place}' for place in places],
@@ -204,15 +202,14 @@ def _lock(target: Path):
     return held
 
 
-def _from_mirrors(entry: PublishedFile, pin: str, target: Path,
-                  timeout: float) -> None:
+def _from_mirrors(entry: PublishedFile, target: Path, timeout: float) -> None:
     reasons, partial = [], Path(f'{target}.partial')
     for mirror in entry.addresses:
         address = mirror + entry.file
         print_log(f'Downloading {address} to {target}', 'current')
         try:
             _download(address, partial, entry.bytes or LIMIT, timeout)
-            problem = find_problem(partial, entry, pin)
+            problem = find_problem(partial, entry)
             if problem:
                 raise ValueError(problem)
             os.replace(partial, target)
@@ -258,15 +255,10 @@ def _download(address: str, target: Path, limit: int, timeout: float) -> None:
         raise ValueError(f'cut off after {size} of {length} bytes')
 
 
-def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
-    """Why a file is not the published one, or '' if it is.
-
-    Args:
-        path (Path): An existing file.
-        entry (PublishedFile): The file that it should be.
-        pin (str): The first digits of the SHA-256 that the user asks for.
-            Defaults to ''.
-    """
+def find_problem(path: Path, entry: PublishedFile) -> str:
+    """Why a file is not the published one, or '' if it is."""
+    if not path.is_file():
+        return 'it does not exist'
     with path.open('rb') as file:
         start = file.read(_CHUNK)
     size = path.stat().st_size
@@ -277,7 +269,7 @@ def find_problem(path: Path, entry: PublishedFile, pin: str = '') -> str:
     if entry.bytes and size != entry.bytes:
         return f'it has {size} bytes instead of {entry.bytes}'
     digest = sha256_of(path)
-    for known in (entry.known_hash, pin):
+    for known in (entry.known_hash, entry.pin):
         if not digest.startswith(known):
             return (f'its SHA-256 is {digest}, but should '
                     f'{"be" if len(known) == 64 else "start with"} {known}')
@@ -300,8 +292,8 @@ def check_named_file(path: Path, entry: PublishedFile) -> None:
     Raises:
         ValueError: If it is not the published file.
     """
-    problem = find_problem(path, entry) if path.is_file() else ''
-    if problem:
+    problem = find_problem(path, entry)
+    if problem and path.is_file():
         raise ValueError(
             f'{path} has the name of {entry.path}, but is not that file: '
             f'{problem}. If you mean another file, rename it')

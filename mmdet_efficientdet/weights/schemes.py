@@ -53,16 +53,11 @@ def load_from_published(filename: str, map_location=None) -> dict:
     Raises:
         ValueError: If the name is unknown, and as :func:`load_entry`.
     """
-    return load_entry(*find(filename))
+    return load_entry(find(filename))
 
 
-def load_entry(entry: PublishedFile, pin: str = '') -> dict:
+def load_entry(entry: PublishedFile) -> dict:
     """Loads a published file as a checkpoint of our model.
-
-    Args:
-        entry (PublishedFile): The file.
-        pin (str): The first digits of its SHA-256, if only this file is
-            accepted. Defaults to ''.
 
     Returns:
         dict: ``state_dict`` and ``meta`` for 80 classes. ``meta['cfg']`` has
@@ -71,7 +66,7 @@ def load_entry(entry: PublishedFile, pin: str = '') -> dict:
     Raises:
         ValueError: If the file is not available or does not fit the model.
     """
-    path = fetch(entry, pin)
+    path = fetch(entry)
     try:
         checkpoint = convert_file(str(path), config_of(entry))
     except ValueError as error:
@@ -82,7 +77,7 @@ def load_entry(entry: PublishedFile, pin: str = '') -> dict:
     meta['published'] = dict(
         name=entry.path, **{key: getattr(entry, key)
                             for key in keys})
-    if not (entry.known_hash or pin):
+    if not (entry.known_hash or entry.pin):
         print_log(
             f'No hash of {entry.file} is published. To accept only this file, '
             f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
@@ -136,7 +131,7 @@ def load_from_timm(filename: str, map_location=None) -> Dict[str, Tensor]:
     folder = os.environ.get(VARIABLE)
     if folder:
         files = [Path(folder, name + end) for end in ('.pth', '.safetensors')]
-        path = next((file for file in files if file.is_file()), None)
+        path = next(filter(Path.is_file, files), None)
         if path is None:
             raise ValueError(
                 f'{filename!r}: {VARIABLE} is set, so nothing is downloaded, '
@@ -193,7 +188,7 @@ def convert_imagenet_backbone(state_dict: Dict[str, Tensor],
     Args:
         state_dict (dict): In a layout of ``weights.layouts.BACKBONES``: of
             timm, of efficientnet_pytorch and efficientnet_lite_pytorch, of
-            MMPretrain, or TensorFlow's variables, as NumPy arrays.
+            MMPretrain, or TensorFlow's variables.
         arch (str): A key of ``models.efficientnet.ARCHS``.
 
     Returns:

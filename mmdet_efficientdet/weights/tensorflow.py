@@ -9,6 +9,7 @@ and no other file is read.
 """
 import os
 from functools import lru_cache, partial, reduce
+from io import BytesIO
 from math import isqrt, prod
 from operator import xor
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 
-from ..utils import import_package, printable
+from ..utils import import_package, reading
 
 EMA_SUFFIX = '/ExponentialMovingAverage'  # of the name of a moving average
 LIMIT = 4 << 30  # bytes, three times a training checkpoint of D7x
@@ -82,68 +83,70 @@ def check_size(name: str, size: int, path: Optional[str] = None) -> None:
 _integer = partial(int.from_bytes, byteorder='little')
 
 
-def _varint(data: bytes, at: int) -> Tuple[int, int]:
+def _varint(stream: BytesIO) -> int:
     value = 0
     for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
+        byte, = _take(stream, 1)
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value
     raise ValueError('a number has more than 64 bits')
 
 
-def _handle(data: bytes) -> Tuple[int, int, int]:
-    """Offset and size of a block, and where the next handle starts."""
-    offset, at = _varint(data, 0)
-    return offset, *_varint(data, at)
+def _take(stream: BytesIO, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError('a number, a name or a value is cut off')
+    return data
+
+
+def _handle(stream: BytesIO) -> Tuple[int, int]:
+    """Offset and size of a block."""
+    return _varint(stream), _varint(stream)
 
 
 def _block(data: bytes, handle: tuple) -> Iterator[Tuple[bytes, bytes]]:
     """Keys and values of one block; keys share prefixes."""
-    offset, size, _ = handle
-    block, kind = data[offset:offset + size], data[offset + size]
-    if kind:
-        raise ValueError('it is compressed, which is not supported')
+    offset, size = handle
     end = offset + size + 1
+    if data[end - 1]:
+        raise ValueError('it is compressed, which is not supported')
     if masked_crc32c(data[offset:end]) != _integer(data[end:end + 4]):
         raise ValueError('a checksum differs')
-    end = size - 4 - 4 * _integer(block[-4:])
-    key, at, total = b'', 0, 0
-    while at < end:
-        shared, at = _varint(block, at)
-        rest, at = _varint(block, at)
-        length, at = _varint(block, at)
-        if shared > len(key) or at + rest + length > end:
-            raise ValueError('a key or value is cut off')
-        key = key[:shared] + block[at:at + rest]
+    block = data[offset:offset + size]
+    # The last number counts others before it, which are not needed.
+    rows = BytesIO(block[:max(0, size - 4 - 4 * _integer(block[-4:]))])
+    key, total = b'', 0
+    while rows.tell() < len(rows.getbuffer()):
+        shared, rest, length = (_varint(rows) for _ in range(3))
+        if shared > len(key):
+            raise ValueError('a name is cut off')
+        key = key[:shared] + _take(rows, rest)
         total += len(key)
         if total > 16 * size:  # every 16th key is stored as a whole
             raise ValueError('its names are too long')
-        at += rest + length
-        yield key, block[at - length:at]
+        yield key, _take(rows, length)
 
 
 def _message(data: bytes) -> Dict[int, list]:
     """Fields of a protocol message, by number: integers and bytes."""
-    fields, at = {}, 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        kind, value = tag & 7, 0
-        if kind in (0, 2):
-            value, at = _varint(data, at)
+    fields, stream = {}, BytesIO(data)
+    while stream.tell() < len(data):
+        tag = _varint(stream)
+        kind = tag & 7
+        value = _varint(stream) if kind in (0, 2) else 0
         if kind:
-            size = {1: 8, 2: value, 5: 4}[kind]
-            value, at = data[at:at + size], at + size
+            value = _take(stream, {1: 8, 2: value, 5: 4}[kind])
         fields.setdefault(tag >> 3, []).append(value)
-    if at > len(data):
-        raise ValueError('a field is cut off')
     return fields
 
 
 def _field(message: Dict[int, list], number: int, default=0):
-    """The last value of a field."""
-    return message.get(number, [default])[-1]
+    """The last value of a field, which has the type of the default."""
+    value = message.get(number, [default])[-1]
+    if type(value) is not type(default):
+        raise ValueError(f'field {number} is of the wrong type')
+    return value
 
 
 def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
@@ -159,87 +162,79 @@ def read_bundle(prefix: str) -> Dict[str, np.ndarray]:
         ValueError: If a file is missing, cut off, damaged, compressed or
             big-endian, or a tensor is too large or of an unknown type.
     """
-    entries = _read_index(prefix)
-    num_shards = _field(entries.pop('', {}), 1, 1)
+    with reading(f'{prefix}.index'):
+        entries = _read_index(Path(f'{prefix}.index'))
+        num_shards = _field(entries.pop('', {}), 1, 1)
 
     @lru_cache(maxsize=None)
     def shard(number: int) -> list:
         """The bytes of a file, and how many no tensor has used yet."""
         path = Path(f'{prefix}.data-{number:05}-of-{num_shards:05}')
         if not path.is_file():
-            raise ValueError(f'is in {path}, which is missing')
+            raise ValueError(f'{path} is missing')
         size = path.stat().st_size
         # An empty file cannot be mapped.
         return [
-            np.memmap(path, np.uint8, 'r') if size else np.zeros(0, np.uint8),
+            np.memmap(path, np.uint8, 'c') if size else np.zeros(0, np.uint8),
             size
         ]
 
     tensors = {}
     for name, entry in entries.items():
-        try:
+        with reading(f'{prefix}: {name}'):
             if _field(entry, 1) != _STRING:
                 tensors[name] = _array(entry, shard)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
-            reason = 'has a field of the wrong type' if isinstance(
-                error, TypeError) else error
-            raise ValueError(
-                f'{prefix}: {printable(name)} {reason}') from error
     return tensors
 
 
-def _read_index(prefix: str) -> Dict[str, dict]:
+def _read_index(path: Path) -> Dict[str, dict]:
     """The messages about all tensors, by name; '' is that of the files."""
-    path, entries, last, end = Path(f'{prefix}.index'), {}, None, 0
-    try:
-        with path.open('rb') as file:
-            data = file.read(_INDEX_LIMIT)
-        if len(data) < 48 or _integer(data[-8:]) != _MAGIC:
-            raise ValueError('it is not of TensorFlow, cut off or too large')
-        for _, handle in _block(data,
-                                _handle(data[_handle(data[-48:])[2] - 48:])):
-            handle = _handle(handle)
-            if handle[0] < end:
-                raise ValueError('its blocks overlap')
-            end = sum(handle[:2])
-            for key, value in _block(data, handle):
-                if last is not None and key <= last:
-                    raise ValueError('its names are not sorted')
-                last, entries[key.decode()] = key, _message(value)
-        if _field(entries.get('', {}), 2):
-            raise ValueError('it is big-endian, which is not supported')
-    except (IndexError, KeyError, ValueError) as error:
-        raise ValueError(f'{path} is damaged or unusual: {error}') from error
+    entries, last, end = {}, None, 0
+    with path.open('rb') as file:
+        data = file.read(_INDEX_LIMIT)
+    if len(data) < 48 or _integer(data[-8:]) != _MAGIC:
+        raise ValueError('it is not of TensorFlow, cut off or too large')
+    footer = BytesIO(data[-48:])
+    _handle(footer)  # of a block that is not needed
+    for _, handle in _block(data, _handle(footer)):
+        handle = _handle(BytesIO(handle))
+        if handle[0] < end:
+            raise ValueError('its blocks overlap')
+        end = sum(handle)
+        for key, value in _block(data, handle):
+            if last is not None and key <= last:
+                raise ValueError('its names are not sorted')
+            last, entries[key.decode()] = key, _message(value)
+    if _field(entries.get('', {}), 2):
+        raise ValueError('it is big-endian, which is not supported')
     return entries
 
 
 def _array(entry: dict, shard: Callable) -> np.ndarray:
     """One tensor, from its message and a function that opens its file."""
-    # A plus raises a TypeError for text.
-    kind, offset, size = (+_field(entry, number) for number in (1, 4, 5))
+    kind, offset, size = (_field(entry, number) for number in (1, 4, 5))
     if kind not in _DTYPES or 7 in entry:
-        raise ValueError(f'is of the unknown type {kind}, or in slices')
+        raise ValueError(f'it is of the unknown type {kind}, or in slices')
     is_brain = _DTYPES[kind] == 'bfloat16'
     dtype = np.dtype('u2' if is_brain else _DTYPES[kind]).newbyteorder('<')
     dims = _message(_field(entry, 2, b'')).get(2, [])[:9]
-    shape = [+_field(_message(dim), 1) for dim in dims]
+    shape = [_field(_message(dim), 1) for dim in dims]
     if prod(shape) * dtype.itemsize != size:
-        raise ValueError(f'has {size} bytes, which do not fit its shape '
+        raise ValueError(f'it has {size} bytes, which do not fit its shape '
                          f'{shape} of {dtype.name}')
     file = shard(_field(entry, 3))
     if offset + size > len(file[0]):
-        raise ValueError(f'is cut off: it ends at byte {offset + size} of '
-                         f'{len(file[0])}')
+        raise ValueError(f'it ends at byte {offset + size} of {len(file[0])}')
     file[1] -= size
     if file[1] < 0:
-        raise ValueError('overlaps other tensors')
+        raise ValueError('it overlaps other tensors')
     raw = np.asarray(file[0][offset:offset + size], np.uint8)
     if masked_crc32c(raw) != _integer(_field(entry, 6, b'')):
-        raise ValueError('is damaged: its checksum differs')
+        raise ValueError('its checksum differs')
     array = raw.view(dtype)
     if is_brain:
         array = (array.astype('<u4') << 16).view('<f4')
-    return array.reshape(shape)
+    return np.require(array.reshape(shape), requirements='A')
 
 
 def read_keras(path: str) -> Dict[str, np.ndarray]:
@@ -254,33 +249,30 @@ def read_keras(path: str) -> Dict[str, np.ndarray]:
     """
     h5py = import_package('h5py', path)
     sets, size = {}, 0
-    try:
-        with h5py.File(path, 'r') as file:
-            link = file.visititems_links(lambda name, link: name *
-                                         (type(link) is not h5py.HardLink))
-            if link:
-                raise ValueError(f'{link} is a link, which may lead elsewhere')
-            root = file.get('model_weights', file)
-            for layer in _names(root, 'layer_names'):
-                for given in _names(root[layer], 'weight_names'):
-                    data, name = root[layer][given], given.split(':')[0]
-                    if (name in sets or getattr(data, 'shape', None) is None
-                            or data.dtype.kind not in 'biuf' or data.external
-                            or data.is_virtual):
-                        raise ValueError(f'{given} is no array of numbers in '
-                                         'this file, or occurs twice')
-                    count = max(prod(data.shape), prod(data.chunks or ()))
-                    size += count * data.dtype.itemsize
-                    sets[name] = data
-            check_size('its contents', size, path)
-            tensors = {name: data[()] for name, data in sets.items()}
-    except Exception as error:  # h5py raises many
-        raise ValueError(
-            f'{path} is damaged or cut off, or holds more than weights: '
-            f'{printable(str(error))}') from error
-    if not tensors:
-        raise ValueError(f'{path} holds no weights of Keras 2')
-    return tensors
+    with reading(path), h5py.File(path, 'r') as file:
+        link = file.visititems_links(lambda name, link: name *
+                                     (type(link) is not h5py.HardLink))
+        if link:
+            raise ValueError(f'{link} is a link, which may lead elsewhere')
+        root = file.get('model_weights', file)
+        for layer in _names(root, 'layer_names'):
+            for given in _names(root[layer], 'weight_names'):
+                data, name = root[layer][given], given.split(':')[0]
+                if (name in sets or getattr(data, 'shape', None) is None
+                        or data.dtype.kind not in 'biuf' or data.external
+                        or data.dtype.itemsize > 8 or data.is_virtual):
+                    raise ValueError(f'{given} is no array of numbers in this '
+                                     'file, or occurs twice')
+                count = max(prod(data.shape), prod(data.chunks or ()))
+                size += count * data.dtype.itemsize
+                sets[name] = data
+        check_size('its contents', size, path)
+        if not sets:
+            raise ValueError('it holds no weights of Keras 2')
+        return {
+            name: data.astype(data.dtype.newbyteorder('='))[()]
+            for name, data in sets.items()
+        }
 
 
 def _names(group, key: str) -> list:

@@ -43,6 +43,7 @@ def outputs(model, images):
     return model(images, mode='tensor')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', ['d0', 'lite0', 'd6', 'd7x'])
 def test_equal_in_double_precision(detector, size):
     """Only rounding differs: softer sums, six levels and Lite included."""
@@ -200,6 +201,7 @@ def test_what_has_no_plain_form(option, model_cfg):
     }.get(value, value) in str(error.value)
 
 
+@pytest.mark.slow
 def test_file(detector, tmp_path):
     """It is rebuilt by a process that has neither MMDetection nor MMCV."""
     plain = plain_network(detector('lite0')).double()

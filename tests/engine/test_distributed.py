@@ -224,6 +224,7 @@ def check(result, expected):
     assert sum(bool(c.any()) for c in expected) > 0.9 * len(expected)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize('name', ['mean', 'checkpointing', 'local_unclipped'])
 def test_mean_of_local_gradients(name, ranks, gradients):
     """Ranks with unequal positives, each with its own normaliser."""
@@ -232,6 +233,7 @@ def test_mean_of_local_gradients(name, ranks, gradients):
     check(ranks(name), [(a + b) / 2 for a, b in zip(grads[0][0], grads[1][0])])
 
 
+@pytest.mark.distributed
 def test_rank_without_boxes(ranks, gradients):
     """It has background to learn, and no rank waits for it.
 
@@ -245,6 +247,7 @@ def test_rank_without_boxes(ranks, gradients):
     assert all(update.isfinite().all() for update in updates)
 
 
+@pytest.mark.distributed
 def test_sync_num_pos(ranks, gradients):
     """With the switch all ranks divide by the mean of positives plus 1."""
     grads, positives = gradients
@@ -255,6 +258,7 @@ def test_sync_num_pos(ranks, gradients):
                           for a, b in zip(grads[0][0], grads[1][0])])
 
 
+@pytest.mark.distributed
 def test_the_hosts_clipping(ranks, gradients):
     """By default the mean is clipped, as in every detector of the host."""
     grads, _ = gradients
@@ -264,6 +268,7 @@ def test_the_hosts_clipping(ranks, gradients):
     check(ranks('clipped'), expected)
 
 
+@pytest.mark.distributed
 def test_local_clipping(ranks, gradients):
     """The update is the sum over ranks of clip(g_r / R), as on TPUs."""
     grads, _ = gradients
@@ -273,6 +278,7 @@ def test_local_clipping(ranks, gradients):
     check(ranks('local'), [x + y for x, y in zip(a, b)])
 
 
+@pytest.mark.distributed
 def test_local_clipping_of_accumulated_gradients(ranks, gradients):
     """g_r is what a rank has accumulated: here the mean of two batches."""
     grads, _ = gradients
@@ -341,6 +347,7 @@ def launch(folder, *args):
     return done[0].output
 
 
+@pytest.mark.distributed
 def test_train_script_on_two_ranks(tmp_path):
     """The host's train.py trains, evaluates and resumes on two ranks."""
     root = make_dataset(tmp_path / 'data')

@@ -54,6 +54,7 @@ def test_none_on_the_command_line(root, tmp_path):
     assert 'coco/bbox_mAP' in done.output
 
 
+@pytest.mark.slow
 def test_benchmark_starts(tmp_path):
     """The host's script imports psutil."""
     done = run_tool('analysis_tools/benchmark.py', '--help', cwd=tmp_path)

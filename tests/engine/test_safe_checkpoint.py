@@ -475,6 +475,7 @@ def train_with_a_fault(folder, fault):
     runner.train()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize('fault, message', [
     ('epoch_1.pth', "-> '{folder}/epoch_1.pth'"),
     ('last_checkpoint', "-> '{folder}/last_checkpoint'"),

@@ -102,6 +102,7 @@ def files(folder):
     return sorted(path.name for path in folder.glob('iter_*'))
 
 
+@pytest.mark.slow
 def test_iterations_survive(tmp_path):
     """Killed in a step, in a half written file, and between two files."""
 
@@ -130,6 +131,7 @@ def test_iterations_survive(tmp_path):
     assert files(killed) == ['iter_8.pth']
 
 
+@pytest.mark.slow
 def test_epochs_survive(tmp_path):
     """Killed within an epoch; the workers are others then."""
 

@@ -60,6 +60,7 @@ def test_second_training_is_refused(tmp_path):
         assert [p.name for p in tmp_path.glob('epoch*')] == ['epoch_1.pth']
 
 
+@pytest.mark.distributed
 def test_all_ranks_are_refused(tmp_path):
     """None of them waits for the first one."""
     (tmp_path / 'ranks').mkdir()

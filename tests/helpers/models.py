@@ -1,8 +1,11 @@
 """Small detectors of the shipped configs, and batches for them."""
+from functools import lru_cache
+
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmengine.registry import init_default_scope
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.structures import InstanceData
 from oracles.official_sizes import TABLE
 
@@ -14,6 +17,22 @@ SIZES = {
                f'{600 if name in ("d7", "d7x") else 300}e_coco.py')
     for name in TABLE
 }
+
+
+@lru_cache
+def shapes_of(name, num_classes=90):
+    """Shapes of a size's tensors without batch counters; not to be changed."""
+    config = Config.fromfile(SIZES[name]).model
+    config.backbone.init_cfg = None
+    config.bbox_head.num_classes = num_classes
+    scope = DefaultScope.overwrite_default_scope('mmdet')
+    with scope, torch.device('meta'):
+        state_dict = MODELS.build(config).state_dict()
+    return {
+        key: tuple(value.shape)
+        for key, value in state_dict.items()
+        if not key.endswith('num_batches_tracked')
+    }
 
 
 def batch(*shapes, num_classes=80):

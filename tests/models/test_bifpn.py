@@ -234,6 +234,7 @@ def test_projections(meta_detector, name, nodes):
     assert not any(list(level.parameters()) for level in neck.extra_levels[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FUSION_WEIGHTS)
 def test_number_of_fusion_weights(meta_detector, name):
     """D0-D5 weigh their inputs; D6, D7, D7x and Lite add them."""
@@ -553,6 +554,7 @@ def trained(settings):
     return neck.eval(), feats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('settings', EXPORTED, ids=str)
 def test_onnx(settings, tmp_path):
     """The exported graph computes the same; its levels are odd in size."""
@@ -573,6 +575,7 @@ def test_onnx(settings, tmp_path):
             out, reference.numpy(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('settings', EXPORTED, ids=str)
 def test_compiled_in_one_piece(settings):
     """torch.compile takes the whole neck: a graph break would raise."""

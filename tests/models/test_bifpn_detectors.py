@@ -45,6 +45,9 @@ LEVELS = {
     'tood_r50_bifpn_1x_coco': (256, P3_P7),
     'yolox_tiny_bifpn_8xb8-300e_coco': (96, P3_P5),
 }
+# One of each kind, for `make quick`
+QUICK = ('efficientdet-head_r50_fpn_1x_coco', 'mask-rcnn_r50_bifpn_1x_coco',
+         'retinanet_r50_bifpn_1x_coco', 'rtmdet_tiny_bifpn_8xb32-300e_coco')
 # For the time that the tests take; widths of BiFPN's levels stay.
 SMALL = dict(
     stacked_convs=1,
@@ -118,6 +121,7 @@ def test_all_configs_are_listed():
     assert sorted(path.stem for path in FOLDER.glob('*.py')) == list(LEVELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', LEVELS)
 def test_few_lines_over_the_host(name):
     """A config takes all from the host but for parts of the network."""
@@ -170,7 +174,10 @@ def levels_of_the_head(model):
     return strides and tuple(stride for stride, _ in strides)
 
 
-@pytest.mark.parametrize('name', LEVELS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in LEVELS
+])
 def test_detector(name):
     """Levels are those the head expects, and it trains the whole neck."""
     width, strides = LEVELS[name]

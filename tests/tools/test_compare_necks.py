@@ -209,6 +209,7 @@ def test_paired_difference():
     assert paired_difference(rows, 'pafpn', 'fpn') == (None, None)
 
 
+@pytest.mark.slow
 def test_resume_and_refusal(command, fake_runs, capsys):
     command('--variants', 'fpn', 'bifpn', '--folds', '0', '1')
     expected = [('fpn', 0, 0), ('bifpn', 0, 0), ('fpn', 0, 1), ('bifpn', 0, 1),
@@ -231,6 +232,7 @@ def test_resume_and_refusal(command, fake_runs, capsys):
     assert "the study 'necks' has fpn, pafpn" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_table_and_picture(command, fake_runs):
     runs = command.out / 'runs'
     runs.mkdir(parents=True)
@@ -302,6 +304,7 @@ def test_necks(variant, kind, fusion, layers):
         assert neck.stack_times == layers
 
 
+@pytest.mark.slow
 def test_heads_start_equal(data, tmp_path):
     tree_folds.write_folds(data.root, tmp_path / 'folds')
 
@@ -338,6 +341,7 @@ def test_variants_differ_in_nothing_else(study):
         assert config.to_dict() == expected.to_dict()
 
 
+@pytest.mark.slow
 def test_scaling_spends_the_same():
     """All but the baseline have equal multiply-adds, within 1 %."""
     spent = {}

@@ -28,11 +28,8 @@ def build_both(size, sides, **settings):
     return theirs, our_network(weights, size, settings.get('num_classes', 90))
 
 
-@pytest.mark.parametrize('size', [
-    'd0',
-    pytest.param('d1', marks=pytest.mark.slow),
-    pytest.param('d7x', marks=pytest.mark.slow)
-])
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['d0', 'd7x'])
 def test_equal(size):
     """Every part at all sides, and the weights of every source.
 
@@ -48,8 +45,8 @@ def test_equal(size):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(head_bn_level_first=True),
-    dict(redundant_bias=False),
+    pytest.param(dict(head_bn_level_first=True), marks=pytest.mark.slow),
+    pytest.param(dict(redundant_bias=False), marks=pytest.mark.slow),
     dict(head_bn_level_first=True, redundant_bias=False, num_classes=3)
 ])
 def test_variants_of_effdet(settings):
@@ -60,6 +57,7 @@ def test_variants_of_effdet(settings):
     assert max(parts.values()) < BOUND
 
 
+@pytest.mark.slow
 def test_softmax_fusion():
     """effdet's 'attn'; the sizes above have the other two fusions."""
     sides = (192, 258)
@@ -114,6 +112,7 @@ def run(monkeypatch, tool, *args):
     tool.main()
 
 
+@pytest.mark.slow
 def test_table(monkeypatch, capsys):
     """One row for each case, one for each source, and the exit status."""
     run(monkeypatch, verify_parity, '--size', 'lite0')
@@ -126,6 +125,7 @@ def test_table(monkeypatch, capsys):
         assert any(row.startswith(f'| {layout.title} ') for row in rows)
 
 
+@pytest.mark.slow
 def test_difference_fails(monkeypatch, capsys):
     """What is wrong in the neck is DIFFERENT there, and fails."""
     monkeypatch.setattr(FusionNode, 'eps', 0.0)
@@ -171,6 +171,7 @@ def picture(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_detections(picture):
     """The same 100 detections from effdet's bench and from MMDetection."""
     steps = verify_detections.compare('lite0', picture)
@@ -183,6 +184,7 @@ def test_detections(picture):
     assert both_soft['found'] > 90
 
 
+@pytest.mark.slow
 def test_gradients():
     """Gradients of a training step, in float64, reach the same tensors."""
     theirs, ours = build_both('d0', (128, 256), num_classes=3)

@@ -140,6 +140,7 @@ def test_resumed_training(counted, tmp_path):
                                                         (8, 80), (8, 'AP')]
 
 
+@pytest.mark.slow
 def test_resume_and_tensorboard(tmp_path):
     """TensorBoard has loss, rate and AP at the steps of the page's curves."""
     root = make_dataset(tmp_path / 'data')
@@ -305,6 +306,7 @@ def test_ap_of_classes(run, make_page):
     ]
 
 
+@pytest.mark.slow
 def test_equals_the_hosts_evaluation(run, make_page, tmp_path):
     """test.py writes the results, and its AP is that of the page."""
     done = run_tool(

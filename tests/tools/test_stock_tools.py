@@ -116,6 +116,7 @@ def test_training_reports(run):
     assert 'nan' not in run.output.lower().replace('nanoseconds', '')
 
 
+@pytest.mark.slow
 def test_test_script(run, weights, tmp_path):
     """test.py evaluates, dumps and draws."""
     done = run_tool(
@@ -175,6 +176,7 @@ def test_flops_script(tmp_path):
     assert flops / 2.550618821 == pytest.approx(1.013, abs=0.002)
 
 
+@pytest.mark.slow
 def test_browse_script(run, tmp_path):
     """browse_dataset.py draws what the training pipeline makes."""
     done = run_tool(
@@ -355,6 +357,7 @@ def test_order_in_the_file(kind, stops, tmp_path):
         hook.before_train(runner)
 
 
+@pytest.mark.slow
 def test_wrong_class_count_stops_testing(run, weights, tmp_path):
     """test.py names both counts when the config has other classes."""
     done = run_tool(

@@ -91,12 +91,12 @@ UNCHECKED = [write_old_torch, write_keras, write_safetensors]
     'writer', [*CHECKED, *UNCHECKED, write_checked_keras],
     ids=lambda writer: writer.__name__)
 def test_flipped_bits(writer, tmp_path):
-    """In each of 200 files, one of all bits.
+    """In each of 60 files, one of all bits.
 
     What changes numbers cannot be found in formats without checksums.
     """
     counts = Counter()
-    for seed in range(200):
+    for seed in range(60):
         (tmp_path / f'{seed}').mkdir()
         counts[flip(writer, tmp_path / f'{seed}', seed)] += 1
     print(writer.__name__, dict(counts))
@@ -110,5 +110,5 @@ def test_archive_is_read_to_its_end(tmp_path):
     data = bytearray(path.read_bytes())
     data[-8] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match='damaged or cut off: CRC'):
+    with pytest.raises(ValueError, match='damaged or cut off.* CRC'):
         open_source(str(path))

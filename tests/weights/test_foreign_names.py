@@ -8,6 +8,7 @@ installs.
 """
 import pytest
 import torch
+from helpers.models import shapes_of
 from helpers.tensorflow_files import levels_of
 from mmdet.registry import MODELS
 
@@ -152,15 +153,10 @@ def mmdet():
     (zylo117, 'Yet-Another-EfficientDet-Pytorch'),
     (mmdet, "mmdet's projects/EfficientDet"),
 ])
-def test_all_tensors_of_d0(names, title, build_detector):
+def test_all_tensors_of_d0(names, title):
     """Each goes to its place, and none is left over or missing."""
     names = names()
-    shapes = {
-        key: tuple(value.shape)
-        for key, value in build_detector('d0', 90,
-                                         'meta').state_dict().items()
-        if not key.endswith('num_batches_tracked')
-    }
+    shapes = shapes_of('d0')
     assert names.keys() == shapes.keys()
     assert len(set(names.values())) == len(names)
     layout, = [layout for layout in LAYOUTS if layout.title == title]

@@ -87,7 +87,7 @@ METAS = dict(
         CODE: 1
     }])), 'the class names'),
     list=(dict(dataset_meta=['a']), 'the class names'),
-    source=(dict(source=5), "meta['source']"),
+    source=(dict(source=5), 'the source'),
     no_receipt=(dict(source=dict(file='x', sha256='0')), 'receipt'),
     receipt=(dict(source=dict(file='x', sha256='0', receipt=[5])), 'receipt'),
     file=(dict(source=dict(file=5, sha256='0', receipt=[])), 'file'),

@@ -71,7 +71,7 @@ ENTRIES = dict(
     slices=(message() + field(7, b''), 'slices'),
     text_as_type=(field(1, b'1'), 'wrong type'),
     number_as_shape=(field(1, 1) + field(2, 3), 'wrong type'),
-    number_as_dim=(field(1, 1) + field(2, field(2, 3)), 'wrong type'),
+    number_as_dim=(field(1, 1) + field(2, field(2, 3)), 'damaged'),
     text_as_dim=(field(1, 1) + field(2, field(2, field(1, b'3'))),
                  'wrong type'),
     text_as_offset=(message() + field(4, b'0'), 'wrong type'),
@@ -80,7 +80,7 @@ ENTRIES = dict(
     number_as_checksum=(message(crc=field(6, 5)), 'wrong type'),
     other_file=(message() + field(3, 7), '.data-00007-of-00001',
                 'is missing'),
-    cut_off=(message()[:-2], 'a field is cut off'))  # yapf: disable
+    cut_off=(message()[:-2], 'is cut off'))  # yapf: disable
 
 
 @pytest.mark.parametrize('name', ENTRIES)
@@ -126,9 +126,9 @@ INDEXES = dict(
     long_field=(rows(HEADER, (b't', b'\xff' * 1_500_000)), {},
                 'more than 64 bits'),
     outside=([(varint(0) + varint(9) + varint(1 << 60), b't')], {},
-             'a key or value is cut off'),
+             'is cut off'),
     no_such_start=([(varint(9) + varint(1) + varint(0) + b't', b't')], {},
-                   'a key or value is cut off'),
+                   'is cut off'),
     wire_type=(rows(HEADER, (b't', b'\x0b')), {}, 'damaged'),
     compressed=(rows(HEADER, (b't', GOOD)), dict(compression=b'\1'),
                 'compressed'))  # yapf: disable
@@ -157,7 +157,7 @@ def test_tensors_of_one_place(tmp_path):
     write_bundle(tmp_path / 'x', dict(t=ONES))
     names = [(b't%05d' % i, GOOD) for i in range(20_000)]
     write_index(tmp_path / 'x', rows(HEADER, *names))
-    refuses(tmp_path / 'x', 't00001 overlaps')
+    refuses(tmp_path / 'x', 't00001', 'overlaps other tensors')
 
 
 def test_large_data(tmp_path):
@@ -337,6 +337,6 @@ def test_archive_of_holes(tmp_path):
 def test_archive_of_zeros(tmp_path):
     """It is not unpacked to more than the limit."""
     part = gzip.compress(bytes(1 << 26))
-    (tmp_path / 'x.tgz').write_bytes(part * 1000)
+    (tmp_path / 'x.tgz').write_bytes(part * 50)
     with pytest.raises(ValueError, match='contents has .* more than'):
         open_source(tmp_path / 'x.tgz')

@@ -507,13 +507,13 @@ def test_pin(publish, weights, log):
     load_entry(entry)
     pinned = f'{LITE0}#sha256={weights.digest}'
     assert [line for line in log if line.endswith(f'write {pinned}')]
-    assert published.find(pinned)[1] == weights.digest
+    assert published.find(pinned).pin == weights.digest
     del log[:]
-    load_entry(entry, weights.digest)
+    load_entry(replace(entry, pin=weights.digest))
     assert not [line for line in log if 'No hash' in line]
     wrong = '0' * 8 + weights.digest[8:]
     with pytest.raises(ValueError, match=f'should be {wrong}'):
-        load_entry(entry, wrong)
+        load_entry(replace(entry, pin=wrong))
     for pin in ('', '0123', 'g' * 64, weights.digest.upper()):
         with pytest.raises(ValueError, match='hexadecimal digits'):
             load(f'{LITE0}#sha256={pin}')

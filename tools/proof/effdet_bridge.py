@@ -113,11 +113,10 @@ def in_layout(state_dict, layout, arch, num_levels):
             value = swap_xy(value, 0)
         values = [value]
         if layout.tensorflow:
-            value = value.numpy()
             if value.ndim == 4:
                 depthwise = 'depthwise' in key
-                value = value.transpose((2, 3, 0, 1) if depthwise else (2, 3,
-                                                                        1, 0))
+                value = value.permute((2, 3, 0, 1) if depthwise else (2, 3, 1,
+                                                                      0))
             values = list(value) if key.endswith('fusion_weights') else [value]
         names = layout.names(key, arch, num_levels)
         stored.update(zip(names, values, strict=True))
