@@ -22,7 +22,7 @@ RETINANET = TOOLS.parent / 'configs' / 'retinanet'
 CLASSES = dict(
     MODELS=[
         'BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet',
-        'RectDataPreprocessor'
+        'FocalLoss', 'RectDataPreprocessor'
     ],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
     HOOKS=[
@@ -120,10 +120,9 @@ for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
     model = MODELS.build(config.model)
     for module in (model, model.backbone, model.neck, model.bbox_head,
                    model.bbox_head.prior_generator,
-                   model.bbox_head.bbox_coder):
+                   model.bbox_head.bbox_coder, model.bbox_head.loss_cls):
         assert type(module).__module__.startswith('mmdet_efficientdet.')
-    for module in (model.data_preprocessor, model.bbox_head.loss_cls,
-                   model.bbox_head.loss_bbox):
+    for module in (model.data_preprocessor, model.bbox_head.loss_bbox):
         assert type(module).__module__.startswith('mmdet.')
     for pipeline in (config.train_pipeline, config.test_pipeline):
         for transform in pipeline:

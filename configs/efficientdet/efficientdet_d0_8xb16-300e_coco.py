@@ -45,7 +45,10 @@ model = dict(
             aspect_pairs=[(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)]),
         bbox_coder=dict(type='mmdet_efficientdet.AnchorBoxCoder'),
         loss_cls=dict(
-            type='FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.25),
+            type='mmdet_efficientdet.FocalLoss',
+            use_sigmoid=True,
+            gamma=1.5,
+            alpha=0.25),
         # Equals 50 * Huber(delta=0.1) / 4.
         loss_bbox=dict(type='SmoothL1Loss', beta=0.1, loss_weight=1.25)),
     test_cfg=dict(

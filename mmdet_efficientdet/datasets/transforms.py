@@ -94,16 +94,14 @@ class ResizeCrop(BaseTransform):
             for n, side in zip(scaled, self.image_size)
         ]
         dtype = results['img'].dtype
-        image = results['img'].astype(np.float32)
-        if self.half_pixel_centers:
-            image = mmcv.imresize(image, scaled[::-1], backend='cv2')
-        else:
-            image = resize_from_corner(image, scaled)
-        (top, left), (height, width) = offset, self.image_size
-        image = image[top:top + height, left:left + width]
+        crop = tuple(
+            slice(start, min(start + side, n))
+            for start, side, n in zip(offset, self.image_size, scaled))
+        resize = resize_part if self.half_pixel_centers else resize_from_corner
+        image = resize(results['img'], scaled, crop)
         if not self.to_float32 and np.issubdtype(dtype, np.integer):
             image = image.round().astype(dtype)
-        results['img'] = np.ascontiguousarray(image)
+        results['img'] = image
         results['img_shape'] = image.shape[:2]
         results['scale_factor'] = (scaled[1] / shape[1], scaled[0] / shape[0])
         results['keep_ratio'] = True
@@ -169,18 +167,49 @@ def scaled_size(shape: Tuple[int, int],
     return scale, tuple(max(1, int(n)) for n in shape * scale)
 
 
-def resize_from_corner(image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+def resize_part(image: np.ndarray, size: Tuple[int, int],
+                part: Tuple[slice, slice]) -> np.ndarray:
+    """Resizes bilinearly in float32 and returns a part of the result.
+
+    The pixels are those of OpenCV's resize of the whole image. To resize a
+    piece of the image would be faster, but has other last bits. So only the
+    pixels that the part samples are converted; others have any value.
+
+    Args:
+        image (np.ndarray): ``(H, W, ...)``.
+        size (tuple[int]): New height and width.
+        part (tuple[slice]): Rows and columns of the result, not empty.
+    """
+    if image.shape[:2] == size:
+        return image[part].astype(np.float32)
+    source = np.empty(image.shape, np.float32)
+    sampled = []
+    for old, new, kept in zip(image.shape, size, part):
+        first, last = (
+            int((n + 0.5) * old / new - 0.5)
+            for n in (kept.start, kept.stop - 1))
+        sampled.append(slice(max(first - 1, 0), last + 3))  # and neighbours
+    rows, columns = sampled
+    if 4 * size[0] < len(image):  # some rows are left out
+        rows = (np.arange(part[0].start, part[0].stop) + 0.5) * (
+            len(image) / size[0]) - 0.501
+        rows = (rows.astype(int)[:, None] + range(3)).ravel()
+        rows = np.minimum(rows, len(image) - 1)
+    source[rows, columns] = image[rows, columns]
+    return mmcv.imresize(source, size[::-1], backend='cv2')[part]
+
+
+def resize_from_corner(image: np.ndarray, size: Tuple[int, int],
+                       part: Tuple[slice, slice]) -> np.ndarray:
     """Resizes bilinearly, with pixel positions at corners, not at centres.
 
     This is TensorFlow's ``resize_bilinear`` with ``half_pixel_centers=False``
-    and ``align_corners=False``. OpenCV and PyTorch have no equivalent.
-
-    Args:
-        image (np.ndarray): float32 ``(H, W, ...)``.
-        size (tuple[int]): New height and width.
+    and ``align_corners=False``. OpenCV and PyTorch have no equivalent. The
+    arguments are those of :func:`resize_part`.
     """
-    for axis, (old, new) in enumerate(zip(image.shape, size)):
-        place = np.arange(new, dtype=np.float32) * np.float32(old / new)
+    image = image.astype(np.float32)
+    for axis, (old, new, kept) in enumerate(zip(image.shape, size, part)):
+        place = np.arange(new, dtype=np.float32)[kept] * np.float32(old / new)
         low = place.astype(int)
         weight = (place - low).astype(np.float32)
         weight = weight.reshape(-1, *[1] * (image.ndim - axis - 1))

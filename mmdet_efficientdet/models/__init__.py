@@ -5,8 +5,9 @@ from .data_preprocessor import RectDataPreprocessor
 from .efficientdet import EfficientDet
 from .efficientdet_head import EfficientDetHead
 from .efficientnet import EfficientNet
+from .focal_loss import FocalLoss
 
 __all__ = [
     'AnchorBoxCoder', 'AnchorGenerator', 'BiFPN', 'EfficientDet',
-    'EfficientDetHead', 'EfficientNet', 'RectDataPreprocessor'
+    'EfficientDetHead', 'EfficientNet', 'FocalLoss', 'RectDataPreprocessor'
 ]

@@ -27,7 +27,10 @@ PARTS = dict(
     anchor_generator=dict(type='mmdet_efficientdet.AnchorGenerator'),
     bbox_coder=dict(type='mmdet_efficientdet.AnchorBoxCoder'),
     loss_cls=dict(
-        type='mmdet.FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.25),
+        type='mmdet_efficientdet.FocalLoss',
+        use_sigmoid=True,
+        gamma=1.5,
+        alpha=0.25),
     # 50 * Huber(delta) / 4 is 12.5 * delta * SmoothL1(beta=delta), delta = 0.1
     loss_bbox=dict(type='mmdet.SmoothL1Loss', beta=0.1, loss_weight=1.25))
 

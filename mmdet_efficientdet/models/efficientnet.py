@@ -167,7 +167,9 @@ class EfficientNet(StrictLoading, ConvInitMixin, NormEvalMixin, BaseModule):
                              '(nothing), 0 (the stem) or a level of '
                              f'{LEVELS[0]} to {LEVELS[-1]}')
         lite = arch.startswith('lite')
-        act_cfg = act_cfg or dict(type='ReLU6' if lite else 'SiLU')
+        act_cfg = dict(act_cfg or dict(type='ReLU6' if lite else 'SiLU'))
+        if act_cfg['type'] == 'SiLU':  # in place, training copies its input
+            act_cfg.setdefault('inplace', False)
         if drop_path_rate is None:
             drop_path_rate = 0.0 if arch == 'b0' else 0.2
         self.arch = arch

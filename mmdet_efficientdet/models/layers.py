@@ -95,11 +95,12 @@ def max_pool_same(x: Tensor, stride: tuple) -> Tensor:
         stride (tuple[int]): Stride ``(vertical, horizontal)``.
     """
     kernel = [s + 1 if s > 1 else 1 for s in stride]
-    padding = []
-    for size, k, s in zip(size_of(x), kernel, stride):
-        total = max((-(-size // s) - 1) * s + k - size, 0)
-        padding = [total // 2, total - total // 2] + padding
-    return F.max_pool2d(F.pad(x, padding, value=float('-inf')), kernel, stride)
+    before = [
+        max((-(-n // s) - 1) * s + k - n, 0) // 2
+        for n, k, s in zip(size_of(x), kernel, stride)
+    ]
+    # The ceiling stands for the padding at the end, without a padded copy.
+    return F.max_pool2d(x, kernel, stride, before, ceil_mode=True)
 
 
 def resize_to(x: Tensor, size: tuple) -> Tensor:
@@ -112,21 +113,13 @@ def resize_to(x: Tensor, size: tuple) -> Tensor:
 
     Args:
         x (Tensor): Features ``(N, C, H, W)``.
-        size (tuple[int]): Wanted ``(height, width)``.
-
-    Raises:
-        ValueError: If one axis must grow and the other shrink.
+        size (tuple[int]): Wanted ``(height, width)``. Both axes must grow, or
+            both shrink, as :class:`BiFPN` checks.
     """
     now, size = size_of(x), tuple(size)
     if now == size:
         return x
-    grows = [n < s for n, s in zip(now, size)]
-    if any(grows) and any(n > s for n, s in zip(now, size)):
-        raise ValueError(
-            f'cannot resize features of size {now} to a level of size {size}: '
-            'one axis would have to grow and the other to shrink. From one '
-            'level to the next both axes must grow or both must shrink')
-    if not any(grows):
+    if all(n >= s for n, s in zip(now, size)):
         stride = []
         for n, s in zip(now, size):
             exact = (n - 1) // s + 1

@@ -1,5 +1,5 @@
 """Prediction with the plain network of a detector."""
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from mmdet.structures import SampleList
@@ -22,7 +22,7 @@ class PlainPredictMixin:
     """
 
     fast_predict = True
-    _plain = (None, None)  # state of the detector, its plain network
+    _plain = (None, None)  # snapshot of the detector, its plain network
 
     def train(self, mode: bool = True) -> nn.Module:
         """Sets the mode; in training the plain network is not kept."""
@@ -57,37 +57,57 @@ class PlainPredictMixin:
                 or torch.is_autocast_enabled('cpu')
                 or torch.compiler.is_compiling()):
             return None
-        state = _state(self)
-        if state is None:
-            return None
-        if state != self._plain[0]:
+        made_from, network = self._plain
+        if made_from is None or made_from.has_changed():
+            made_from, network = _Snapshot(self), None
             try:
-                network = plain_network(self)
+                network = plain_network(self) if made_from.usable else None
             except ValueError as error:
-                network = None
                 print_log(f'predict runs the detector itself: {error}',
                           'current')
-            self._plain = state, network
-        return self._plain[1]
+            self._plain = made_from, network
+        return network
 
 
-def _state(detector: nn.Module) -> Optional[tuple]:
-    """What changes with the computation; None if it cannot be plain.
+class _Snapshot:
+    """What changes with the computation of a detector in evaluation mode.
 
     Versions of tensors do not count what is written through ``data``, as by
-    mmengine's EMAHook, so their norms are compared as well.
+    mmengine's EMAHook, so values are compared as well: all of small tensors
+    and every 61st of large ones. 61 divides no width, so a new row or column
+    of weights shows; a single new weight of a large tensor may not.
     """
-    kinds, tensors = [], []
-    for module in detector.modules():
-        if (module.training or module._forward_hooks
-                or module._forward_pre_hooks):
-            return None
-        kinds.append((type(module), getattr(module, 'eps', None)))
-        tensors += module._parameters.values()
-        tensors += module._buffers.values()
-    tensors = [tensor for tensor in tensors if tensor is not None]
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if any(x.dtype != torch.float32 or x.is_inference() for x in floats):
-        return None
-    norms = torch.stack(torch._foreach_norm(floats)).tolist()
-    return kinds, [(x.data_ptr(), x._version) for x in floats], norms
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.modules = list(detector.modules())
+        self.tables = [
+            table for x in self.modules
+            for table in (x._modules, x._parameters, x._buffers)
+        ]
+        self.tensors = [  # kept, so that none is replaced at the same address
+            x for table in self.tables for x in table.values()
+            if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
+        ]
+        self.usable = all(x.dtype == torch.float32 and not x.is_inference()
+                          for x in self.tensors)
+        self.samples = []
+        for x in self.tensors:
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
+            values = x.detach().as_strided((last + 1, ), (1, ))
+            self.samples.append(values[::1 if last < 2**14 else 61])
+        self.state, self.values = self._look()
+        self.usable &= not any(watched for _, _, watched in self.state[0])
+
+    def has_changed(self) -> bool:
+        """Whether anything is no longer as it was."""
+        state, values = self._look()
+        return state != self.state or not torch.equal(values, self.values)
+
+    def _look(self) -> Tuple[list, Tensor]:
+        kinds = [(type(x), vars(x).get('eps'), x.training
+                  or bool(x._forward_hooks or x._forward_pre_hooks))
+                 for x in self.modules]
+        members = [id(x) for table in self.tables for x in table.values()]
+        versions = [(x.data_ptr(), x._version) for x in self.tensors
+                    if not x.is_inference()]
+        return [kinds, members, versions], torch.cat(self.samples)

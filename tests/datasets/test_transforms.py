@@ -2,6 +2,7 @@
 import copy
 import random
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,9 @@ from mmdet.structures.bbox import HorizontalBoxes
 from oracles import official_numpy as official
 
 from mmdet_efficientdet.datasets.transforms import (UINT8, ResizeCrop,
-                                                    misreading, scaled_size)
+                                                    misreading,
+                                                    resize_from_corner,
+                                                    scaled_size)
 
 FIT = (1.0, 1.0)
 # An image and what TensorFlow 2.15 makes of it, half-pixel and legacy:
@@ -154,6 +157,29 @@ def test_half_pixel_centers_by_default():
                        dict(half_pixel_centers=False)))
     np.testing.assert_array_equal(default, written)
     assert np.abs(default - legacy).max() > 10
+
+
+@pytest.mark.parametrize('half_pixel_centers', [True, False])
+def test_only_the_crop_is_resized(half_pixel_centers):
+    """It has, to the last bit, the pixels of the whole resized image."""
+    rng = np.random.default_rng(0)
+    for case in range(100):
+        image = rng.random((*rng.integers(2, 300, 2), 3), np.float32) * 255
+        sides = rng.integers(1, 200, 2).tolist()
+        np.random.seed(case)
+        ratio = np.random.uniform(0.1, 2)
+        size = scaled_size(image.shape[:2], sides, ratio)[1]
+        if half_pixel_centers:
+            whole = cv2.resize(image, size[::-1])
+        else:
+            whole = resize_from_corner(image, size, (slice(None), ) * 2)
+        top, left = (int(max(0, n - side) * np.random.uniform())
+                     for n, side in zip(size, sides))
+        expected = whole[top:top + sides[0], left:left + sides[1]]
+        np.random.seed(case)
+        crop = ResizeCrop(sides, (0.1, 2), half_pixel_centers)
+        out = crop(dict(img=image))['img']
+        np.testing.assert_array_equal(out, expected, strict=True)
 
 
 def test_crop_is_a_part_of_the_resized_image():

@@ -121,15 +121,6 @@ def test_any_ratio_fits():
     assert resize_to(torch.zeros(1, 1, 50, 60), (20, 15)).shape[2:] == (20, 15)
 
 
-@pytest.mark.parametrize('size, target', [((4, 8), (8, 4)), ((5, 2), (3, 3))])
-def test_mixed_resize_raises(size, target):
-    """Growing on one axis and shrinking on the other names both sizes."""
-    with pytest.raises(ValueError) as error:
-        resize_to(torch.zeros(1, 1, *size), target)
-    for part in (str(size), str(target), 'both axes must'):
-        assert part in str(error.value)
-
-
 def test_separable_conv_is_a_factored_conv():
     """Depthwise without bias, then pointwise with bias."""
     conv = SeparableConv2d(4, 6).double()

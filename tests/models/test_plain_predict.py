@@ -103,6 +103,13 @@ def data_alone(detector):
     detector.bbox_head.conv_reg.pointwise.weight.data.mul_(1.05)
 
 
+def one_row(detector):
+    """The norm of the tensor, which is a large one, stays."""
+    weight = detector.backbone.blocks[10].linear_conv.conv.weight
+    assert weight.numel() > 2**15
+    weight.data[5].neg_()
+
+
 def eps(detector):
     for module in detector.neck.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -110,7 +117,7 @@ def eps(detector):
 
 
 @pytest.mark.parametrize(
-    'change', [in_place, loaded, assigned, averaged, data_alone, eps])
+    'change', [in_place, loaded, assigned, averaged, data_alone, one_row, eps])
 def test_new_weights(change, detector, data):
     """No old weights are used after any change."""
     old = predict(detector, data)

@@ -3,7 +3,9 @@ import csv
 import time
 
 import benchmark
+import benchmark_facts
 import pytest
+import torch
 
 
 def test_ratio_and_turns(capsys):
@@ -33,16 +35,61 @@ def test_all_parts(monkeypatch, tmp_path, capsys):
     """Each part is measured, and table, CSV and picture have all rows."""
     monkeypatch.setattr('sys.argv', [
         'benchmark.py', '--size', 'lite0', '--side', '128', '--repeats', '1',
-        '--out',
+        '--half', '--work', 'forward', 'runtimes', 'boxes', 'train', 'targets',
+        'resize', 'facts', '--out',
         str(tmp_path)
     ])
     benchmark.main()
     rows = list(csv.DictReader((tmp_path / 'benchmark.csv').open()))
     assert {row['what']
             for row in rows} >= {
-                'effdet', 'detector', 'plain network', 'windows', 'ResizeCrop'
+                'effdet', 'detector', 'plain network', 'plain network, AMP',
+                'plain network, ONNX Runtime', 'windows', 'ResizeCrop'
             }
     assert all(float(row['ratio']) > 0 for row in rows)
     text = (tmp_path / 'benchmark.md').read_text()
     assert text.count('\n| lite0 ') == len(rows) and '1 thread(s)' in text
     assert (tmp_path / 'benchmark.png').stat().st_size > 1000
+    facts = {
+        (row['what'], row['network']): row['value']
+        for row in csv.DictReader((tmp_path / 'facts.csv').open())
+    }
+    assert 0 < float(facts['multiply-adds', 'plain'].split()[0]) < 0.3
+    calls = 'operators of a pass'
+    assert (int(facts[calls, 'plain']) < int(facts[calls, 'detector']) / 1.5)
+    stages = ('forward', 'loss', 'backward', 'optimizer', 'EMA')
+    for name in ('effdet', 'detector'):
+        parts = [
+            int(facts[f'operators of training: {stage}', name])
+            for stage in stages
+        ]
+        assert int(facts['operators of training: all', name]) == sum(parts)
+        assert min(parts) > 0
+
+
+def test_recompilations():
+    """A graph for each size that is new in kind is counted."""
+
+    def network(x):
+        return x + (1 if x.shape[-1] > 8 else 2)
+
+    inputs = [torch.zeros(2, side) for side in (4, 16, 32, 64)]
+    assert benchmark_facts.recompilations(network, inputs[:1]) == 1
+    assert 2 <= benchmark_facts.recompilations(network, inputs) <= 3
+
+
+def test_what_is_counted():
+    """Multiply-adds, memory, operators and graph breaks of small functions."""
+    conv = torch.nn.Conv2d(2, 3, 3, bias=False)
+    x = torch.zeros(1, 2, 6, 6)
+    assert benchmark_facts.multiply_adds(conv, x) == 16 * 27 * 2
+    assert benchmark_facts.operator_calls(
+        lambda: x.view(-1).add(1).mul(2)) == 2
+    used = benchmark_facts.peak_memory(lambda: torch.ones(2**24))
+    assert 0.9 * 2**26 < used < 1.2 * 2**26
+    assert benchmark_facts.gemm_peak('cpu') > 1e8
+    assert benchmark_facts.graph_breaks(lambda y: y + 1, x) == 0
+    assert benchmark_facts.graph_breaks(lambda y: y + y.sum().item(), x) == 1
+    first = benchmark_facts.top_operators(
+        lambda: torch.mm(*torch.ones(2, 512, 512)))[0]
+    assert first['operator'] == 'mm' and first['share'] > 0.5

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from mmdet_efficientdet.scaling import SCALING
 
-WORK = ('forward', 'boxes', 'train', 'targets', 'resize')
+WORK = ('forward', 'runtimes', 'boxes', 'train', 'targets', 'resize', 'facts',
+        'graphs')
 
 
 def parse_args(argv=None):
@@ -41,8 +42,11 @@ def parse_args(argv=None):
         nargs='+',
         default=WORK,
         choices=WORK,
-        help='parts to measure: the network, an image in memory to its boxes, '
-        'a training step, targets of the losses, ResizeCrop (default: all)')
+        help='parts to measure: the network, the network in other runtimes, '
+        'an image in memory to its boxes, a training step, targets of the '
+        'losses, ResizeCrop; and to count: operators, memory and multiply-'
+        'adds of a pass and, with "train", of a training step; graph breaks '
+        'and recompilations, which take minutes (default: all)')
     parser.add_argument(
         '--side',
         type=int,
@@ -66,7 +70,12 @@ def parse_args(argv=None):
         '--compile',
         action='store_true',
         help='also measure the plain network compiled by torch.compile, which '
-        'takes minutes (default: no)')
+        'takes minutes; on a GPU as CUDA graphs (default: no)')
+    parser.add_argument(
+        '--half',
+        action='store_true',
+        help='also measure the plain network in automatic mixed precision, '
+        'bfloat16 on a CPU (default: no)')
     parser.add_argument(
         '--out',
         type=Path,
@@ -79,6 +88,7 @@ if __name__ == '__main__':
     parse_args()  # answers --help before the libraries are imported
 
 import benchmark_cases
+import benchmark_facts
 import torch
 from effdet_bridge import effdet_network, our_network, random_weights
 from matplotlib.figure import Figure
@@ -156,7 +166,6 @@ def write_results(rows, caption, out):
                       f'{row["ratio"]:.2f}'))
     text = f'{caption}\n\n{GithubFlavoredMarkdownTable(lines).table}\n'
     print(f'\n{text}')
-    out.mkdir(parents=True, exist_ok=True)
     write_file(out / 'benchmark.md', text.encode())
     with open(out / 'benchmark.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, rows[0])
@@ -173,6 +182,16 @@ def write_results(rows, caption, out):
     print(out / 'benchmark.png')
 
 
+def write_facts(facts, out):
+    """Writes what was counted, as CSV and Markdown; prints the table."""
+    lines = [('size', 'what', 'network', 'value'), *facts]
+    text = GithubFlavoredMarkdownTable(lines).table
+    print(text)
+    write_file(out / 'facts.md', f'{text}\n'.encode())
+    with open(out / 'facts.csv', 'w', newline='') as file:
+        csv.writer(file).writerows(lines)
+
+
 def main():
     """Measures, prints and writes."""
     args = parse_args()
@@ -180,7 +199,7 @@ def main():
     MMLogger.get_current_instance().setLevel('WARNING')
     torch.set_num_threads(args.threads)
     on_gpu = torch.cuda.is_available()
-    rows = []
+    rows, facts = [], []
     for size in args.size:
         side = args.side or SCALING[size].image_size
         torch.manual_seed(0)
@@ -198,12 +217,29 @@ def main():
             effdet=official.to(device),
             detector=detector.to(device),
             plain=plain_network(detector))
+        times = {}
         for name in args.work:
+            if name == 'graphs':
+                with torch.no_grad():
+                    facts += benchmark_facts.graph_facts(size, side, networks)
+            if name in ('facts', 'graphs'):
+                continue
             cases = getattr(benchmark_cases, name)(args, size, side, networks)
             for title, functions in cases.items():
                 with torch.set_grad_enabled(name == 'train'):
-                    rows += compare(title, functions, args.repeats, on_gpu)
-    write_results(rows, conditions(args), args.out)
+                    found = compare(title, functions, args.repeats, on_gpu)
+                if name == 'forward' and args.batch_size == 1:
+                    times = {row['what']: row['median'] for row in found}
+                rows += found
+        if 'facts' in args.work:
+            with torch.no_grad():
+                facts += benchmark_facts.facts(size, side, networks, times)
+            if 'train' in args.work:
+                facts += benchmark_facts.training_facts(size, side, device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if rows:
+        write_results(rows, conditions(args), args.out)
+    write_facts(facts, args.out)
 
 
 if __name__ == '__main__':

@@ -3,19 +3,26 @@
 Each function of this module takes the arguments of the tool, a size, the side
 of its input and the networks, and returns title to name to function.
 """
+from functools import partial
+
 import effdet
 import numpy as np
 import torch
+from benchmark_runtimes import (compiled, half, in_onnxruntime, in_openvino,
+                                onnx_file)
 from effdet_bridge import random_weights
 from mmdet.apis import inference_detector
 from mmdet.registry import TASK_UTILS, TRANSFORMS
-from mmdet.structures import DetDataSample
+from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmengine.structures import InstanceData
 from PIL import Image
+from timm.utils import ModelEmaV2
 from verify_training import build_bench, build_ours
 
+from mmdet_efficientdet import plain_network
 from mmdet_efficientdet.models.anchors import AnchorGenerator, anchor_targets
+from mmdet_efficientdet.models.loss_guard import check_finite
 
 PHOTO = (480, 640)  # height and width of the image in memory
 
@@ -31,9 +38,30 @@ def forward(args, size, side, networks):
         'plain network': lambda: plain(images)
     }
     if args.compile:
-        compiled = torch.compile(plain)
-        functions['plain network, compiled'] = lambda: compiled(images)
+        title = 'plain network, compiled'
+        functions[title] = compiled(plain, images, f'{size} {title}')
+    if args.half:
+        functions['plain network, AMP'] = half(plain, images)
     return {f'{size} forward, {side} px, batch {args.batch_size}': functions}
+
+
+def runtimes(args, size, side, networks):
+    """The same, exported by each project to ONNX."""
+    device = networks['detector'].data_preprocessor.device
+    images = torch.randn(args.batch_size, 3, side, side, device=device)
+    even = plain_network(networks['detector'], even=True)
+    own = even if side % even.divisor == 0 else networks['plain']
+    official, data = (onnx_file(x, images) for x in (networks['effdet'], own))
+    functions = {
+        'effdet': lambda: networks['effdet'](images),
+        'effdet, ONNX Runtime': in_onnxruntime(official, images, args.threads),
+        'plain network, ONNX Runtime': in_onnxruntime(data, images,
+                                                      args.threads)
+    }
+    openvino = in_openvino(data, images, args.threads)
+    if openvino:
+        functions['plain network, OpenVINO float32'] = openvino
+    return {f'{size} runtimes, {side} px, batch {args.batch_size}': functions}
 
 
 def boxes(args, size, side, networks):
@@ -137,7 +165,30 @@ def resize(args, size, side, networks):
 
 def train(args, size, side, networks):
     """A training step of 4 images with 20 boxes each, on normalised images."""
-    device = networks['detector'].data_preprocessor.device
+    steps = training_steps(size, side,
+                           networks['detector'].data_preprocessor.device)
+
+    def run(stages):
+        for stage in stages.values():
+            stage()
+
+    title = f'{size} training step, {side} px, batch 4, 20 boxes'
+    return {title: {key: partial(run, steps[key]) for key in steps}}
+
+
+def training_steps(size, side, device, ema=False):
+    """The stages of a training step of effdet and of ours.
+
+    Args:
+        size (str): A key of ``SCALING``.
+        side (int): Height and width of the input.
+        device (str | torch.device): Where to train.
+        ema (bool): Also averages the weights.
+
+    Returns:
+        dict: Name to stage to function. The stages of one network are called
+        in their order.
+    """
     model, config = build_ours(size, 80)
     wrapper = build_optim_wrapper(model.to(device), config.optim_wrapper)
     bench = build_bench(size, side, random_weights(size, num_classes=80), 80)
@@ -148,30 +199,47 @@ def train(args, size, side, networks):
             bboxes=torch.rand(20, 2, 2).sort(1).values.flatten(1) * side,
             labels=torch.randint(80, (20, ))).to(device) for _ in range(4)
     ]
-    samples = [
-        DetDataSample(
-            gt_instances=x, metainfo=dict(batch_input_shape=(side, side)))
-        for x in truth
-    ]
-    target = dict(
-        bbox=[x.bboxes[:, [1, 0, 3, 2]] for x in truth],
-        cls=[x.labels + 1 for x in truth])
+    metas = [dict(batch_input_shape=(side, side))] * 4
+    boxes = [x.bboxes[:, [1, 0, 3, 2]] for x in truth]
+    classes = [x.labels + 1 for x in truth]
     for group in wrapper.param_groups:
         group['lr'] = 0
+    now = {}
 
-    def ours():
-        loss = model(images, samples, mode='loss')
-        wrapper.update_params(model.parse_losses(loss)[0])
+    def loss():
+        losses = model.bbox_head.loss_by_feat(*now.pop('ours'), truth, metas)
+        check_finite(losses, model, images, [], model.max_loss)
+        now['loss'] = model.parse_losses(losses)[0]
 
-    def official():
-        optimizer.zero_grad()
-        bench(images, target)['loss'].backward()
+    def official_loss():
+        targets = bench.anchor_labeler.batch_label_anchors(boxes, classes)
+        now['loss'] = bench.loss_fn(*now.pop('effdet'), *targets)[0]
+
+    def official_step():
         torch.nn.utils.clip_grad_norm_(bench.parameters(), 10)
         optimizer.step()
+        optimizer.zero_grad()
 
-    return {
-        f'{size} training step, {side} px, batch 4, 20 boxes': {
-            'effdet': official,
-            'detector': ours
-        }
-    }
+    def step():
+        wrapper.step()
+        wrapper.zero_grad()
+
+    def backward():
+        now.pop('loss').backward()
+
+    steps = dict(
+        effdet=dict(
+            forward=lambda: now.update(effdet=bench.model(images)),
+            loss=official_loss,
+            backward=backward,
+            optimizer=official_step),
+        detector=dict(
+            forward=lambda: now.update(ours=model(images, mode='tensor')),
+            loss=loss,
+            backward=backward,
+            optimizer=step))
+    if ema:
+        average, official = ExponentialMovingAverage(model), ModelEmaV2(bench)
+        steps['detector']['EMA'] = lambda: average.update_parameters(model)
+        steps['effdet']['EMA'] = lambda: official.update(bench)
+    return steps
