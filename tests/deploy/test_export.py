@@ -1,0 +1,351 @@
+"""Exports in the environment of the tests, and what is refused.
+
+The other runtimes are tested by runtimes.py beside this file: make deploy.
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import export as tool
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from export_parts import onnx_file, support
+from export_parts.evaluation import agreement, detect, fit
+from export_parts.exporting import export
+from export_parts.receipt import TOLERANCE, judge
+from helpers.tiny_data import CLASSES, LITE0, make_dataset
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmdet_efficientdet import plain_network
+from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
+from mmdet_efficientdet.scaling import SCALING
+
+ROOT = Path(tool.__file__).parents[1]
+SIDE = 96  # not a multiple of 128: one level is not twice the next
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """Config, checkpoint and detector of three classes, with varied maps."""
+    folder = tmp_path_factory.mktemp('export')
+    make_dataset(folder / 'data')
+    path = folder / 'tiny.py'
+    path.write_text(f'''
+_base_ = {str(LITE0)!r}
+
+from mmdet_efficientdet.scaling import scale_config
+
+scale_config(_base_, 'lite0', image_size={SIDE}, classes={CLASSES!r})
+model = dict(neck=dict(stack_times=1), bbox_head=dict(stacked_convs=1))
+train_dataloader = dict(dataset=dict(
+    data_root={str(folder / 'data')!r}, ann_file='coco.json',
+    data_prefix=dict(img='JPEGImages')))
+test_dataloader = train_dataloader
+''')
+    config = Config.fromfile(path)
+    config.model.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    detector = MODELS.build(config.model)
+    detector.init_weights()
+    images = [cv2.imread(str(x)) for x in (folder / 'data').rglob('*.jpg')]
+    images = np.stack([cv2.resize(x, (SIDE, SIDE)) for x in images])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        for module in detector.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None
+                module.reset_running_stats()
+                module.train()
+        detector((images - 127) / 128)
+        # Scores that spread, so that suppression has something to do.
+        for conv in (detector.bbox_head.conv_cls, detector.bbox_head.conv_reg):
+            torch.nn.init.normal_(conv.pointwise.weight, std=0.3)
+    detector.eval()
+    checkpoint = folder / 'tiny.pth'
+    torch.save(
+        dict(
+            state_dict=detector.state_dict(),
+            meta=dict(dataset_meta=dict(classes=CLASSES))), checkpoint)
+    return path, checkpoint, detector
+
+
+@pytest.fixture(scope='module')
+def parts(tiny):
+    """Plain network, settings, anchors and an image."""
+    _, _, detector = tiny
+    network = plain_network(detector)
+    settings = InputSettings([SIDE, SIDE], [127.] * 3, [128.] * 3,
+                             list(CLASSES), 'pad', {})
+    maps, _ = network(torch.zeros(1, 3, SIDE, SIDE))
+    anchors = torch.cat(
+        detector.bbox_head.prior_generator.grid_priors(
+            [x.shape[-2:] for x in maps], (SIDE, SIDE)))
+    image = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3),
+                                              np.uint8)
+    return network, settings, anchors, image
+
+
+def close(expected, found):
+    """Equal up to the rounding of float32, relative to the largest value."""
+    assert expected.shape == found.shape and expected.std() > 0.1
+    assert abs(expected - found).max() < 1e-4 * abs(expected).max()
+
+
+def arguments(tiny, *more):
+    """Parsed and checked arguments of the tool."""
+    args = tool.parse_args([str(tiny[0]), str(tiny[1]), *map(str, more)])
+    tool.settle(args)
+    return args
+
+
+# ------------------------------------------------------------- network -----
+
+
+def test_heads(tiny, parts):
+    """They are the detector's maps of the normalised image, joined."""
+    network, settings, _, images = parts
+    head = tiny[2].bbox_head
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        scores, boxes = tiny[2]((inputs - 127) / 128)
+    deltas, logits = Heads(network, settings)(torch.from_numpy(images))
+    close(head._flatten(boxes, 4), deltas)
+    close(head._flatten(scores, len(CLASSES)), logits)
+    swapped, _ = Heads(network, settings, yxhw=True)(torch.from_numpy(images))
+    close(deltas[..., [1, 0, 3, 2]], swapped)
+
+
+def test_freeze(parts):
+    """Nothing works in place; the maps are the same, for any batch."""
+    network, settings, _, images = parts
+    heads, images = Heads(network, settings), torch.from_numpy(images)
+    frozen = freeze(heads, (SIDE, SIDE))
+    targets = [str(node.target) for node in frozen.graph.nodes]
+    assert any('convolution' in x or 'conv2d' in x for x in targets)
+    assert not [x for x in targets if x.split('.')[0].endswith('_')]
+    for n in (1, 3):
+        for ours, theirs in zip(heads(images[:n]), frozen(images[:n].float())):
+            close(ours, theirs)
+
+
+@pytest.mark.parametrize('nms', ['none', 'soft', 'hard'])
+def test_onnx(nms, tiny, parts, tmp_path):
+    """ONNX Runtime finds what PyTorch finds, in a batch and alone."""
+    network, settings, anchors, images = parts
+    config, path = dict(tiny[2].test_cfg), tmp_path / 'x.onnx'
+    onnx_file.write(network, settings, str(path), nms, anchors, config, 500)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count('Loop') == (nms == 'soft')
+    assert kinds.count('NonMaxSuppression') == (nms == 'hard')
+    session = onnxruntime.InferenceSession(path)
+    heads = Heads(network, settings)
+    for given in (images, images[1:2]):
+        found = session.run(None, dict(images=given))
+        expected = [x.numpy() for x in heads(torch.from_numpy(given))]
+        if nms == 'none':
+            for ours, theirs in zip(expected, found):
+                assert abs(ours - theirs).max() < 1e-4 * abs(ours).max()
+            continue
+        for i in range(len(given)):
+            ours = detect(*(x[i:i + 1] for x in expected), anchors,
+                          dict(config, nms_pre=500), nms)
+            keep = found[1][i] > 0
+            theirs = [x[i][keep] for x in found]
+            assert len(ours[0]) == len(theirs[0]) > 50
+            np.testing.assert_allclose(theirs[1], ours[1], atol=1e-5)
+            hits = agreement(ours, theirs, least=0)
+            assert len(hits) > 50 and np.mean(hits) > 0.98
+
+
+# ---------------------------------------------------------------- tool -----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('format, files', [('torch', 'safetensors json pt2'),
+                                           ('onnx', 'onnx')])
+def test_export_and_verify(format, files, tiny, tmp_path):
+    """The files, their receipt, and the receipt once more."""
+    suffix = files.split()[0]
+    out = tmp_path / f'tiny.{suffix}'
+    args = arguments(tiny, '--to', format, '--out', out,
+                     *['--pt2'] * (format == 'torch'))
+    text = export(args)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        f'tiny.{x}'
+        for x in [*files.split(), 'receipt.json', 'receipt.txt']
+    }
+    receipt = json.loads((tmp_path / 'tiny.receipt.json').read_text())
+    assert receipt['size'] == 'custom' and receipt['images'] == 6
+    assert max(receipt['heads'].values()) < 1e-4
+    assert receipt['boxes_found'] == receipt['boxes_compared']
+    assert receipt['ap_pytorch'] == pytest.approx(receipt['ap_artefact'])
+    assert text == (tmp_path / 'tiny.receipt.txt').read_text()
+    with pytest.raises(ValueError, match=f'{out}.*--force'):
+        arguments(tiny, '--to', format, '--out', out)
+    # A file that was changed does not pass.
+    again = tool.parse_args([str(tiny[0]), '--verify', str(out)])
+    tool.settle(again)
+    assert export(again).splitlines()[0] == text.splitlines()[0]
+    data = out.read_bytes()
+    out.write_bytes(data[:len(data) // 2])
+    with pytest.raises(ValueError):
+        export(again)
+
+
+def test_nothing_is_left(tiny, tmp_path):
+    """A gate that refuses leaves no file behind."""
+    args = arguments(tiny, '--to', 'onnx', '--out', tmp_path / 'x.onnx')
+    args.data, args.images = tmp_path / 'none.json', tmp_path
+    with pytest.raises(ValueError, match=r'none\.json.*--data'):
+        export(args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fit():
+    """A long image is stretched, or padded with the mean colour."""
+    image = np.full((50, 100, 3), 200, np.uint8)
+    settings = InputSettings([96, 96], [127.] * 3, [1.] * 3, ['a'], 'pad', {})
+    given, scale = fit(image, settings)
+    assert given.shape == (1, 96, 96, 3) and scale == (0.96, 0.96)
+    assert (given[0, :48] == 200).all() and (given[0, 48:] == 127).all()
+    settings.resize = 'stretch'
+    given, scale = fit(image, settings)
+    assert (given == 200).all() and scale == (0.96, 1.92)
+
+
+# ---------------------------------------------------------- the matrix -----
+
+
+def test_matrix():
+    """Every combination has a cell; a reason says why it is so."""
+    for format, (precisions, _) in support.FORMATS.items():
+        for precision in precisions:
+            for size in (*SCALING, 'custom'):
+                cell = support.cell(size, format, precision)
+                assert cell.state in ('validated', 'available', 'blocked')
+                assert cell.reason
+                if cell.state == 'blocked':
+                    assert '--to' in cell.reason  # the way out
+                elif precision != 'int8':
+                    assert cell.max_ap_loss == 0.1
+    for row in support.rows():
+        assert all(text in support.table() for text in row)
+
+
+def test_docs_have_the_matrix():
+    """Cell by cell, and nothing else."""
+    text = (ROOT / 'docs/deploy.md').read_text()
+    rows = [
+        line.strip('| ').split(' | ') for line in text.splitlines()
+        if line.startswith('| ')
+        and line.split(' | ')[0][2:].strip('`') in support.FORMATS
+    ]
+    assert [row[:4] for row in rows] == [list(x[:4]) for x in support.rows()]
+
+
+def test_refused_before_torch():
+    """A blocked format ends before a library is imported."""
+    code = '''
+import runpy, sys
+sys.path.insert(0, 'tools')
+sys.argv = ['export.py', 'no_config.py', 'no.pth', '--to', 'executorch']
+try:
+    runpy.run_path('tools/export.py', run_name='__main__')
+except SystemExit as error:
+    print(error)
+assert not {'torch', 'mmdet', 'onnx', 'cv2'} & set(sys.modules)
+'''
+    done = subprocess.run([sys.executable, '-c', code],
+                          cwd=ROOT,
+                          capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'executorch' in done.stdout and '--to litert' in done.stdout
+
+
+REFUSED = {
+    'format': (['--to', 'coreml'], 'coreml.*onnx'),
+    'tensorrt': (['--to', 'tensorrt'], 'tensorrt.*--candidates 3840'),
+    'precision': (['--to', 'onnx', '--precision', 'int8'], 'int8.*fp32'),
+    'nms': (['--to', 'litert', '--nms', 'hard'], 'hard.*onnx'),
+    'candidates': (['--to', 'onnx', '--candidates', '0'], '0.*1'),
+    'suffix': (['--to', 'onnx', '--out', 'x.tflite'], r'\.onnx.*x\.tflite'),
+    'folder': (['--to', 'onnx', '--out', 'none/x.onnx'], 'none'),
+    'receipt': (['--verify', 'none.onnx'], r'none\.receipt\.json'),
+}
+REFUSED_LATER = {
+    'size': (['--to', 'onnx', '--size', '32', '96'], '32.*64'),
+    'python': (['--to', 'litert', '--python', '/none'], 'litert_torch.*/none'),
+    'names': (['--to', 'onnx', '--classes', 'a', 'b'], '3.*2'),
+    'name': (['--to', 'onnx', '--classes', 'a', 'b', 'c\nd'], r'c\\nd'),
+    'images': (['--to', 'onnx', '--data', 'x.json'], '--images'),
+}  # yapf: disable
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refused(case, tiny):
+    """The message has what was given and what is allowed."""
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        arguments(tiny, *options)
+
+
+@pytest.mark.parametrize('case', REFUSED_LATER)
+def test_refused_later(case, tiny, tmp_path):
+    """The same, for what needs the config or the checkpoint."""
+    options, message = REFUSED_LATER[case]
+    suffix = support.SUFFIXES[options[1]][0]
+    args = arguments(tiny, *options, '--out', tmp_path / f'x{suffix}')
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        export(args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_of_another_size(tiny, tmp_path):
+    """Both sides are named."""
+    args = arguments(tiny, '--to', 'onnx', '--out', tmp_path / 'x.onnx')
+    args.config = str(LITE0).replace('lite0', 'lite1')
+    with pytest.raises(ValueError, match='does not fit'):
+        export(args)
+    args.checkpoint = str(tmp_path / 'none.pth')
+    with pytest.raises(ValueError, match='none.pth'):
+        export(args)
+
+
+@pytest.mark.parametrize('number', [1, 1000])
+def test_class_names(number):
+    """Commas, umlauts and emoji are kept; any number of classes."""
+    from export_parts.detector import check_names
+    names = [f'Bäume, groß 🌳 {i}' for i in range(number)]
+    assert check_names(names, number) == names
+    for wrong in ('', ' a', 'a\r', 'a\x00', '\u2028'):
+        with pytest.raises(ValueError, match='labels file'):
+            check_names([*names[1:], wrong], number)
+
+
+@pytest.mark.parametrize('precision', TOLERANCE)
+def test_gate(precision):
+    """It opens at the limit and not behind it."""
+    cell = support.Cell('available', '', max_ap_loss=0.4)
+    good = dict(
+        heads=dict(deltas=TOLERANCE[precision], logits=0.0),
+        ap_pytorch=30.0,
+        ap_artefact=29.6)
+    judge(good, precision, cell)
+    for change in (dict(heads=dict(deltas=TOLERANCE[precision] * 1.01)),
+                   dict(heads=dict(deltas=float('nan'))),
+                   dict(ap_artefact=29.5)):
+        with pytest.raises(ValueError, match='PyTorch'):
+            judge(dict(good, **change), precision, cell)
+    judge(dict(good, ap_artefact=28.0), precision, cell, max_ap_loss=2.0)
+    unlimited = support.Cell('available', '', max_ap_loss=None)
+    judge(dict(good, ap_artefact=0.0), precision, unlimited)

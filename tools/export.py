@@ -1,0 +1,168 @@
+"""Export a trained detector to a runtime, and prove that it is the same.
+
+Examples:
+    python -m mmdet_efficientdet export my_config.py epoch_300.pth --to onnx
+    python -m mmdet_efficientdet export my_config.py epoch_300.pth \\
+        --to mediapipe --precision int8 --resize stretch
+
+Writes the file only if its outputs agree with PyTorch on photographs: the
+heads within a tolerance, and the AP on the test data of the config, or on
+--data, within 0.1 points of 100 for floats. Beside it are a receipt for
+programs (.receipt.json) and one for people (.receipt.txt).
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+
+from export_parts import support
+
+
+def parse_args(arguments=None) -> argparse.Namespace:
+    """Reads the command line."""
+    formats = '\n'.join(f'  {name:12}{what}, {" or ".join(precisions)}'
+                        for name, (precisions, what) in
+                        support.FORMATS.items())  # yapf: disable
+    parser = argparse.ArgumentParser(
+        prog='python -m mmdet_efficientdet export',
+        description=__doc__,
+        epilog=f'formats:\n{formats}\n\n{support.table()}',
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('config', help='config of the detector')
+    add('checkpoint',
+        nargs='?',
+        help='file, or name of published weights (default with --verify: '
+        'that of the receipt)')
+    add('--to', metavar='FORMAT', help='see below')
+    add('--precision', help='fp32, fp16 or int8 (default: see below)')
+    add('--out',
+        type=Path,
+        help='file to write (default: beside the checkpoint, with its name)')
+    add('--force', action='store_true', help='replace files that exist')
+    add('--verify',
+        type=Path,
+        metavar='ARTEFACT',
+        help='make the receipt of an exported file again')
+    add('--nms',
+        choices=('none', 'hard', 'soft'),
+        default='none',
+        help="of onnx: raw heads, boxes by ONNX's NonMaxSuppression, or by "
+        'the suppression of the config as a Loop (default: %(default)s)')
+    add('--candidates',
+        type=int,
+        help='of --nms: pairs of anchor and class before suppression '
+        '(default: nms_pre of the config); TensorRT takes up to 3840')
+    add('--pt2', action='store_true', help='of torch: write a .pt2, too')
+    add('--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='of the input (default: that of the config)')
+    add('--resize',
+        choices=('pad', 'stretch'),
+        help='how images are fitted to the input (default: stretch for '
+        'mediapipe, frigate and coral, which do so; else pad)')
+    add('--classes', nargs='+', metavar='NAME', help='names for the labels')
+    add('--data',
+        type=Path,
+        metavar='ANNOTATIONS',
+        help="photographs for the AP, in COCO's format (default: the test "
+        'data of the config)')
+    add('--images', type=Path, metavar='FOLDER', help='of --data')
+    add('--limit',
+        type=int,
+        default=500,
+        help='number of photographs at most (default: %(default)s)')
+    add('--calibration',
+        type=Path,
+        metavar='FOLDER',
+        help='images for int8 (default: the training data of the config)')
+    add('--calibration-images',
+        type=int,
+        default=200,
+        help='their number, chosen by --seed (default: %(default)s)')
+    add('--seed', type=int, default=0)
+    add('--max-ap-loss',
+        type=float,
+        metavar='POINTS',
+        help='AP that may be lost, of 100 (default: see docs/deploy.md)')
+    add('--python',
+        help='interpreter of an environment with the exporter and the '
+        'runtime (default: this one, or .venv-deploy/bin/python)')
+    args = parser.parse_args(arguments)
+    if not args.verify and not (args.to and args.checkpoint):
+        parser.error('give CONFIG CHECKPOINT --to FORMAT, or CONFIG --verify '
+                     'ARTEFACT')
+    return args
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fills in defaults and refuses what needs no library to be refused."""
+    if args.verify:
+        recall(args)
+    if args.to in support.FORMATS:
+        args.precision = args.precision or support.FORMATS[args.to][0][0]
+    cells = [support.cell(size, args.to, args.precision or '')
+             for size in support.SIZES]  # yapf: disable
+    if all(x.state == 'blocked' for x in cells):
+        support.check(support.CUSTOM, args.to, args.precision)
+    if args.to != 'onnx' and args.nms != 'none':
+        raise ValueError(f'--nms {args.nms} is for --to onnx; --to {args.to} '
+                         'has a fixed output, see --help')
+    if args.candidates is not None and args.candidates < 1:
+        raise ValueError(f'--candidates {args.candidates} must be at least 1')
+    stretches = args.to in ('mediapipe', 'frigate', 'coral')
+    args.resize = args.resize or ('stretch' if stretches else 'pad')
+    suffixes = support.SUFFIXES[args.to]
+    suffix = suffixes[0]
+    if args.out is None:
+        stem = Path(args.checkpoint.rpartition('/')[2]).stem
+        name = f'{stem}_{args.to}_{args.precision}{suffix}'
+        folder = '' if '://' in args.checkpoint else args.checkpoint
+        args.out = args.verify or Path(folder).parent / name
+    if args.out.suffix != suffix:
+        raise ValueError(f'--to {args.to} writes a file {suffix}, but --out '
+                         f'is {args.out}')
+    if not args.out.parent.is_dir():
+        raise ValueError(f'the folder {args.out.parent} does not exist')
+    suffixes += ('.receipt.json', '.receipt.txt') + ('.pt2', ) * args.pt2
+    for path in map(args.out.with_suffix, suffixes):
+        if path.exists() and not (args.force or args.verify):
+            raise ValueError(f'{path} exists; give another --out, or --force')
+
+
+def recall(args: argparse.Namespace) -> None:
+    """Takes the settings of an export from its receipt."""
+    receipt = args.verify.with_suffix('.receipt.json')
+    if not args.verify.is_file() or not receipt.is_file():
+        raise ValueError(f'--verify needs {args.verify} and its receipt '
+                         f'{receipt}')
+    known = json.loads(receipt.read_text(encoding='utf-8'))
+    args.to, args.precision = known['format'], known['precision']
+    args.resize, args.nms = known['resize'], known['nms']
+    args.candidates, args.size = known['candidates'], known['image_size']
+    args.checkpoint = args.checkpoint or known['checkpoint']
+
+
+if __name__ == '__main__':
+    args = parse_args()
+    try:  # before the libraries are imported
+        settle(args)
+    except ValueError as error:
+        raise SystemExit(f'{error}\nNothing was written.') from error
+
+from export_parts.exporting import export
+
+
+def main() -> None:
+    """Exports or verifies, and prints the receipt."""
+    try:
+        print(export(args), end='')
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'{error}\nNothing was written.') from error
+    print(os.path.relpath(args.out))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,132 @@
+"""The detector that is exported, and the settings of its input."""
+from pathlib import Path
+from typing import Optional, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader
+
+from mmdet_efficientdet.deploy.heads import InputSettings
+from mmdet_efficientdet.registry import MODELS
+from mmdet_efficientdet.scaling import MIN_SIDE, SCALING
+from mmdet_efficientdet.utils import printable
+from mmdet_efficientdet.weights.sources import class_names, open_source
+
+from .support import CUSTOM
+
+
+def size_of(config: Config) -> str:
+    """The size of a config's model, a key of ``SCALING``, or 'custom'."""
+    model = config.model
+    for name, row in SCALING.items():
+        scale = model.bbox_head.anchor_generator.get('octave_base_scale', 4.0)
+        if (row.backbone, row.bifpn_channels, row.bifpn_layers,
+                row.head_layers, row.num_levels,
+                row.anchor_scale) == (model.backbone.get('arch'),
+                                      model.neck.out_channels,
+                                      model.neck.stack_times,
+                                      model.bbox_head.stacked_convs,
+                                      model.bbox_head.num_levels, scale):
+            return name
+    return CUSTOM
+
+
+def load(config: Config, checkpoint: str, classes: Optional[Sequence[str]]):
+    """The detector in evaluation mode, with the names of its classes.
+
+    Args:
+        config (Config): Of an EfficientDet.
+        checkpoint (str): A file or a name such as
+            effdet://tf_efficientdet_d0. Only its tensors and plain data are
+            read.
+        classes (Sequence[str], optional): Names to use instead of those in
+            the checkpoint.
+
+    Returns:
+        tuple: The detector, the names, and the SHA-256 of the file.
+
+    Raises:
+        ValueError: If one of both cannot be read, or they do not fit.
+    """
+    init_default_scope('mmdet')
+    if '://' in checkpoint:
+        data = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
+        digest, meta = data['meta']['source']['sha256'], data['meta']
+    elif not Path(checkpoint).is_file():
+        raise ValueError(f'the checkpoint {checkpoint} does not exist')
+    else:
+        source = open_source(checkpoint)
+        data, digest, meta = source.checkpoint, source.sha256, source.meta
+    config.model.backbone.init_cfg = None
+    detector = MODELS.build(config.model).eval()
+    detector.load_state_dict(data.get('state_dict', data))
+    names = check_names(
+        classes or class_names(meta), detector.bbox_head.cls_out_channels)
+    return detector, names, digest
+
+
+def check_names(names: Optional[Sequence[str]], number: int) -> list:
+    """Class names that a labels file can hold, one a line.
+
+    Raises:
+        ValueError: If they are no such names, or not as many as outputs.
+    """
+    if not names or len(names) != number:
+        raise ValueError(f'the head has {number} classes, and the checkpoint '
+                         f'names {len(names or ())}; train it with '
+                         'classes=[...] in its config, or give --classes')
+    for name in names:
+        if not isinstance(name, str) or not name.strip() \
+                or not name.isprintable() or name != name.strip():
+            raise ValueError(
+                f'the class name {printable(repr(name))} cannot be a line of '
+                'a labels file: it must have visible characters, none of them '
+                'a line break or control, and no space at its ends; rename it '
+                'with --classes')
+    return list(names)
+
+
+def input_settings(config: Config, names: Sequence[str], resize: str,
+                   image_size: Optional[Sequence[int]]) -> InputSettings:
+    """What runtimes need to know.
+
+    Args:
+        config (Config): Of the detector.
+        names (Sequence[str]): Of the classes.
+        resize (str): 'pad' or 'stretch'.
+        image_size (Sequence[int], optional): Height and width. Defaults to
+            the config's ``pad_size_divisor``.
+
+    Raises:
+        ValueError: If no size is known or it is too small.
+    """
+    preprocessor = config.model.data_preprocessor
+    size = image_size or preprocessor.get('pad_size_divisor', 1)
+    size = [size] * 2 if isinstance(size, int) else list(size)
+    if min(size) < MIN_SIDE or len(size) != 2:
+        raise ValueError(f'the input of {size} pixels cannot be exported; '
+                         f'give --size HEIGHT WIDTH of at least {MIN_SIDE}')
+    generator = dict(config.model.bbox_head.get('anchor_generator', {}))
+    generator.pop('type', None)
+    generator.setdefault('octave_base_scale', 4.0)
+    generator.setdefault('scales_per_octave', 3)
+    generator.setdefault('aspect_pairs', [[1, 1], [1.4, 0.7], [0.7, 1.4]])
+    return InputSettings(size, list(preprocessor.mean), list(preprocessor.std),
+                         names, resize, plain(generator))
+
+
+def plain(value):
+    """Tuples and configs as lists and dicts."""
+    if isinstance(value, dict):
+        return {key: plain(x) for key, x in value.items()}
+    return [plain(x) for x in value] if isinstance(value,
+                                                   (list, tuple)) else value
+
+
+def anchors_of(detector, network, image_size: Tuple[int, int]) -> torch.Tensor:
+    """The anchors ``(A, 4)`` of a size, xyxy in pixels of the input."""
+    maps, _ = network(torch.zeros(1, 3, *image_size))
+    return torch.cat(
+        detector.bbox_head.prior_generator.grid_priors(
+            [x.shape[-2:] for x in maps], tuple(image_size)))
