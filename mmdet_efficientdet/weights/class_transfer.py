@@ -53,6 +53,8 @@ def transfer_file(path: str,
                 'weights and averages are both kept; leave out --raw')
     else:
         checkpoint = convert(source, config, averages=averages)
+    origin = origin_of(checkpoint['meta']) or dict(
+        file=Path(path).name, sha256=source.sha256, receipt=[])
     config = copy.deepcopy(config)
     set_classes(config, classes)
     config, model = adapt(config, checkpoint['meta'])
@@ -63,11 +65,8 @@ def transfer_file(path: str,
         head.init_weights()
     new, receipt = transfer_classes(checkpoint, classes, head)
     model.load_state_dict(new['state_dict'], assign=True)  # or raises
-    meta = new['meta']
-    origin = origin_of(meta) or dict(
-        file=Path(path).name, sha256=source.sha256, receipt=[])
     origin['receipt'] += receipt
-    meta.update(cfg=config.pretty_text, source=origin)
+    new['meta'].update(cfg=config.pretty_text, source=origin)
     return new
 
 

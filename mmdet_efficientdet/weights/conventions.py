@@ -59,7 +59,7 @@ _ALLOWED = dict(
     dataset_meta=(Optional[_DatasetMeta],
                   "a dict with a list of texts as 'classes', the class names"),
     source=(Optional[Origin],
-            "a dict of texts 'file' and 'sha256', and texts 'receipt'"))
+            "a dict of the texts 'file' and 'sha256' and the list 'receipt'"))
 
 
 def _read(meta: dict, key: str):

@@ -2,7 +2,6 @@
 import copy
 import os
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from typing import Dict, List, Tuple
 
@@ -70,16 +69,8 @@ def convert(source: Source,
             num_classes: int = NUM_CLASSES,
             averages: bool = True) -> dict:
     """As :func:`convert_file`, for what has been read of a file."""
-    if not str(config.get('model', {}).get('type')).endswith('EfficientDet'):
-        raise ValueError(
-            f'the config {config.filename} is not of an EfficientDet; use '
-            'configs/efficientdet/efficientdet_<size>_8xb16-300e_coco.py, or '
-            'your own config based on it')
     meta = source.meta
-    if source.ratio_major:
-        # (width, height) of MMDetection's ratios 1, 0.5 and 2
-        pairs = [(1.0, 1.0), (sqrt(2), sqrt(0.5)), (sqrt(0.5), sqrt(2))]
-        meta = dict(meta, aspect_pairs=pairs)
+    names, kept = class_names(meta), origin_of(meta)
     config, model = adapt(config, meta)
     state_dict, receipt = _rename(source, model, config, averages)
     path = Path(source.path)
@@ -93,11 +84,18 @@ def convert(source: Source,
             for key, value in state_dict.items()
         }
         return dict(meta=dict(source=origin), state_dict=backbone)
-    origin = origin_of(meta) or origin  # a converted file keeps its origin
+    origin = kept or origin  # a converted file keeps its origin
     num_anchors = model.bbox_head.num_base_priors
-    names = _names_of(source,
-                      len(state_dict[_BIAS]) / num_anchors, config,
-                      origin['receipt'])
+    given = len(state_dict[_BIAS]) / num_anchors
+    if not names:
+        names = _names_for(given, config)
+        origin['receipt'].append('class names: of the config, since the file '
+                                 'has none')
+    if len(names) != given:
+        raise ValueError(
+            f'{path} predicts {given:g} classes, whose names must come from '
+            f'the config, which has {len(names)}: scale_config(_base_, '
+            "'<size>', classes=['<name>', ...])")
     if {*COCO} <= {*names} and {num_classes, len(names)} == {*_COUNTS}:
         if num_classes == NUM_SLOTS:
             raise ValueError(
@@ -127,7 +125,16 @@ def adapt(config: Config, meta: dict) -> Tuple[Config, nn.Module]:
 
     Returns:
         tuple: The copy, and the model without memory for its weights.
+
+    Raises:
+        ValueError: If the config is not of an EfficientDet, or a convention
+            is not allowed.
     """
+    if not str(config.get('model', {}).get('type')).endswith('EfficientDet'):
+        raise ValueError(
+            f'the config {config.filename} is not of an EfficientDet; use '
+            'configs/efficientdet/efficientdet_<size>_8xb16-300e_coco.py, or '
+            'your own config based on it')
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     adopt_conventions(config, meta)
@@ -190,28 +197,12 @@ def model_signature(model: nn.Module) -> Tuple[Dict[str, Tuple], str, int]:
     return shapes, model.backbone.arch, model.bbox_head.num_levels
 
 
-def _names_of(source: Source, given: float, config: Config,
-              receipt: List[str]) -> List[str]:
-    """The class names of a source, or else of the config's data or of COCO.
-
-    Args:
-        source (Source): For messages, too.
-        given (float): How many classes its head predicts.
-        config (Config): Config of its size.
-        receipt (list[str]): A line is appended if the source has no names.
-    """
-    names = class_names(source.meta)
-    if not names:
-        receipt.append('class names: of the config, since the file has none')
-        dataset = config.get('test_dataloader', {}).get('dataset', {})
-        names = dataset.get('metainfo', {}).get('classes', COCO)
-        if len(names) != given:
-            names = dict(zip(_COUNTS, (COCO, SLOTS))).get(given, names)
-    if len(names) != given:
-        raise ValueError(
-            f'{source.path} predicts {given:g} classes, whose names must come '
-            f'from the config, which has {len(names)}: scale_config(_base_, '
-            "'<size>', classes=['<name>', ...])")
+def _names_for(num_classes: float, config: Config) -> List[str]:
+    """The class names of the config's data or of COCO."""
+    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    names = dataset.get('metainfo', {}).get('classes', COCO)
+    if len(names) != num_classes:
+        names = dict(zip(_COUNTS, (COCO, SLOTS))).get(num_classes, names)
     return list(names)
 
 

@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
+from math import sqrt
 from os.path import normpath
 from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Tuple
@@ -34,7 +35,7 @@ class Source:
         tensors (Mapping): Name to tensor; arrays become tensors.
         meta (dict): The ``meta`` of a checkpoint of MMDetection.
         ratio_major (bool): Whether its anchors are in the order of
-            MMDetection's generator.
+            MMDetection's generator. The meta then has their aspect pairs.
         checkpoint (dict): Everything in a torch file.
         path (str): As it was given.
         sha256 (str): Of the file, or of all files of a checkpoint.
@@ -217,6 +218,10 @@ def _read_torch(path: str) -> Source:
     config = meta.get('cfg') if isinstance(meta.get('cfg'), str) else ''
     # What the project converted from TensorFlow has TensorFlow's anchors.
     ratio_major = 'EfficientDetSepBNHead' in config and 'YXYX' not in config
+    if ratio_major:
+        # (width, height) of its ratios 1, 0.5 and 2
+        pairs = [(1.0, 1.0), (sqrt(2), sqrt(0.5)), (sqrt(0.5), sqrt(2))]
+        meta = dict(meta, aspect_pairs=pairs)
     return Source(tensors, meta, ratio_major, data)
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+from filelock import FileLock
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'efficientdet'
 LITE0 = CONFIGS / 'efficientdet_lite0_8xb16-300e_coco.py'
@@ -206,7 +207,7 @@ def _run(script, args, cwd, source, log, environ):
 
 @lru_cache
 def trained_run(folder):
-    """One short training by the host's script, shared by all tests.
+    """One short training by the host's script, shared by all processes.
 
     Args:
         folder (Path): Where to put it; pytest's ``getbasetemp()``.
@@ -215,11 +216,21 @@ def trained_run(folder):
         SimpleNamespace: ``root`` of the data, ``config``, ``work_dir`` with
         epoch_1.pth and epoch_2.pth of three steps each, and ``output``.
     """
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
     folder = folder / 'trained'
-    root = make_dataset(folder / 'data')
-    config = write_config(folder / 'tiny.py', root)
-    work_dir = folder / 'work_dir'
-    done = run_tool('train.py', config, '--work-dir', work_dir, cwd=folder)
-    assert done.code == 0, done.output
-    return SimpleNamespace(
-        root=root, config=config, work_dir=work_dir, output=done.output)
+    run = SimpleNamespace(
+        root=folder / 'data',
+        config=folder / 'tiny.py',
+        work_dir=folder / 'work_dir')
+    log = folder / 'output.txt'
+    with FileLock(f'{folder}.lock'):
+        if not log.exists():
+            make_dataset(run.root)
+            write_config(run.config, run.root)
+            done = run_tool(
+                'train.py', run.config, '--work-dir', run.work_dir, cwd=folder)
+            assert done.code == 0, done.output
+            log.write_text(done.output)
+    run.output = log.read_text()
+    return run

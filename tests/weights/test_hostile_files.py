@@ -13,8 +13,8 @@ from mmengine.config import Config
 from mmdet_efficientdet import EfficientNet
 from mmdet_efficientdet.weights.class_transfer import transfer_file
 from mmdet_efficientdet.weights.conventions import (conventions,
-                                                    differing_options, option,
-                                                    read_conventions)
+                                                    differing_options, meta_of,
+                                                    option, read_conventions)
 from mmdet_efficientdet.weights.convert import COCO, convert_file
 
 CODE = "': __import__('os').mkdir('marker'), '"
@@ -110,11 +110,12 @@ def test_wrong_meta_is_refused(name, lite0, tmp_path, monkeypatch):
     assert os.listdir() == ['x.pth']
 
 
-@pytest.mark.parametrize('meta', [None, ['cfg'], 'cfg', 5])
-def test_no_dict_as_meta(effdet_file, lite0, tmp_path, meta):
+def test_no_dict_as_meta(lite0, tmp_path):
     """As without any: the names are those of the config."""
+    for meta in (None, ['cfg'], 'cfg', 5):
+        assert meta_of(dict(meta=meta)) == meta_of({}) == {}
     path, config = tmp_path / 'x.pth', Config.fromfile(LITE0)
-    torch.save(dict(meta=meta, state_dict=lite0), path)
+    torch.save(dict(meta=['cfg'], state_dict=lite0), path)
     new = convert_file(path, config)['meta']
     assert new['dataset_meta']['classes'] == COCO
     assert 'class names: of the config' in '\n'.join(new['source']['receipt'])

@@ -71,6 +71,7 @@ model = DetInferencer(weights=NAME, device='cpu').model
 ''')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', LOADS)
 def test_load(way, automl_lite0, tmp_path):
     """load_from of a config, and an inferencer, get the file's values."""

@@ -50,6 +50,12 @@ def build(**model):
     return MODELS.build(build_config(**model).model)
 
 
+@pytest.fixture(scope='module')
+def detector():
+    """A Lite0 into which only what it refuses is loaded."""
+    return build()
+
+
 def renamed(state_dict, edit):
     """A copy of a state dict after ``edit``."""
     state_dict = dict(state_dict)
@@ -82,13 +88,13 @@ EDITS = dict(
 
 
 @pytest.mark.parametrize('name', EDITS)
-def test_mismatch_raises(checkpoint, tmp_path, name):
+def test_mismatch_raises(checkpoint, detector, tmp_path, name):
     """load_checkpoint, which would only log, raises and lists both sides."""
     edit, parts = EDITS[name]
     state_dict = renamed(checkpoint['state_dict'], edit)
     torch.save(dict(state_dict=state_dict), tmp_path / 'x.pth')
     with pytest.raises(ValueError, match='does not fit EfficientDet') as error:
-        load_checkpoint(build(), str(tmp_path / 'x.pth'))
+        load_checkpoint(detector, str(tmp_path / 'x.pth'))
     for part in parts:
         assert part in str(error.value)
 
@@ -102,14 +108,14 @@ VALUES = dict(
 
 
 @pytest.mark.parametrize('name', VALUES)
-def test_wrong_values_raise(checkpoint, tmp_path, name):
+def test_wrong_values_raise(checkpoint, detector, tmp_path, name):
     """Names and shapes fit, but nothing could be detected."""
     state_dict = dict(checkpoint['state_dict'])
     state_dict[STEM] = VALUES[name](state_dict[STEM])
     torch.save(dict(state_dict=state_dict), tmp_path / 'x.pth')
     match = f'1 weights of the checkpoint for EfficientDet .*: {STEM} '
     with pytest.raises(ValueError, match=match):
-        load_checkpoint(build(), str(tmp_path / 'x.pth'))
+        load_checkpoint(detector, str(tmp_path / 'x.pth'))
     with pytest.raises(ValueError, match=match):
         init_detector(build_config(), str(tmp_path / 'x.pth'), device='cpu')
 
@@ -127,10 +133,10 @@ def test_other_precisions_load(checkpoint, dtype):
     assert torch.equal(stem, checkpoint['state_dict'][STEM].to(dtype).float())
 
 
-def test_long_lists_are_cut():
+def test_long_lists_are_cut(detector):
     """A message names the number of differences and the first ten."""
     with pytest.raises(ValueError) as error:
-        build().load_state_dict({})
+        detector.load_state_dict({})
     lines = str(error.value).splitlines()
     assert len([line for line in lines if line.startswith('  + ')]) == 10
     # 588 tensors and 108 counters, of which the latter may be missing
