@@ -191,8 +191,8 @@ def resize_part(image: np.ndarray, size: Tuple[int, int],
         sampled.append(slice(max(first - 1, 0), last + 3))  # and neighbours
     rows, columns = sampled
     if 4 * size[0] < len(image):  # some rows are left out
-        rows = (np.arange(part[0].start, part[0].stop) + 0.5) * (
-            len(image) / size[0]) - 0.501
+        rows = (np.arange(part[0].start, part[0].stop) +
+                0.5) * (len(image) / size[0]) - 0.501
         rows = (rows.astype(int)[:, None] + range(3)).ravel()
         rows = np.minimum(rows, len(image) - 1)
     source[rows, columns] = image[rows, columns]

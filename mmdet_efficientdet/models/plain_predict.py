@@ -1,5 +1,6 @@
 """Prediction with the plain network of a detector."""
-from typing import Optional, Tuple
+from itertools import chain
+from typing import List, Optional, Tuple
 
 import torch
 from mmdet.structures import SampleList
@@ -80,34 +81,50 @@ class _Snapshot:
 
     def __init__(self, detector: nn.Module) -> None:
         self.modules = list(detector.modules())
+        self.hooks = [
+            hooks for x in self.modules
+            for hooks in (x._forward_hooks, x._forward_pre_hooks)
+        ]
         self.tables = [
             table for x in self.modules
             for table in (x._modules, x._parameters, x._buffers)
+        ]
+        self.norms = [
+            x for x in self.modules
+            if 'eps' in vars(x) or hasattr(type(x), 'eps')
         ]
         self.tensors = [  # kept, so that none is replaced at the same address
             x for table in self.tables for x in table.values()
             if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
         ]
-        self.usable = all(x.dtype == torch.float32 and not x.is_inference()
-                          for x in self.tensors)
-        self.samples = []
+        self.usable = not any(self.hooks) and not any(
+            x.training for x in self.modules) and all(
+                x.dtype == torch.float32 and not x.is_inference()
+                for x in self.tensors)
+        small, large = [], []  # torch.cat is slow for those that have steps
         for x in self.tensors:
             last = sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
             values = x.detach().as_strided((last + 1, ), (1, ))
-            self.samples.append(values[::1 if last < 2**14 else 61])
+            if last < 2**12:
+                small.append(values)
+            else:
+                large.append(values[::61])
+        self.samples = [part for part in (small, large) if part]
         self.state, self.values = self._look()
-        self.usable &= not any(watched for _, _, watched in self.state[0])
 
     def has_changed(self) -> bool:
         """Whether anything is no longer as it was."""
         state, values = self._look()
-        return state != self.state or not torch.equal(values, self.values)
+        return state != self.state or not all(
+            map(torch.equal, values, self.values))
 
-    def _look(self) -> Tuple[list, Tensor]:
-        kinds = [(type(x), vars(x).get('eps'), x.training
-                  or bool(x._forward_hooks or x._forward_pre_hooks))
-                 for x in self.modules]
-        members = [id(x) for table in self.tables for x in table.values()]
-        versions = [(x.data_ptr(), x._version) for x in self.tensors
-                    if not x.is_inference()]
-        return [kinds, members, versions], torch.cat(self.samples)
+    def _look(self) -> Tuple[list, List[Tensor]]:
+        members = chain.from_iterable(map(dict.values, self.tables))
+        state = [
+            any(self.hooks), [x.training for x in self.modules],
+            list(map(type, self.modules)), [x.eps for x in self.norms],
+            list(map(id, members)), [x.data_ptr() for x in self.tensors]
+        ]
+        if self.usable:  # else tensors may have no versions
+            state.append([x._version for x in self.tensors])
+        return state, [torch.cat(part) for part in self.samples]

@@ -236,10 +236,11 @@ def main():
                 facts += benchmark_facts.facts(size, side, networks, times)
             if 'train' in args.work:
                 facts += benchmark_facts.training_facts(size, side, device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if rows:
-        write_results(rows, conditions(args), args.out)
-    write_facts(facts, args.out)
+        # After each size: a later one may take hours.
+        args.out.mkdir(parents=True, exist_ok=True)
+        if rows:
+            write_results(rows, conditions(args), args.out)
+        write_facts(facts, args.out)
 
 
 if __name__ == '__main__':
