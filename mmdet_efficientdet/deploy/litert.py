@@ -95,31 +95,64 @@ def add_metadata(path: str, settings: InputSettings,
             size of the input.
     """
     # The writers of mediapipe 1.2.3 import a module that it does not have.
-    import flatbuffers
     from mediapipe.tasks.metadata import metadata_schema_py_generated as schema
-    from mediapipe.tasks.metadata import \
-        object_detector_metadata_schema_py_generated as detector
     from mediapipe.tasks.python.metadata.metadata_writers import \
         metadata_info as info
+    image = info.InputImageTensorMd(  # the network normalises by itself
+        'image', None, [0.0], [1.0], schema.ColorSpaceType.RGB)
+    outputs = [
+        info.LocationTensorMd('location'),
+        info.ClassificationTensorMd(
+            'score', label_files=[info.LabelFileMd('labels.txt')])
+    ]
+    custom = _table(
+        schema.CustomMetadataT,
+        name='DETECTOR_METADATA',
+        data=_packed(_decoding(len(settings.classes), anchors), b'V001'))
+    graph = _table(
+        schema.SubGraphMetadataT,
+        inputTensorMetadata=[image.create_metadata()],
+        outputTensorMetadata=[x.create_metadata() for x in outputs],
+        customMetadata=[custom])
+    metadata = _table(
+        schema.ModelMetadataT,
+        name='EfficientDet',
+        subgraphMetadata=[graph],
+        minParserVersion='1.5.0')
+    model = tflite_file.read(path)
+    tflite_file.add_metadata(model, _packed(metadata, b'M001'))
+    tflite_file.write(model, path)
+    with zipfile.ZipFile(path, 'a') as archive:  # behind the model
+        archive.writestr('labels.txt', '\n'.join(settings.classes))
 
-    def table(kind, **values):
-        result = kind()
-        vars(result).update(values)
-        return result
 
-    def packed(table, identifier: bytes) -> np.ndarray:
-        builder = flatbuffers.Builder(0)
-        builder.Finish(table.Pack(builder), identifier)
-        return np.frombuffer(bytes(builder.Output()), np.uint8)
+def _table(kind, **values):
+    """An object of a schema with some of its values."""
+    result = kind()
+    vars(result).update(values)
+    return result
 
+
+def _packed(table, identifier: bytes) -> np.ndarray:
+    """The bytes of an object of a schema."""
+    import flatbuffers
+    builder = flatbuffers.Builder(0)
+    builder.Finish(table.Pack(builder), identifier)
+    return np.frombuffer(bytes(builder.Output()), np.uint8)
+
+
+def _decoding(num_classes: int, anchors: np.ndarray):
+    """How MediaPipe turns raw heads into boxes."""
+    from mediapipe.tasks.metadata import \
+        object_detector_metadata_schema_py_generated as detector
     fixed = [
-        table(detector.FixedAnchorT, yCenter=y, xCenter=x, height=h, width=w)
+        _table(detector.FixedAnchorT, yCenter=y, xCenter=x, height=h, width=w)
         for y, x, h, w in anchors.tolist()
     ]
-    fixed = table(detector.FixedAnchorsSchemaT, anchors=fixed)
-    decoding = table(
+    fixed = _table(detector.FixedAnchorsSchemaT, anchors=fixed)
+    decoding = _table(
         detector.TensorsDecodingOptionsT,
-        numClasses=len(settings.classes),
+        numClasses=num_classes,
         numBoxes=len(anchors),
         numCoords=4,
         numValuesPerKeypoint=2,
@@ -129,37 +162,11 @@ def add_metadata(path: str, settings: InputSettings,
         hScale=1.0,
         applyExponentialOnBoxSize=True,
         sigmoidScore=True)
-    options = table(
+    return _table(
         detector.ObjectDetectorOptionsT,
-        ssdAnchorsOptions=table(
+        ssdAnchorsOptions=_table(
             detector.SsdAnchorsOptionsT, fixedAnchorsSchema=fixed),
         tensorsDecodingOptions=decoding)
-    image = info.InputImageTensorMd(  # the network normalises by itself
-        'image', None, [0.0], [1.0], schema.ColorSpaceType.RGB)
-    outputs = [
-        info.LocationTensorMd('location'),
-        info.ClassificationTensorMd(
-            'score', label_files=[info.LabelFileMd('labels.txt')])
-    ]
-    custom = table(
-        schema.CustomMetadataT,
-        name='DETECTOR_METADATA',
-        data=packed(options, b'V001'))
-    graph = table(
-        schema.SubGraphMetadataT,
-        inputTensorMetadata=[image.create_metadata()],
-        outputTensorMetadata=[x.create_metadata() for x in outputs],
-        customMetadata=[custom])
-    metadata = table(
-        schema.ModelMetadataT,
-        name='EfficientDet',
-        subgraphMetadata=[graph],
-        minParserVersion='1.5.0')
-    model = tflite_file.read(path)
-    tflite_file.add_metadata(model, packed(metadata, b'M001'))
-    tflite_file.write(model, path)
-    with zipfile.ZipFile(path, 'a') as archive:  # behind the model
-        archive.writestr('labels.txt', '\n'.join(settings.classes))
 
 
 def normalized(anchors: np.ndarray, image_size: Sequence[int]) -> np.ndarray:

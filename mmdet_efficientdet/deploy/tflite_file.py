@@ -3,7 +3,7 @@
 All functions change a ``ModelT`` of one subgraph, as :func:`read` returns it.
 """
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import List, Sequence
 
 import numpy as np
 
@@ -42,17 +42,6 @@ def write(model, path: str, signature: Sequence = ()) -> None:
 def signature_input(path: str) -> str:
     """The name of the input in the first signature of a file."""
     return read(path).signatureDefs[0].inputs[0].name.decode()
-
-
-def count_operators(model) -> Dict[str, int]:
-    """Operators by name."""
-    from ai_edge_litert import schema_py_generated as schema
-    names = {v: k for k, v in vars(schema.BuiltinOperator).items()}
-    found = {}
-    for operator in model.subgraphs[0].operators:
-        name = names[model.operatorCodes[operator.opcodeIndex].builtinCode]
-        found[name] = found.get(name, 0) + 1
-    return found
 
 
 def fix_nearest(model) -> None:

@@ -123,6 +123,7 @@ def test_heads(tiny, parts):
     close(deltas[..., [1, 0, 3, 2]], swapped)
 
 
+@pytest.mark.slow
 def test_freeze(parts):
     """Nothing works in place; the maps are the same, for any batch."""
     network, settings, _, images = parts
@@ -136,6 +137,7 @@ def test_freeze(parts):
             close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('nms', ['none', 'soft', 'hard'])
 def test_onnx(nms, tiny, parts, tmp_path):
     """ONNX Runtime finds what PyTorch finds, in a batch and alone."""
