@@ -62,8 +62,10 @@ _ROWS = (
     (('tensorrt', ), None, None,
      Cell('blocked', 'no engine can be built without a GPU; write --to onnx '
           '--nms hard --candidates 3840 and give that file to trtexec')),
-    (('torch', 'onnx'), ('fp32', ), ('lite0', ), Cell('validated', _RUN)),
-    (('torch', 'onnx'), ('fp32', ), None, Cell('available', _HOLDS)),
+    (('torch', 'onnx', 'litert', 'mediapipe'), ('fp32', ), ('lite0', ),
+     Cell('validated', _RUN)),
+    (('torch', 'onnx', 'litert', 'mediapipe'), ('fp32', ), None,
+     Cell('available', _HOLDS)),
     (None, ('fp32', ), None, Cell('available', 'AP not measured')),
     (None, ('fp16', ), None, Cell('available', 'AP not measured')),
     (('coral', ), ('int8', ), ('lite3x', 'lite4'),
