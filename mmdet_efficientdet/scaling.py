@@ -89,7 +89,8 @@ SCALING = {
 def scale_config(base: dict,
                  name: str,
                  image_size: Union[int, Tuple[int, int], None] = None,
-                 classes: Optional[Sequence[str]] = None) -> None:
+                 classes: Optional[Sequence[str]] = None,
+                 voc: Optional[str] = None) -> None:
     """Turns a config of one size, in place, into that of another.
 
     To be called in a config file on ``_base_``, whose changes mmengine merges
@@ -114,6 +115,9 @@ def scale_config(base: dict,
             to the whole of it. Defaults to the size's own.
         classes (Sequence[str], optional): Class names, in the order of the
             annotation file. Defaults to those of ``base``.
+        voc (str, optional): Folder of data in VOC's layout, with
+            ``ImageSets/Main/train.txt`` and ``val.txt``. Defaults to None,
+            the data of ``base``.
 
     Raises:
         KeyError: If the size is unknown, or ``base`` is no such config.
@@ -132,6 +136,8 @@ def scale_config(base: dict,
     image_size = _check_image_size(image_size)
     if classes is not None:
         set_classes(base, classes)  # from here on nothing is refused
+    if voc is not None:
+        _set_voc(base, voc)
     _scale_model(base, row)
     _scale_data(base, row, image_size)
     _scale_weights(base, name)
@@ -177,6 +183,20 @@ def _scale_data(base: dict, row: CompoundScaling, image_size) -> None:
     # Values that are not in the table, such as Det-AdvProp's, stay.
     if tuple(preprocessor.get('mean') or ()) in _column('mean'):
         preprocessor.update(mean=list(row.mean), std=list(row.std))
+
+
+def _set_voc(base: dict, root: str) -> None:
+    """Sets data sets and evaluators of VOC's format."""
+    for key, split in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        base[f'{key}_dataloader']['dataset'].update(
+            type='VOCDataset',
+            data_root=root,
+            ann_file=f'ImageSets/Main/{split}.txt',
+            data_prefix=dict(sub_data_root=''))
+    # The area under the curve is the rule since 2010.
+    mode = '11points' if 'VOC2007' in root else 'area'
+    for key in ('val_evaluator', 'test_evaluator'):
+        base[key] = dict(type='VOCMetric', eval_mode=mode)
 
 
 def _scale_weights(base: dict, name: str) -> None:

@@ -388,6 +388,21 @@ def test_bad_classes(given):
     assert "['tree']" in message
 
 
+@pytest.mark.parametrize('root, mode', [('data/VOCdevkit/VOC2007', '11points'),
+                                        ('data/pets', 'area')])
+def test_voc(root, mode):
+    """Data sets and evaluators of VOC take nothing of COCO's."""
+    base = scaled('d1', classes=['cat'], voc=root)
+    for key, split in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        dataset = base[f'{key}_dataloader']['dataset']
+        assert dataset['ann_file'] == f'ImageSets/Main/{split}.txt'
+        assert (dataset['type'], dataset['data_root']) == ('VOCDataset', root)
+        assert dataset['data_prefix'] == dict(sub_data_root='')
+        assert dataset['metainfo'] == dict(classes=('cat', ))
+    for key in ('val_evaluator', 'test_evaluator'):
+        assert base[key] == dict(type='VOCMetric', eval_mode=mode)
+
+
 @pytest.mark.parametrize('given', ['d8', 'D3', '', 'efficientdet-d3', 3])
 def test_unknown_size(given):
     """The message names the value and every size."""

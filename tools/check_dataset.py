@@ -59,13 +59,13 @@ import cv2
 import mmcv
 import numpy as np
 import torch
+from check_parts.anchor_advice import advise, recall_and_iou
+from check_parts.image_checks import check_images
 from mmdet.registry import DATASETS, MODELS
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import pseudo_collate
 
-from mmdet_efficientdet.datasets.anchor_fit import (InputBoxes, advise,
-                                                    best_iou, recall_and_iou)
-from mmdet_efficientdet.datasets.annotation_checks import check_images
+from mmdet_efficientdet.datasets.anchor_fit import InputBoxes, best_iou
 from mmdet_efficientdet.datasets.findings import verdict
 from mmdet_efficientdet.engine.preflight import (check_training,
                                                  in_plain_words, input_boxes,

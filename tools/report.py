@@ -5,16 +5,16 @@ Example:
         --results results.bbox.json
 
 Draws the losses, the learning rate and the AP that train.py has logged in the
-work directory. With --results, the page also has the AP of each class, and
-the worst images with the ground truth at the left and the predictions at the
-right. Results are detections of any detector as a JSON file in COCO's format.
-MMDetection's test.py writes results.bbox.json if you add
+work directory. With --results, the page also has the AP of each class and at
+other IoUs, the kinds of error, the offsets of the boxes, the recall by size,
+and the worst images with the ground truth at the left and the predictions at
+the right. Results are detections of any detector as a JSON file in COCO's
+format. MMDetection's test.py writes results.bbox.json if you add
     --cfg-options test_evaluator.outfile_prefix=results
 
 The page is one HTML file, which needs no network.
 """
 import argparse
-import base64
 import html
 import io
 import json
@@ -71,6 +71,9 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import track_iter_progress
 from report_parts.detection_errors import (class_rows, count_boxes, draw_image,
                                            evaluate)
+from report_parts.error_kinds import matches_of
+from report_parts.page import (ABOUT, PAGE, WORST_ABOUT, box_part, embed,
+                               html_table)
 
 from mmdet_efficientdet.utils import read_config, write_file
 
@@ -81,32 +84,6 @@ CURVES = {
 }
 # The first columns of COCOeval.stats.
 SUMMARY = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium', 'AP large')
-
-PAGE = '''<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-body {{ font: 15px sans-serif; max-width: 1300px; margin: 1em auto }}
-img {{ max-width: 100% }}
-td {{ text-align: right; padding: 2px 12px; background: #eee }}
-td:first-child {{ text-align: left }}
-.long {{ max-height: 30em; overflow: auto; display: inline-block }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-'''
-ABOUT = '''<p>Of {images} images, {seen} have detections. From the score of
-{threshold:.3f} on, which gives the best F1, and at an IoU of 0.5,
-{found} boxes are found, {missed} missed and {false} false.</p>
-<h2>The {num} worst images</h2>
-<p>Of the lowest F1; where it is equal, with the most missed and false boxes.
-Left: ground truth, green where found, red where missed. Right: predictions
-from that score on, green where right, red where false. Grey:
-crowds, and predictions in them, which do not count.</p>'''
 
 
 def read_scalars(work_dir: Path) -> list:
@@ -173,28 +150,10 @@ def draw_curves(records: list) -> bytes:
     return file.getvalue()
 
 
-def html_table(rows: list) -> str:
-    """Rows of texts, counts and values of AP as HTML."""
-    lines = []
-    for row in rows:
-        cells = [('-' if cell < 0 else f'{cell:.3f}') if isinstance(
-            cell, float) else html.escape(str(cell)) for cell in row]
-        lines.append(f'<tr><td>{"</td><td>".join(cells)}</td></tr>')
-    return '<div class="long"><table>{}</table></div>'.format('\n'.join(lines))
-
-
-def embed(kind: str, data: bytes) -> str:
-    """An image that is part of the page."""
-    text = base64.b64encode(data).decode()
-    return f'<img alt="" src="data:image/{kind};base64,{text}">'
-
-
 def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
     """The parts of the page that are about detections."""
     params = evaluation.params
-    shape = len(params.catIds), len(params.areaRng), len(params.imgIds)
-    matches = np.array(evaluation.evalImgs, dtype=object).reshape(shape)
-    matches = matches[:, 0]  # boxes of all areas
+    matches = matches_of(evaluation)
     threshold, counts = count_boxes(matches)
     found, missed, false = counts
     errors = missed + false
@@ -206,16 +165,16 @@ def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
         f'<h2>AP of {html.escape(name)}</h2>',
         html_table([SUMMARY, evaluation.stats[:6].tolist()]),
         '<h2>AP of each class</h2>',
-        html_table([('class', 'boxes', 'AP', 'AP50'),
-                    *class_rows(evaluation)]),
+        html_table([('class', 'boxes', 'AP', 'AP50'), *class_rows(evaluation)],
+                   2),
         ABOUT.format(
             images=len(found),
             seen=seen,
             threshold=threshold,
             found=total[0],
             missed=total[1],
-            false=total[2],
-            num=len(worst))
+            false=total[2]), *box_part(evaluation, threshold),
+        WORST_ABOUT.format(num=len(worst))
     ]
     print(f'Drawing the {len(worst)} worst images')
     for i in track_iter_progress(worst):
@@ -226,8 +185,8 @@ def results_part(evaluation: COCOeval, name: str, num_worst: int) -> list:
         file_name = evaluation.cocoGt.imgs[params.imgIds[i]]['file_name']
         parts.append(
             f'<p>{html.escape(file_name)}: {found[i]} found, {missed[i]} '
-            f'missed, {false[i]} false, F1 {f1[i]:.2f}<br>\n'
-            f'{embed("jpeg", data)}</p>')
+            f'missed, {false[i]} false, F1 {f1[i]:.2f}<br></p>\n'
+            f'{embed("jpeg", data)}')
     return parts
 
 
@@ -239,7 +198,7 @@ def main() -> None:
     init_default_scope(cfg.get('default_scope', 'mmdet'))
 
     curves = draw_curves(read_scalars(args.work_dir))
-    body = [embed('png', curves)]
+    body = [embed('png', curves, 'curves')]
     if args.results:
         body += results_part(
             evaluate(cfg, args.results), args.results.name, args.num_worst)

@@ -1,28 +1,25 @@
-"""Checks of annotation files and images; each returns findings."""
+"""Checks of annotation files, alone and together; each returns findings."""
 import os.path as osp
-import sys
 from functools import partial
 from typing import Iterable, List, Sequence
 
-import mmcv
 import numpy as np
-from mmengine.fileio import get
-from mmengine.utils import track_iter_progress
 
 from ..scaling import MAX_PER_IMG
 from ..utils import shorten
-from .annotations import NOT_IN_FILE, Annotations, Category
+from .annotations import NOT_IN_FILE, Annotations
 from .findings import Finding, find
 
+MIN_BOXES = 10  # of a class, below which it cannot be learned
 MIN_FAULTS = 10  # below which a fault does not spoil a whole training
 NAMES = ('class_names', 'category_names', 'category_ids')
 # Checks that matter only where the evaluation reads the file by itself
 OF_EVALUATION = ('iscrowd', 'zero_id', 'text_id')
 
 
-def check_categories(classes: Sequence[str], categories: Sequence[Category],
-                     file: str) -> List[Finding]:
+def _check_categories(data: Annotations) -> List[Finding]:
     """Checks that the categories of a file are the classes of a config."""
+    classes, categories, file = data.classes, data.categories, data.file
     wanted = [c for c in categories if c.name in classes]
     used = {c.id for c in wanted}  # of the others, nothing is read
 
@@ -56,7 +53,7 @@ def check_file(data: Annotations) -> List[Finding]:
     ]
     if data.categories is None:  # files of VOC have names, but no ids
         return found
-    found += check_categories(data.classes, data.categories, data.file)
+    found += _check_categories(data)
     # MMDetection reads an image once that is listed twice.
     images = dict.fromkeys(zip(data.image_ids, data.paths))
     show_id = 'id {}'.format
@@ -89,12 +86,8 @@ def check_boxes(data: Annotations,
 
     def find_boxes(name: str, mask: np.ndarray, least: float = 0) -> list:
         boxes = np.flatnonzero(mask & wanted)
-        return find(
-            name,
-            boxes if len(boxes) > least else (),
-            data.example,
-            file=data.file,
-            total=total)
+        boxes = boxes[:len(boxes) if len(boxes) > least else 0]
+        return find(name, boxes, data.example, file=data.file, total=total)
 
     beyond = np.maximum(-data.boxes[:, :2], data.boxes[:, 2:] - limits)
     outside = (beyond > 1).any(1)
@@ -128,42 +121,77 @@ def check_boxes(data: Annotations,
 
 def _duplicates(data: Annotations, mask: np.ndarray) -> np.ndarray:
     """Mask ``(M, )`` of boxes that repeat an earlier one of the mask."""
-    index = np.flatnonzero(mask)
+    index, same = np.flatnonzero(mask), mask.copy()
     rows = np.column_stack([data.image, data.labels, data.boxes])[index]
-    order = np.lexsort(rows.T)  # keeps the order of equal rows
-    rows, same = rows[order], np.zeros(len(mask), bool)
-    same[index[order[1:]]] = (rows[1:] == rows[:-1]).all(1)
+    same[index[np.unique(rows, axis=0, return_index=True)[1]]] = False
     return same
 
 
-def check_images(data: Annotations, progress: bool = False) -> List[Finding]:
-    """Reads all images that are not left out; this is the slow part."""
-    needed = list(range(len(data.paths)))
-    if data.filter_empty and not data.test_mode:
-        needed = np.unique(data.image[data.wanted]).tolist()
-    lists = dict(missing=[], unreadable=[], image_size=[])
-    for i in (track_iter_progress(needed, file=sys.stderr)
-              if progress and needed else needed):
-        path, (height, width) = data.paths[i], data.sizes[i]
-        try:
-            image = mmcv.imfrombytes(get(path, data.backend_args))
-        except FileNotFoundError:
-            lists['missing'].append(path)
-            continue
-        except Exception:  # every library raises its own
-            image = None
-        if image is None:
-            lists['unreadable'].append(path)
-        elif image.shape[:2] != (height, width):
-            lists['image_size'].append(
-                f'{path}: {image.shape[1]}x{image.shape[0]}, the file says '
-                f'{width:g}x{height:g}')
-    # Of COCO's files, indices may leave out these very images.
-    fatal = dict.fromkeys(lists, data.categories is None or not data.partial)
-    fatal['image_size'] = len(lists['image_size']) > max(
-        len(needed) / 2, MIN_FAULTS)
-    values = dict(file=data.file, total=len(needed))
-    return [
-        finding for name, faults in lists.items()
-        for finding in find(name, faults, error=fatal[name], **values)
+def check_splits(train: Sequence[Annotations],
+                 val: Sequence[Annotations]) -> List[Finding]:
+    """Checks what is left to train on and to detect, in all files together."""
+    first, second = ([*parts[0].classes] if parts else []
+                     for parts in (train, val))
+    found, values = [], dict(train=shorten(first), val=shorten(second))
+    # A label has to mean the same in both.
+    if first != second and sorted(first) == sorted(second):
+        found.append(Finding('class_order', **values))
+    if val and not any(part.usable.any() for part in val):
+        found.append(Finding('no_validation_boxes', file=_files(val)))
+    if train:
+        labels = [part.labels[part.usable] for part in train]
+        counts = np.bincount(np.concatenate(labels), minlength=len(first))
+        if not counts.sum():
+            return [*found, Finding('no_boxes', file=_files(train))]
+        few = [(name, n) for name, n in zip(first, counts) if n < MIN_BOXES]
+        found += find(
+            'few_boxes',
+            few,
+            lambda row: '{!r}: {} boxes'.format(*row),
+            file=_files(train),
+            least=MIN_BOXES)
+    partly = {}  # by path, whether indices chose it from each of its files
+    for part in train:
+        if part.filter_empty and not part.test_mode:
+            empty = np.flatnonzero(part.usable_per_image == 0)
+            found += find(
+                'filtered', [part.paths[i] for i in empty],
+                osp.basename,
+                file=part.file,
+                total=len(part.paths))
+        for path in map(osp.normpath, part.paths):
+            partly[path] = partly.get(path, True) and part.partial
+    shared = [
+        path for part in val for path in map(osp.normpath, part.paths)
+        # Indices may choose images of one file for each of the two.
+        if path in partly and not (part.partial and partly[path])
     ]
+    total = sum(len(part.paths) for part in val)
+    return found + find('overlap', shared, total=total)
+
+
+def _files(parts: Sequence[Annotations]) -> str:
+    return ', '.join(part.file for part in parts)
+
+
+def check_evaluated(images: dict, val: Sequence[Annotations]) -> List[Finding]:
+    """Checks that an evaluation has the images of the validation set.
+
+    Args:
+        images (dict): The file's entries by id, as pycocotools has them.
+        val (Sequence[Annotations]): Files of the validation.
+    """
+    names = {id_: osp.basename(i['file_name']) for id_, i in images.items()}
+    pairs = [(id_, osp.basename(path)) for part in val
+             if part.categories is not None
+             for id_, path in zip(part.image_ids, part.paths)]
+    other = [
+        f'id {id_}: {name}' for id_, name in pairs if names.get(id_) != name
+    ]
+    fatal = len(other) == len(pairs) or any(i not in names for i, _ in pairs)
+    return find(
+        'evaluator',
+        other,
+        error=fatal,
+        total=len(pairs),
+        right=val[0].file if val else '')

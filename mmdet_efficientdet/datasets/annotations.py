@@ -1,15 +1,14 @@
 """Annotation files as arrays, with what MMDetection drops silently."""
 import os.path as osp
-from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 from mmap import ACCESS_READ, mmap
-from typing import (Any, Generic, Iterable, Iterator, List, Optional, Sequence,
-                    Tuple, TypeVar, Union)
+from typing import (Any, Callable, Generic, Iterable, Iterator, List, Optional,
+                    Sequence, Tuple, TypeVar, Union)
 
 import msgspec
 import numpy as np
-from mmdet.datasets import CocoDataset, XMLDataset
+from mmdet.datasets import BaseDetDataset, CocoDataset
 from mmengine.fileio import get_local_path, load
 from msgspec import json
 
@@ -59,11 +58,15 @@ ROW = np.dtype([('ids', 'O'), ('image', 'i4'), ('labels', 'i4'),
                 ('no_crowd_flag', '?')])
 
 
-@dataclass
 class Annotations:
     """One annotation file: N images, M boxes.
 
     Args:
+        dataset (BaseDetDataset): Of MMDetection.
+        images (Sequence[tuple]): N of (id, path, height, width).
+        rows (Iterable[tuple]): M of the fields of ``ROW``.
+
+    Attributes:
         file (str): Path of the annotation file.
         classes (Sequence[str]): Classes of the config.
         categories (list[Category], optional): Of the file, in its order;
@@ -87,24 +90,22 @@ class Annotations:
         partial (bool): Whether ``indices`` choose some of the images.
         backend_args (dict, optional): How MMDetection reads the files.
     """
-    file: str
-    classes: Sequence[str]
-    image_ids: list
-    paths: List[str]
-    sizes: np.ndarray
-    ids: np.ndarray
-    boxes: np.ndarray
-    image: np.ndarray
-    labels: np.ndarray
-    area: np.ndarray
-    crowd: np.ndarray
-    no_crowd_flag: np.ndarray
-    filter_empty: bool
-    test_mode: bool
-    partial: bool
-    backend_args: Optional[dict]
-    categories: Optional[List[Category]] = None
-    incomplete: Sequence[str] = ()
+
+    def __init__(self, dataset, images: Sequence[tuple],
+                 rows: Iterable[tuple]) -> None:
+        rows = np.fromiter(rows, ROW)
+        vars(self).update((name, rows[name].copy()) for name in ROW.names)
+        self.image_ids = [image[0] for image in images]
+        self.paths = [image[1] for image in images]
+        self.sizes = np.array([i[2:] for i in images], float).reshape(-1, 2)
+        self.file = str(dataset.ann_file)
+        self.classes = dataset.metainfo.get('classes', ())
+        self.filter_empty = bool((dataset.filter_cfg
+                                  or {}).get('filter_empty_gt'))
+        self.test_mode = dataset.test_mode
+        self.partial = getattr(dataset, '_indices', None) is not None
+        self.backend_args = dataset.backend_args
+        self.categories, self.incomplete = None, ()
 
     @cached_property
     def wanted(self) -> np.ndarray:
@@ -152,32 +153,16 @@ def read_annotations(dataset) -> Optional[Annotations]:
     """Reads the file of a dataset of MMDetection, which may be lazy.
 
     Args:
-        dataset (BaseDetDataset): A ``CocoDataset`` or ``XMLDataset``.
+        dataset (BaseDetDataset): Of a ``CocoDataset`` the file is read; of
+            other kinds, what MMDetection has made of it.
 
     Returns:
-        Annotations: None for other formats.
+        Annotations: None for datasets of other projects.
     """
-    for kind, read in ((CocoDataset, _read_coco), (XMLDataset, _read_xml)):
-        if reads_like(dataset, kind):
-            return read(dataset)
-    return None
-
-
-def decode_file(file: str, kind: type, backend_args: Optional[dict]):
-    """Decodes those fields of a JSON file that ``kind`` has.
-
-    Args:
-        file (str): Path, or URL of a storage backend.
-        kind (type): A ``msgspec.Struct``.
-        backend_args (dict, optional): Of the storage backend.
-
-    Raises:
-        ValueError: If a field is missing or has another type.
-    """
-    try:
-        return json.decode(_map_file(file, backend_args), type=kind)
-    except msgspec.DecodeError:  # strict JSON has no NaN
-        return msgspec.convert(load(file, backend_args=backend_args), kind)
+    if not isinstance(dataset, BaseDetDataset):
+        return None
+    return (_read_coco if reads_like(dataset, CocoDataset) else _read_parsed)(
+        dataset)
 
 
 def _map_file(file: str, backend_args: Optional[dict]) -> mmap:
@@ -192,41 +177,38 @@ def _read_coco(dataset) -> Annotations:
     try:
         content = json.decode(
             _map_file(file, backend_args), type=CocoFile[msgspec.Raw])
-        return _from_entries(
-            dataset, content.categories,
-            map(json.Decoder(Image).decode, content.images),
-            map(json.Decoder(Box).decode, content.annotations))
-    except msgspec.MsgspecError:  # slower, and tells what is incomplete
+        convert = json.decode
+    except msgspec.DecodeError:  # strict JSON has no NaN
         content = msgspec.convert(
             load(file, backend_args=backend_args), CocoFile[Any])
+        convert = msgspec.convert
     incomplete = []
-    return _from_entries(dataset, content.categories,
-                         _complete(content.images, Image, incomplete),
-                         _complete(content.annotations, Box, incomplete),
-                         incomplete)
+    return _from_entries(
+        dataset, content.categories,
+        _complete(content.images, Image, convert, incomplete),
+        _complete(content.annotations, Box, convert, incomplete), incomplete)
 
 
-def _complete(entries: list, kind: type, incomplete: List[str]) -> Iterator:
+def _complete(entries: list, kind: type, convert: Callable,
+              incomplete: List[str]) -> Iterator:
     """The entries with all fields; of each of the others, a message."""
     name = 'image' if kind is Image else 'annotation'
     for number, entry in enumerate(entries, 1):
         try:
-            item = msgspec.convert(entry, kind)
+            item = convert(entry, type=kind)
             numbers = item.bbox if kind is Box else (item.height, item.width)
             if not all(map(isfinite, numbers)):
                 raise msgspec.ValidationError(f'not finite: {item}')
             yield item
         except msgspec.ValidationError as error:
-            id_ = entry.get('id') if isinstance(entry, dict) else None
+            plain = convert(entry, type=object)
+            id_ = plain.get('id') if isinstance(plain, dict) else None
             where = f'number {number}' if id_ is None else shown(id_)
             incomplete.append(f'{name} {where}: {error}')
 
 
-def _from_entries(dataset,
-                  categories: List[Category],
-                  images: Iterable[Image],
-                  boxes: Iterable[Box],
-                  incomplete: Optional[List[str]] = None) -> Annotations:
+def _from_entries(dataset, categories: List[Category], images: Iterable[Image],
+                  boxes: Iterable[Box], incomplete: List[str]) -> Annotations:
     prefix = dataset.data_prefix.get('img', '')
     images = [(image.id, osp.join(prefix,
                                   image.file_name), image.height, image.width)
@@ -240,15 +222,15 @@ def _from_entries(dataset,
              label.get(box.category_id, NOT_IN_FILE), box.bbox, box.area,
              bool(box.iscrowd or box.ignore), box.iscrowd is None)
             for box in boxes)
-    data = _annotations(dataset, images, rows)
+    data = Annotations(dataset, images, rows)
     data.boxes[:, 2:] += data.boxes[:, :2]
     data.categories = categories
-    data.incomplete = incomplete or []  # filled while the rows were read
+    data.incomplete = incomplete  # filled while the rows were read
     return data
 
 
-def _read_xml(dataset) -> Annotations:
-    """What MMDetection read: it drops nothing but other classes."""
+def _read_parsed(dataset) -> Annotations:
+    """What MMDetection has read; of VOC, it drops other classes only."""
     dataset.full_init()
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     images = [(info['img_id'], info['img_path'], info['height'], info['width'])
@@ -256,22 +238,6 @@ def _read_xml(dataset) -> Annotations:
     rows = ((info['img_id'], i, instance['bbox_label'], instance['bbox'], 1,
              instance['ignore_flag'], False) for i, info in enumerate(infos)
             for instance in info['instances'])
-    data = _annotations(dataset, images, rows)
+    data = Annotations(dataset, images, rows)
     data.area = data.sides.prod(1)
     return data
-
-
-def _annotations(dataset, images: List[tuple], rows: Iterable) -> Annotations:
-    rows = np.fromiter(rows, ROW)
-    return Annotations(
-        file=str(dataset.ann_file),
-        classes=dataset.metainfo['classes'],
-        image_ids=[image[0] for image in images],
-        paths=[image[1] for image in images],
-        sizes=np.array([image[2:] for image in images], float).reshape(-1, 2),
-        filter_empty=bool((dataset.filter_cfg or {}).get('filter_empty_gt')),
-        test_mode=dataset.test_mode,
-        partial=getattr(dataset, '_indices', None) is not None,
-        backend_args=dataset.backend_args,
-        **{field: rows[field].copy()
-           for field in ROW.names})

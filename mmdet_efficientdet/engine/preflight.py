@@ -1,7 +1,7 @@
 """What makes a training fail, found in config and data before it starts."""
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import Callable, Iterator, List, Optional, Sequence
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from mmdet.registry import DATASETS, TRANSFORMS
@@ -9,25 +9,26 @@ from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
 from torch import nn
 
 from ..datasets.anchor_fit import InputBoxes, check_anchors, to_input
 from ..datasets.annotation_checks import (NAMES, OF_EVALUATION, check_boxes,
-                                          check_file)
+                                          check_evaluated, check_file,
+                                          check_splits)
 from ..datasets.annotations import Annotations, read_annotations
 from ..datasets.class_names import check_class_count, innermost
 from ..datasets.findings import Finding, find, verdict
-from ..datasets.split_checks import (check_class_order, check_evaluated,
-                                     check_overlap, check_training_set,
-                                     check_validation_set)
 from ..datasets.transforms import misreading
 from ..models import EfficientDetHead
 from ..registry import HOOKS
-from ..scaling import MAX_PER_IMG
-from ..utils import shorten
+from ..scaling import MAX_PER_IMG, dicts
 from ..weights.conventions import differing_options
-from .recipe_checks import check_last_batch, check_recipe
+from .recipe_checks import (RESIZING, check_length, check_parity, check_recipe,
+                            train_input)
 
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+EVALUATORS = ('val_evaluator', 'test_evaluator')
 MAX_SAMPLE = 1000  # images whose boxes are compared with the anchors
 
 
@@ -36,9 +37,10 @@ def input_boxes(cfg: Config, parts: Sequence[Annotations]) -> InputBoxes:
     dataset = (cfg.get('test_dataloader') or cfg.train_dataloader).dataset
     transforms = [
         TRANSFORMS.build(transform)
-        for transform in innermost(dataset)[0].get('pipeline', [])
+        for transform in innermost(dataset)[0].get('pipeline', []) if any(
+            kind in str(transform['type']) for kind in RESIZING)
     ]
-    boxes, sizes = [np.zeros((0, 4))], [np.zeros((0, 2))]
+    boxes, sizes, labels = [np.zeros((0, 4))], [np.zeros((0, 2))], [[]]
     for part in parts:
         drawn = np.random.default_rng(0).permutation(len(part.paths))
         chosen = np.zeros(len(part.paths) + 1, bool)  # the last is for -1
@@ -46,9 +48,10 @@ def input_boxes(cfg: Config, parts: Sequence[Annotations]) -> InputBoxes:
         usable = part.usable & chosen[part.image]
         boxes.append(part.boxes[usable])
         sizes.append(part.sizes[part.image[usable]])
+        labels.append(part.labels[usable])
     divisor = cfg.model.data_preprocessor.get('pad_size_divisor', 1)
-    return to_input(
-        np.concatenate(boxes), np.concatenate(sizes), transforms, divisor)
+    return to_input(*map(np.concatenate, (boxes, sizes, labels)), transforms,
+                    divisor)
 
 
 def check_training(cfg: Config,
@@ -64,36 +67,68 @@ def check_training(cfg: Config,
         model (nn.Module): Built from it; put into training mode.
         train, val (Sequence[Annotations]): Files of both data sets.
         num_gpus (int): Number of processes.
-        dataset (Dataset, optional): Of the training, if it has been built.
+        dataset (Dataset, optional): Of the training, as the runner has built
+            it. Defaults to None: all data sets are built, to see whether that
+            fails.
     """
-    found = check_recipe(cfg, model, num_gpus)
-    found += find('misread', misreading(cfg.train_dataloader.dataset))
+    built, unbuilt = _build(cfg, EVALUATORS)
+    metrics = getattr(built.get('val_evaluator'), 'metrics', [])
+    files = [*filter(None, (getattr(m, '_coco_api', None) for m in metrics))]
     head = getattr(model, 'bbox_head', None)
     limit = (cfg.model.get('test_cfg') or {}).get('max_per_img', MAX_PER_IMG)
     limit = limit if limit >= 0 else np.inf
-    evaluated = _evaluated_files(cfg)
-    hidden = () if evaluated else OF_EVALUATION
-    if getattr(head, 'ignore_iof_thr', None) is not None:
-        hidden = (*hidden, 'ignored')
+    shown = _shown(files, head)
+    found = check_recipe(cfg, model, num_gpus)
+    found += find('misread', misreading(cfg.train_dataloader.dataset))
     for part in (*train, *val):
-        found += check_head(model, part.classes) or [
-            finding for finding in check_file(part) + check_boxes(part, limit)
-            if finding.name not in hidden
-        ]
-    if not any(finding.error for finding in found):
-        found += check_training_set(train) + check_validation_set(val)
-    if (isinstance(head, EfficientDetHead)
-            and not any(finding.error for finding in found)):
-        if dataset is None and train:  # a format that can be read
-            dataset = cfg.train_dataloader.dataset
+        found += check_head(model, part.classes) or filter(
+            shown,
+            check_file(part) + check_boxes(part, limit))
+    if not _fails(found):
+        found += check_splits(train, val)
+    if not _fails(found):
+        if dataset is None:
+            built, faults = _build(cfg, LOADERS)
+            dataset, unbuilt = built.get(LOADERS[0]), unbuilt + faults
+        found += unbuilt
         if dataset is not None:
-            found += check_last_batch(cfg, model, num_gpus, dataset)
-        found += check_anchors(head, input_boxes(cfg, train))
-    found += check_class_order(train, val) + check_overlap(train, val)
-    for file in evaluated:
-        found += check_evaluated(file, val)
+            found += check_length(cfg, model, num_gpus, len(dataset))
+        if isinstance(head, EfficientDetHead) and train:
+            data, size = input_boxes(cfg, train), train_input(cfg)
+            found += check_anchors(head, data, train[0].classes)
+            found += check_parity(size, data.inputs, head.num_levels)
+    for file in files:
+        found += check_evaluated(file.imgs, val)
     # One file may be for training and for validation.
     return list({str(finding): finding for finding in found}.values())
+
+
+def _build(cfg: Config, keys: Sequence[str]) -> Tuple[dict, List[Finding]]:
+    """Builds data sets and evaluators as the runner does."""
+    built, found = {}, []
+    for number, key in enumerate(keys):
+        part = cfg.get(key)
+        if part and part not in [cfg.get(other) for other in keys[:number]]:
+            try:
+                built[key] = (
+                    DATASETS.build(part.dataset)
+                    if key in LOADERS else Runner.build_evaluator(None, part))
+            except Exception as error:  # every class raises its own
+                problem = f'{type(error).__name__}: {error}'
+                found.append(Finding('not_built', key=key, problem=problem))
+    return built, found
+
+
+def _fails(found: Sequence[Finding]) -> bool:
+    return any(finding.error for finding in found)
+
+
+def _shown(evaluated, head=None) -> Callable[[Finding], bool]:
+    """Tells which findings matter to this evaluation and head."""
+    hidden = set(() if evaluated else OF_EVALUATION)
+    if getattr(head, 'ignore_iof_thr', None) is not None:
+        hidden.add('ignored')
+    return lambda finding: finding.name not in hidden
 
 
 def check_head(model: nn.Module, classes: Optional[Sequence]) -> List[Finding]:
@@ -109,39 +144,11 @@ def check_head(model: nn.Module, classes: Optional[Sequence]) -> List[Finding]:
     return []
 
 
-def check_objects(dataset) -> List[Finding]:
-    """Checks that there are objects of each class, if no file lists them."""
-    classes = dataset.metainfo.get('classes')
-    # Some parts may have no objects at all: all are counted together.
-    parts = [
-        part for part in innermost(dataset) if not hasattr(part, 'cat_ids')
-        and hasattr(part, 'get_data_info') and len(part)
-    ]
-    if not classes or not parts:
-        return []
-    seen = {
-        instance['bbox_label']
-        for part in parts
-        for index in range(len(part))
-        for instance in part.get_data_info(index).get('instances', [])
-    }
-    unseen = [name for i, name in enumerate(classes) if i not in seen]
-    values = dict(
-        file=', '.join(str(part.ann_file) for part in parts),
-        names=shorten(unseen))
-    return find('no_objects', unseen, lambda _: '', not seen, **values)
-
-
-def _evaluated_files(cfg: Config, key: str = 'val_evaluator') -> List[str]:
-    """The files of COCO that the evaluation reads by itself."""
-    evaluators = cfg.get(key) or []
-    if isinstance(evaluators, dict):
-        evaluators = [evaluators]
-    return [
-        part['ann_file'] for part in evaluators if part.get('ann_file')
-        # a name, or a class
-        and str(part['type']).rstrip("'>").endswith('CocoMetric')
-    ]
+def _classes(dataset) -> Optional[Sequence[str]]:
+    """Class names; VOC2007 and VOC2012 together have two metainfos."""
+    metainfo = dataset.metainfo
+    return (metainfo[0]
+            if isinstance(metainfo, list) else metainfo).get('classes')
 
 
 def read_all(dataset) -> List[Annotations]:
@@ -183,11 +190,11 @@ def _check_readable(dataset: dict) -> List[Finding]:
     try:
         files = read_all(dataset)
         found = [*chain(*map(check_file, files))]
-        if not any(finding.error for finding in found):
+        if not _fails(found):
             dataset.full_init()
     except Exception as error:
         problem = f'{dataset.ann_file}: {type(error).__name__}: {error}'
-        found = [fault for fault in check_training_set(files) if fault.error
+        found = [f for f in check_splits(files, []) if f.error
                  ] or [Finding('annotation_file', problem=problem)]
     return [f for f in found if f.error and f.name not in OF_EVALUATION]
 
@@ -267,34 +274,33 @@ class PreflightHook(Hook):
         datasets = [runner.train_dataloader.dataset]
         if runner.val_loop is not None:
             datasets.append(runner.val_dataloader.dataset)
-        found = check_objects(datasets[0])
-        for dataset in datasets:
-            found += check_head(model, dataset.metainfo.get('classes'))
+        found = [
+            finding for dataset in datasets
+            for finding in check_head(model, _classes(dataset))
+        ]
         yield from found
         if not all(hook.enabled for hook in _hooks(runner)):
             for dataset in datasets:
                 yield from self._check_files(runner, dataset)
-        elif not any(finding.error for finding in found):
+        elif not found:
             train, val, *_ = [*map(read_all, datasets), []]
             yield from check_training(runner.cfg, model, train, val,
                                       runner.world_size, datasets[0])
 
     def _check_test(self, runner) -> Iterator[Finding]:
         dataset = runner.test_dataloader.dataset
-        yield from check_head(
-            _unwrapped(runner.model), dataset.metainfo.get('classes'))
+        yield from check_head(_unwrapped(runner.model), _classes(dataset))
         yield from self._check_files(runner, dataset)
 
     @staticmethod
     def _check_files(runner, dataset) -> Iterator[Finding]:
         """What makes a test fail, or only the classes if that is wanted."""
         enabled = all(hook.enabled for hook in _hooks(runner))
-        evaluated = _evaluated_files(runner.cfg, 'test_evaluator')
-        hidden = () if evaluated else OF_EVALUATION
+        evaluators = dicts(runner.cfg.get('test_evaluator'))
+        shown = _shown(any(part.get('ann_file') for part in evaluators))
         for data in read_all(dataset):
-            for finding in check_file(data):
-                if finding.error and (finding.name in NAMES or enabled
-                                      and finding.name not in hidden):
+            for finding in filter(shown, check_file(data)):
+                if finding.error and (enabled or finding.name in NAMES):
                     yield finding
 
 

@@ -1,17 +1,19 @@
 """How well anchors fit boxes, and which would fit better."""
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from check_dataset import recall_table, snippet
+from check_parts.anchor_advice import advise, recall_and_iou
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
+from torchvision.ops import box_iou
 
 from mmdet_efficientdet import AnchorGenerator
-from mmdet_efficientdet.datasets.anchor_fit import (InputBoxes, advise,
-                                                    best_iou, check_anchors,
-                                                    recall_and_iou, to_input)
+from mmdet_efficientdet.datasets.anchor_fit import (InputBoxes, best_iou,
+                                                    check_anchors, to_input)
 
 
 def brute_force(generator, boxes, size, levels=5):
@@ -37,7 +39,8 @@ def random_boxes(low, high, size=512, number=300):
     sides = np.exp(generator.uniform(np.log(low), np.log(high), (number, 2)))
     corner = generator.uniform(0, 1, (number, 2)) * (size - sides)
     inputs = np.full((number, 2), size)
-    return InputBoxes(np.concatenate([corner, corner + sides], 1), inputs)
+    return InputBoxes(
+        np.concatenate([corner, corner + sides], 1), inputs, np.zeros(number))
 
 
 @pytest.mark.parametrize('size', [[128, 128], [70, 150]])
@@ -46,7 +49,7 @@ def test_best_iou_is_exact(size):
     generator = AnchorGenerator(3.0)
     boxes = random_boxes(4, 60, 64, 12).boxes
     boxes = np.concatenate([boxes, [[0, 0, 5, 5], [-9, 60, 40, 70]]])
-    data = InputBoxes(boxes, np.tile(size, (len(boxes), 1)))
+    data = InputBoxes(boxes, np.tile(size, (len(boxes), 1)), np.zeros(1))
     np.testing.assert_allclose(
         best_iou(generator, data, 5),
         brute_force(generator, boxes, size),
@@ -93,7 +96,7 @@ def test_fitting_anchors_are_kept():
     cells = [[512 // 2**(3 + i)] * 2 for i in range(5)]
     anchors = torch.cat(now.grid_priors(cells, [512, 512])).double().numpy()
     boxes = anchors[np.random.default_rng(0).choice(len(anchors), 300)]
-    data = InputBoxes(boxes, np.full((300, 2), 512))
+    data = InputBoxes(boxes, np.full((300, 2), 512), np.zeros(300))
     assert advise(now, data, 5) is None
 
 
@@ -103,7 +106,8 @@ def test_boxes_are_scaled_as_in_testing():
     size = np.array([[96., 128.]])  # height, width
 
     def scale(divisor, **transform):
-        return to_input(boxes, size, [TRANSFORMS.build(transform)], divisor)
+        return to_input(boxes, size, [0], [TRANSFORMS.build(transform)],
+                        divisor)
 
     fit = scale(64, type='mmdet_efficientdet.ResizeCrop', image_size=64,
                 ratio_range=(1., 1.))  # yapf: disable
@@ -126,5 +130,31 @@ def test_recall_that_is_too_low(fitting, missed):
     corner = np.full((fitting, 2), 256 - 16)
     data.boxes[:fitting] = np.concatenate([corner, corner + 32], 1)
     head = SimpleNamespace(prior_generator=now, num_levels=5)
-    assert [finding.count for finding in check_anchors(head, data)
-            ] == [missed] * bool(missed)
+    found = check_anchors(head, data, ['berry'])
+    assert [f'{missed} of 10 boxes' in finding.text
+            for finding in found] == [True] * bool(missed)
+
+
+def test_input_that_fits_small_boxes():
+    """The class is named, with the recall now and at the least input."""
+    data, now = random_boxes(8, 12, number=40), AnchorGenerator()
+    whole = np.array([0., 0, 512, 512])
+    data = InputBoxes(
+        np.concatenate([data.boxes, np.tile(whole, (60, 1))]),
+        np.full((100, 2), 512), np.repeat([1, 0], [40, 60]))
+    head = SimpleNamespace(prior_generator=now, num_levels=5)
+    finding, = check_anchors(head, data, ['bush', 'berry'])
+    example, = finding.examples
+    assert "'berry': recall 0.00 at 512 pixels" in example
+    assert '40 of 100 boxes' in finding.text
+    size = int(re.search(r'image_size=(\d+)', example)[1])
+    recall = float(re.search(r'([\d.]+) at image_size', example)[1])
+    assert size % 128 == 0
+    recalls = []
+    for side in (size - 128, size):
+        cells = [[side // 2**(3 + i)] * 2 for i in range(5)]
+        anchors = torch.cat(now.grid_priors(cells, [side, side])).double()
+        berries = torch.from_numpy(data.boxes[:40] * side / 512)
+        best = box_iou(berries, anchors).amax(1)
+        recalls.append((best >= 0.5).double().mean().item())
+    assert recalls[0] < 0.7 <= recalls[1] == pytest.approx(recall, abs=0.005)

@@ -3,10 +3,10 @@ import json
 import shutil
 from copy import deepcopy
 
+from check_parts.image_checks import check_images
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from mmdet_efficientdet.datasets.annotation_checks import check_images
 from mmdet_efficientdet.engine.preflight import check_training, read_all
 
 from .tiny_data import make_dataset, write_config
@@ -26,6 +26,7 @@ val_evaluator = dict(ann_file={root!r} + 'val.json')
 test_evaluator = val_evaluator
 optim_wrapper = dict(optimizer=dict(lr=0.01))
 auto_scale_lr = dict(base_batch_size=8)
+train_cfg = dict(max_epochs=300)
 '''
 
 
@@ -175,5 +176,6 @@ train_dataloader = dict(
         type='VOCDataset', data_root={str(root)!r}, ann_file='ids.txt',
         data_prefix=dict(_delete_=True, sub_data_root='')))
 val_dataloader = val_cfg = val_evaluator = None
+train_cfg = dict(max_epochs=300)
 auto_scale_lr = dict(base_batch_size=8)
 """)

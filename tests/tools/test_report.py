@@ -1,17 +1,22 @@
 """The page of tools/report.py, with known errors and known AP."""
 import base64
+import copy
 import html
 import json
 import os
 import re
 import sys
+from html.parser import HTMLParser
 
 import cv2
 import numpy as np
 import pytest
 import report
 from helpers.tiny_data import make_dataset, run_tool, trained_run, write_config
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from report_parts.detection_errors import count_boxes
+from report_parts.error_kinds import kind_of
 from tensorboard.backend.event_processing.event_accumulator import \
     EventAccumulator
 
@@ -76,9 +81,40 @@ def pictures(page, kind):
 def rows(page):
     """Cells of all rows of all tables."""
     return [
-        tuple(map(html.unescape, re.findall('<td>(.*?)</td>', row)))
+        tuple(map(html.unescape, re.findall('<td[^>]*>(.*?)</td>', row)))
         for row in re.findall('<tr>.*?</tr>', page)
     ]
+
+
+def table(page, title):
+    """Rows of the table below a heading."""
+    part = page[page.index(f'<h2>{title}'):]
+    return rows(part[:part.index('</table>')])
+
+
+class Strict(HTMLParser):
+    """Every element is closed, in order, and every attribute written once."""
+    void = {'meta', 'br', 'img'}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen = [], set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        assert len(dict(attributes)) == len(attributes)
+        assert all(value is not None for _, value in attributes)
+        self.seen.add(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def unknown_decl(self, data):
+        raise AssertionError(data)
 
 
 def captions(page):
@@ -296,9 +332,10 @@ def test_ap_of_classes(run, make_page):
     red = [box for box in boxes if box['category_id'] == 5]
     blue = [box for box in boxes if box['category_id'] == 25]
     page = make_page(red + blue[:1])
-    assert rows(page) == [
-        report.SUMMARY,
-        ('0.446', '0.446', '0.446', '-', '0.446', '-'),
+    assert rows(page)[:2] == [
+        report.SUMMARY, ('0.446', '0.446', '0.446', '-', '0.446', '-')
+    ]
+    assert table(page, 'AP of each class') == [
         ('class', 'boxes', 'AP', 'AP50'),
         ('green', '2', '0.000', '0.000'),
         ('blue', '3', '0.337', '0.337'),
@@ -328,8 +365,125 @@ def test_equals_the_hosts_evaluation(run, make_page, tmp_path):
     table = re.findall(r'\| (red|green|blue) +\| ([\d.]+) +\| ([\d.]+)',
                        done.output)
     assert {(row[0], float(row[2]), float(row[3]))
-            for row in rows(page)[3:]} == {(name, float(ap), float(ap50))
-                                           for name, ap, ap50 in table}
+            for row in table(page, 'AP of each class')[1:]
+            } == {(name, float(ap), float(ap50))
+                  for name, ap, ap50 in table}
+
+
+def moved(box, x=0, y=0, **other):
+    left, top, width, height = box['bbox']
+    return dict(box, bbox=[left + x, top + y, width, height], **other)
+
+
+def test_kinds_of_error(run, make_page):
+    """One error of each kind, in images of their own, and what it costs.
+
+    The oracle is the AP50 that pycocotools gives for detections that are
+    mended by hand.
+    """
+    found = perfect(run.root)
+    first, second = found[1]
+    found[1] = [moved(first, 25), second]  # IoU of a third
+    found[2][0]['category_id'] = 15
+    found[3].append(false_box(3, score=0.95))
+    found[4].append(dict(found[4][0]))
+    found[5][0] = moved(found[5][0], 25, category_id=25)
+    del found[6][1]
+    page = make_page(flat(found))
+    listed = {
+        row[0]: (int(row[1]), float(row[2]))
+        for row in table(page, 'Kinds of error')[1:]
+    }
+    assert {
+        name: n
+        for name, (n, _) in listed.items()
+    } == dict({
+        'localisation': 1,
+        'class': 1,
+        'both': 1,
+        'duplicate': 1,
+        'background': 1,
+        'missed': 2  # the one of 'both', and that of the last image
+    })
+
+    def ap50(found, lost=()):
+        """By pycocotools, without this package."""
+        truth = COCO(str(run.root / 'coco.json'))
+        truth.dataset['annotations'] = [
+            box for box in truth.dataset['annotations']
+            if box['id'] not in lost
+        ]
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(flat(found)), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return evaluation.stats[1]
+
+    before = ap50(found)
+
+    def gain(image, change=None, lost=()):
+        mended = copy.deepcopy(found)
+        if change:
+            change(mended[image])
+        return ap50(mended, lost) - before
+
+    ids = [
+        box['id']
+        for box in json.loads((run.root /
+                               'coco.json').read_text())['annotations']
+        if box['image_id'] in (5, 6) and not box['iscrowd']
+    ]
+    expected = {
+        'localisation': gain(1, lambda boxes: boxes[0].update(first)),
+        'class': gain(2, lambda boxes: boxes[0].update(category_id=25)),
+        'both': gain(5, lambda boxes: boxes.pop(0)),
+        'duplicate': gain(4, lambda boxes: boxes.pop()),
+        'background': gain(3, lambda boxes: boxes.pop()),
+        'missed': gain(0, lost=[ids[0], ids[2]])
+    }
+    assert max(expected.values()) > 0.1
+    assert {
+        name: g
+        for name, (_, g) in listed.items()
+    } == pytest.approx(
+        expected, abs=6e-4)
+
+
+@pytest.mark.parametrize('iou, same, kind, index', [
+    ([], [], 'background', -1),
+    ([0.09], [True], 'background', -1),
+    ([0.1], [True], 'localisation', 0),
+    ([0.1], [False], 'both', -1),
+    ([0.5], [True], 'duplicate', -1),
+    ([0.5], [False], 'class', 0),
+    ([0.6, 0.3], [False, True], 'localisation', 1),
+    ([0.6, 0.7], [False, True], 'class', 0),
+])
+def test_kind_of_one_box(iou, same, kind, index):
+    """The categories of TIDE, in its order: place, class, duplicate."""
+    assert kind_of(np.array(iou), np.array(same, bool)) == (kind, index)
+
+
+def test_offsets_and_recall(run, make_page):
+    """Boxes that lie 5 pixels to the right and are 4 pixels too high."""
+    found = perfect(run.root)
+    for box in flat(found):
+        x, y, w, h = box['bbox']
+        box['bbox'] = [x + 5, y - 2, w, h + 4]
+    del found[6]
+    page = make_page(flat(found))
+    lie = {row[0]: row[1:5] for row in table(page, 'Where boxes lie')[1:]}
+    assert lie == {
+        'centre x': ('+5.0 px', ) * 4,
+        'centre y': ('+0.0 px', ) * 4,
+        'width': ('+0.0 px', ) * 4,
+        'height': ('+4.0 px', ) * 4
+    }
+    assert table(page,
+                 'Recall by size')[1:] == [('32 to 64', '8', '0.750', '0.750')]
+    values = [row[1] for row in table(page, 'AP at other IoUs')[1:]]
+    assert values[:4] == values[:1] * 4 and 0.5 < float(values[0]) < 1
 
 
 def test_hostile_names(tmp_path, make_page):
@@ -350,17 +504,17 @@ def test_hostile_names(tmp_path, make_page):
     boxes = flat(perfect(root))
     page = make_page([box for box in boxes if box['image_id'] == 4], config)
     assert len(pictures(page, 'jpeg')) == 3
-    assert [row[0]
-            for row in rows(page)[3:]] == [classes[1], classes[0], classes[2]]
-    assert rows(page)[-1] == (classes[2], '0', '-', '-')
+    listed = table(page, 'AP of each class')[1:]
+    assert [row[0] for row in listed] == [classes[1], classes[0], classes[2]]
+    assert listed[-1] == (classes[2], '0', '-', '-')
+    assert Strict(page).seen == {
+        'html', 'meta', 'title', 'style', 'h1', 'h2', 'img', 'div', 'table',
+        'tr', 'td', 'p', 'br'
+    }
     assert any(
         html.unescape(line).startswith(f'{name}: ') for line in captions(page))
     text = re.sub('src="data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+"', '',
                   page)
-    assert set(re.findall('<([a-z]+)', text)) == {
-        'html', 'meta', 'title', 'style', 'h', 'img', 'div', 'table', 'tr',
-        'td', 'p', 'br'
-    }
     for word in ('http:', 'https:', '//', 'src=', 'href', 'url(', '@import'):
         assert word not in text.replace(html.escape(name), '')
 
