@@ -45,6 +45,7 @@ def test_one_thing_at_a_time():
         assert len(changes) == {
             'ours': 0,
             'effdet': 7,
+            'effdet_ramp': 6,
             'drop_path': 2  # without statistics of the batch it does nothing
         }.get(name, 1)
 
