@@ -45,6 +45,7 @@ def test_one_thing_at_a_time():
         assert len(changes) == {
             'ours': 0,
             'effdet': 7,
+            'effdet_ramp': 6,
             'drop_path': 2  # without statistics of the batch it does nothing
         }.get(name, 1)
 
@@ -120,6 +121,7 @@ def test_table(tmp_path):
                                ('effdet', 1e-2, 0.3)) for seed in range(3)
     ]
     rows[-1]['AP'] += 0.03
+    rows.append(dict(rows[0], rate=1e-1, AP50=0.9))  # a single run
     (tmp_path / 'runs').mkdir()
     for i, row in enumerate(rows):
         (tmp_path / 'runs' / f'{i}.json').write_text(json.dumps(row))
@@ -131,5 +133,5 @@ def test_table(tmp_path):
     # The deviation of -0.1, -0.1 and -0.07 is 0.03 / sqrt(3), and the
     # quantile of t for two degrees of freedom 4.303: 4.303 * 0.03 / 3.
     assert '-0.090 +- 0.043' in line and '-0.100' in line
-    assert len((tmp_path / 'results.csv').read_text().splitlines()) == 10
+    assert len((tmp_path / 'results.csv').read_text().splitlines()) == 11
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'

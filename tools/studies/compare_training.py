@@ -42,6 +42,13 @@ VARIANTS = dict(
         drop_path=0.2,
         decay='all',
         average=0.95),
+    effdet_ramp=dict(
+        trainer='effdet',
+        transform='RandomResizePad',
+        start='effdet',
+        norms='batch',
+        drop_path=0.2,
+        decay='all'),
     transform=dict(transform='RandomResizePad'),
     start=dict(start='effdet'),
     network=dict(trainer='effdet'),

@@ -39,14 +39,14 @@ def difference(rows, variant, rate, key, baseline):
 
 
 def best_rate(rows, variant='ours'):
-    """The rate whose mean AP50 is the largest."""
-    rates = {r['rate'] for r in rows if r['variant'] == variant}
+    """Of the rates with the most runs, that with the largest mean AP50."""
+    scores = {}
+    for row in rows:
+        if row['variant'] == variant:
+            scores.setdefault(row['rate'], []).append(row['AP50'])
     return max(
-        rates,
-        key=lambda rate: statistics.mean(r['AP50'] for r in rows
-                                         if (r['variant'], r['rate']) ==
-                                         (variant, rate)),
-        default=None)
+        scores,
+        key=lambda rate: (len(scores[rate]), statistics.mean(scores[rate])))
 
 
 def summary(rows, variants):
