@@ -105,9 +105,10 @@ def reading(what: str, hint: str = '') -> Iterator[None]:
         yield
     except Exception as error:  # every library raises its own
         reason = (str(error) or repr(error)).splitlines()[0]
+        fault = ('cannot be read' if isinstance(error, PermissionError) else
+                 'is damaged or cut off, or holds more than data')
         raise ValueError(
-            printable(f'{what} is damaged or cut off, or holds more than data:'
-                      f' {reason}{hint}')) from error
+            printable(f'{what} {fault}: {reason}{hint}')) from error
 
 
 def write_file(path: str, data: Union[bytes, Callable[[BinaryIO],

@@ -156,7 +156,8 @@ class Doctor:
                              f'OMP_NUM_THREADS {threads}')
         cache = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()
         hub = Path(os.environ.get('TORCH_HOME', cache / 'torch')) / 'hub'
-        weights = os.environ.get('MMDET_EFFICIENTDET_WEIGHTS')
+        weights = os.path.expanduser(
+            os.environ.get('MMDET_EFFICIENTDET_WEIGHTS', ''))
         self.check_folder('downloads', hub / 'checkpoints', SMALLEST_DISK)
         if weights:
             self.table['weights'] = weights
@@ -178,7 +179,7 @@ class Doctor:
                      smallest,
                      advice='free some space, or use another folder'):
         """Whether a folder, or the one it will be made in, can be written."""
-        there = next(f for f in (folder, *folder.parents) if f.exists())
+        there = next(f for f in (folder, *folder.parents) if os.path.exists(f))
         free = shutil.disk_usage(there).free
         self.table[name] = f'{folder}, {free / GIGABYTE:.1f} GB free'
         if not os.access(there, os.W_OK | os.X_OK):

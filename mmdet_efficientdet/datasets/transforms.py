@@ -196,7 +196,8 @@ def resize_part(image: np.ndarray, size: Tuple[int, int],
         rows = (rows.astype(int)[:, None] + range(3)).ravel()
         rows = np.minimum(rows, len(image) - 1)
     source[rows, columns] = image[rows, columns]
-    return mmcv.imresize(source, size[::-1], backend='cv2')[part]
+    resized = mmcv.imresize(source, size[::-1], backend='cv2')
+    return np.ascontiguousarray(resized[part])  # frees the rest
 
 
 def resize_from_corner(image: np.ndarray, size: Tuple[int, int],

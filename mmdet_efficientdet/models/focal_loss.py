@@ -27,8 +27,10 @@ class FocalLoss(HostFocalLoss):
                 avg_factor: Optional[Tensor] = None,
                 **kwargs) -> Tensor:
         """Returns the loss; see MMDetection's ``FocalLoss``."""
+        learned = weight is not None and weight.requires_grad
         if (pred.is_cuda or pred.dim() == target.dim() or avg_factor is None
-                or kwargs or self.activated or self.reduction != 'mean'):
+                or kwargs or learned or self.activated
+                or self.reduction != 'mean'):
             return super().forward(pred, target, weight, avg_factor, **kwargs)
         total = _FocalSum.apply(pred, target, weight, self.gamma, self.alpha)
         eps = torch.finfo(torch.float32).eps  # as MMDetection
@@ -41,14 +43,20 @@ class _FocalSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, weight: Optional[Tensor],
                 gamma: float, alpha: float) -> Tensor:
+        num_classes = logits.shape[1]
+        if ((target < 0) | (target > num_classes)).any():
+            raise ValueError(
+                f'targets are {int(target.min())} to {int(target.max())}, but '
+                f'must be 0 to {num_classes}, which is the background')
         loss, grad = _focal(logits, gamma, 1 - alpha)
-        row = (target < logits.shape[1]).nonzero().squeeze(1)
+        row = (target < num_classes).nonzero().squeeze(1)
         own = row, target[row]
         loss[own], grad_own = _focal(-logits[own], gamma, alpha)
         grad[own] = -grad_own
         if weight is not None:
-            loss, grad = (
-                x.mul_(weight.view(len(x), -1)) for x in (loss, grad))
+            rows = weight.numel() == len(loss)
+            weight = weight.view(-1, 1) if rows else weight.view_as(loss)
+            loss, grad = (x.mul_(weight) for x in (loss, grad))
         ctx.save_for_backward(grad)
         return loss.sum()
 

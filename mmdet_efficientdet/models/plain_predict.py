@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..deploy import PlainNetwork, plain_network
 from ..scaling import MIN_SIDE
 
+STEP = 61  # between the values of a large tensor that are compared
+
 
 class PlainPredictMixin:
     """Mixin of single-stage detectors that fold their norms to predict.
@@ -75,8 +77,9 @@ class _Snapshot:
 
     Versions of tensors do not count what is written through ``data``, as by
     mmengine's EMAHook, so values are compared as well: all of small tensors
-    and every 61st of large ones. 61 divides no width, so a new row or column
-    of weights shows; a single new weight of a large tensor may not.
+    and of those with short rows or columns, else every 61st. 61 divides no
+    width, so a new row or column of weights shows. A single weight of a large
+    tensor, written through ``data``, may not.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -105,10 +108,10 @@ class _Snapshot:
         for x in self.tensors:
             last = sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
             values = x.detach().as_strided((last + 1, ), (1, ))
-            if last < 2**12:
+            if last < 2**12 or min(len(x), x[0].numel()) < STEP:
                 small.append(values)
             else:
-                large.append(values[::61])
+                large.append(values[::STEP])
         self.samples = [part for part in (small, large) if part]
         self.state, self.values = self._look()
 

@@ -70,10 +70,11 @@ def _read(meta: dict, key: str):
     """
     kind, allowed = _ALLOWED[key]
     try:
+        json.dumps(meta[key])  # raises at a set, which has no order
         value = msgspec.convert(meta[key], kind)
         if key in ('mean', 'std') and value and len(value) == 2:
             raise ValueError
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise ValueError(f'the {key} of the checkpoint is {shown(meta[key])}, '
                          f'but must be {allowed}') from error
     return value
@@ -109,8 +110,11 @@ def class_names(meta: dict) -> List[str]:
     Raises:
         ValueError: If they are not a list of different texts.
     """
-    given = _read(meta, 'dataset_meta') if 'dataset_meta' in meta else None
-    names = (given or {}).get('classes') or []
+    given = meta.get('dataset_meta')
+    if isinstance(given, dict):  # of which nothing else is read
+        given = dict(classes=given.get('classes'))
+    given = _read(dict(dataset_meta=given), 'dataset_meta') or {}
+    names = given.get('classes') or []
     check_unique(names)
     return names
 

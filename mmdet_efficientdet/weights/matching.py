@@ -52,15 +52,18 @@ class Match:
 
         Args:
             key (str): Its name.
-            values (list[Tensor]): Of the source. TensorFlow stores the fusion
+            values (list[Tensor]): Of the source; arrays become tensors. TensorFlow stores the fusion
                 weights of a node one by one.
         """
+        values = [torch.as_tensor(part) for part in values]
         value = values[0]
         floats = all(part.is_floating_point() and part.layout is torch.strided
                      for part in values)
         if floats and self.layout.tensorflow:
             if key.endswith('fusion_weights'):
-                value = torch.cat([part.reshape(-1) for part in values])
+                alike = all(part.shape == value.shape for part in values)
+                value = torch.stack(values) if alike else torch.cat(
+                    [part.reshape(-1) for part in values])
             elif value.ndim == 4:
                 value = value.permute(_AXES['depthwise' in key])
         given, shape = tuple(value.shape), self.shapes[key]
@@ -139,7 +142,7 @@ def match(tensors: Mapping[str, Tensor],
     receipt gives.
 
     Args:
-        tensors (Mapping): Name to tensor, in one of ``LAYOUTS`` or, for a
+        tensors (Mapping): Name to tensor or array, in one of ``LAYOUTS`` or, for a
             backbone alone, of ``BACKBONES``.
         model_shapes (Mapping): Name to shape of our model's state dict.
         arch (str): Architecture of its backbone.

@@ -21,7 +21,7 @@ CODE = "': __import__('os').mkdir('marker'), '"
 NUMBERS = {
     'mean': [
         5, 'abc', [1, 2], [1.0, 2.0, nan], [inf] * 3, ['1', '2', '3'],
-        [True] * 3, {CODE: 1}, [[1, 2, 3]], [10**400] * 3
+        [True] * 3, {CODE: 1}, [[1, 2, 3]], [10**400] * 3, {1.0, 2.0, 3.0}
     ],
     'std': [0, [0, 1, 1], [1, 1, -1], [1, nan, 1], [1, 1], [[1], [1], [1]]],
     'pad_value': [{CODE: 1}, CODE, nan, inf, None, [1], True, 10**5000],
@@ -87,6 +87,7 @@ METAS = dict(
         CODE: 1
     }])), 'the class names'),
     list=(dict(dataset_meta=['a']), 'the class names'),
+    set=(dict(dataset_meta=dict(classes={'a', 'b'})), 'the class names'),
     source=(dict(source=5), 'the source'),
     no_receipt=(dict(source=dict(file='x', sha256='0')), 'receipt'),
     receipt=(dict(source=dict(file='x', sha256='0', receipt=[5])), 'receipt'),
