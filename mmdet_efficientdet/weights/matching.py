@@ -52,8 +52,8 @@ class Match:
 
         Args:
             key (str): Its name.
-            values (list[Tensor]): Of the source; arrays become tensors. TensorFlow stores the fusion
-                weights of a node one by one.
+            values (list[Tensor]): Of the source; arrays become tensors.
+                TensorFlow stores the fusion weights of a node one by one.
         """
         values = [torch.as_tensor(part) for part in values]
         value = values[0]
@@ -142,8 +142,8 @@ def match(tensors: Mapping[str, Tensor],
     receipt gives.
 
     Args:
-        tensors (Mapping): Name to tensor or array, in one of ``LAYOUTS`` or, for a
-            backbone alone, of ``BACKBONES``.
+        tensors (Mapping): Name to tensor or array, in one of ``LAYOUTS`` or,
+            for a backbone alone, of ``BACKBONES``.
         model_shapes (Mapping): Name to shape of our model's state dict.
         arch (str): Architecture of its backbone.
         num_levels (int): Number of its pyramid levels.

@@ -11,7 +11,8 @@ from mmdet_efficientdet.deploy.heads import InputSettings
 from mmdet_efficientdet.registry import MODELS
 from mmdet_efficientdet.scaling import MIN_SIDE, SCALING
 from mmdet_efficientdet.utils import printable
-from mmdet_efficientdet.weights.sources import class_names, open_source
+from mmdet_efficientdet.weights.conventions import class_names
+from mmdet_efficientdet.weights.sources import open_source
 
 from .support import CUSTOM
 
