@@ -459,6 +459,69 @@ def test_checkpoint_of_another_size(tiny, tmp_path):
         export(args)
 
 
+REFUSED_CONFIGS = {
+    'type': ('model.type', 'RetinaNet', 'RetinaNet.*EfficientDet'),
+    'parts': ('model.neck', None, 'EfficientDet with backbone, neck'),
+    'mean': ('model.data_preprocessor.mean', None, 'mean is None.*three'),
+    'std': ('model.data_preprocessor.std', [1.], r'std is \[1.0\].*three'),
+    'bgr': ('model.data_preprocessor.bgr_to_rgb', False,
+            'bgr_to_rgb is False.*True'),
+    'pad_value': ('model.data_preprocessor.pad_value', -1,
+                  'pad_value is -1.*--resize stretch'),
+    'voc': ('test_dataloader.dataset.ann_file', 'Annotations/000001.xml',
+            r"000001\.xml.*COCO's.*--data"),
+    'checkpoint': ('model.data_preprocessor.mean', [1., 2., 3.],
+                   r'other settings.*mean=\[127'),
+    'anchors': ('model.bbox_head.anchor_generator.aspect_pairs',
+                [(1., 1.), (1.4, 0.7), (0.71, 1.41)], 'aspect_pairs=')
+}  # yapf: disable
+
+
+@pytest.mark.parametrize('case', REFUSED_CONFIGS)
+def test_refused_configs(case, tiny, tmp_path, monkeypatch):
+    """What the export would not honour, or what is no config for it."""
+    key, value, message = REFUSED_CONFIGS[case]
+    config = Config.fromfile(tiny[0])
+    generator = config.model.bbox_head.anchor_generator
+    pairs = [list(map(float, x)) for x in generator.aspect_pairs]
+    conventions = dict(mean=[127.] * 3, std=[128.] * 3, aspect_pairs=pairs)
+    checkpoint = torch.load(tiny[1], weights_only=True)
+    checkpoint['meta'].update(conventions)
+    torch.save(checkpoint, tmp_path / 'x.pth')
+    *parents, last = key.split('.')
+    node = config
+    for name in parents:
+        node = node[name]
+    if value is None and last == 'neck':
+        node.pop(last)
+    else:
+        node[last] = value
+    monkeypatch.setattr(exporting, 'read_config', lambda path: config)
+    args = arguments(tiny, '--to', 'torch', '--out',
+                     tmp_path / 'x.safetensors')
+    args.checkpoint = str(tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        export(args)
+    assert [x.name for x in tmp_path.iterdir()] == ['x.pth']
+
+
+def test_exporter_fails(tiny, tmp_path, monkeypatch):
+    """An error of PyTorch's exporter, or a missing package, is one line."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError('unsupported')
+
+    args = arguments(tiny, '--to', 'onnx', '--out', tmp_path / 'x.onnx')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, 'export', fail)
+        with pytest.raises(ValueError, match='exporter.*unsupported'):
+            export(args)
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(ValueError, match='pip install onnx'):
+        export(args)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('number', [1, 1000])
 def test_class_names(number):
     """Commas, umlauts and emoji are kept; any number of classes."""

@@ -186,8 +186,9 @@ def text(receipt: dict) -> str:
                                        for k, v in receipt['versions'].items())
     ]
     if receipt['ap_pytorch'] < 1:
-        lines.append('The AP of PyTorch is below 1: this says little. Use a '
-                     'trained detector and photographs of its kind.')
+        lines.append('The AP of PyTorch is below 1, so that the comparison of '
+                     'the AP proves nothing. Use a trained detector and '
+                     'photographs of its kind.')
     return '\n'.join(lines) + '\n'
 
 
