@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def anchors_of(size, number, octave_base_scale, scales_per_octave,
@@ -26,20 +26,21 @@ def anchors_of(size, number, octave_base_scale, scales_per_octave,
 
 interpreter = Interpreter(sys.argv[1], num_threads=2)
 interpreter.allocate_tensors()
-settings = json.loads(Path(sys.argv[1]).with_suffix('.json').read_text())
-image = Image.open(sys.argv[2]).convert('RGB')
+settings = json.loads(Path(sys.argv[1]).with_suffix('.json').read_bytes())
+image = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')
 height, width = inner = settings['image_size']
 if settings['resize'] == 'pad':
     scale = min(height / image.height, width / image.width)
-    inner = int(image.height * scale), int(image.width * scale)
+    inner = [max(1, int(x * scale)) for x in (image.height, image.width)]
 given = interpreter.get_input_details()[0]
 mean = np.round(settings['mean'])
 canvas = np.full((1, height, width, 3), mean, given['dtype'])
 canvas[0, :inner[0], :inner[1]] = image.resize(inner[::-1], 2)
 interpreter.set_tensor(given['index'], canvas)
 interpreter.invoke()
-outputs = [x['index'] for x in interpreter.get_output_details()]
-deltas, logits = (interpreter.get_tensor(x)[0] for x in outputs)
+deltas, logits = (
+    interpreter.get_tensor(x['index'])[0]
+    for x in interpreter.get_output_details())
 anchors = anchors_of((height, width), len(deltas), **settings['anchors'])
 scores, labels = 1 / (1 + np.exp(-logits.max(1))), logits.argmax(1)
 centre = deltas[:, :2] * anchors[:, 2:] + anchors[:, :2]

@@ -11,7 +11,7 @@ import mediapipe
 import numpy as np
 from mediapipe.tasks.python import BaseOptions
 from mediapipe.tasks.python.vision import ObjectDetector, ObjectDetectorOptions
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def main():
@@ -19,9 +19,10 @@ def main():
         BaseOptions(model_asset_path=sys.argv[1]),
         max_results=100,
         score_threshold=0.3)
+    picture = ImageOps.exif_transpose(Image.open(sys.argv[2]))
     image = mediapipe.Image(
         image_format=mediapipe.ImageFormat.SRGB,
-        data=np.array(Image.open(sys.argv[2]).convert('RGB')))
+        data=np.array(picture.convert('RGB')))
     with ObjectDetector.create_from_options(options) as detector:
         for found in detector.detect(image).detections:
             best, box = found.categories[0], found.bounding_box

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def fit(image, size, resize, mean):
@@ -36,7 +36,7 @@ def main():
         key: json.loads(value)
         for key, value in session.get_modelmeta().custom_metadata_map.items()
     }
-    image = Image.open(picture).convert('RGB')
+    image = ImageOps.exif_transpose(Image.open(picture)).convert('RGB')
     images, (x, y) = fit(image, settings['image_size'], settings['resize'],
                          settings['mean'])
     boxes, scores, labels = session.run(None, {'images': images})

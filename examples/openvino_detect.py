@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def anchors_of(size, number, octave_base_scale, scales_per_octave,
@@ -27,12 +27,12 @@ def anchors_of(size, number, octave_base_scale, scales_per_octave,
 # The default precision of some CPUs is bfloat16.
 compiled = openvino.Core().compile_model(sys.argv[1], 'CPU',
                                          dict(INFERENCE_PRECISION_HINT='f32'))
-settings = json.loads(Path(sys.argv[1]).with_suffix('.json').read_text())
-image = Image.open(sys.argv[2]).convert('RGB')
+settings = json.loads(Path(sys.argv[1]).with_suffix('.json').read_bytes())
+image = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')
 height, width = inner = settings['image_size']
 if settings['resize'] == 'pad':
     scale = min(height / image.height, width / image.width)
-    inner = int(image.height * scale), int(image.width * scale)
+    inner = [max(1, int(x * scale)) for x in (image.height, image.width)]
 mean = np.round(settings['mean'])
 canvas = np.full((1, height, width, 3), mean, np.uint8)
 canvas[0, :inner[0], :inner[1]] = image.resize(inner[::-1], 2)

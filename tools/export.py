@@ -11,11 +11,27 @@ heads within a tolerance, and the AP on the test data of the config, or on
 programs (.receipt.json) and one for people (.receipt.txt).
 """
 import argparse
-import json
 import os
 from pathlib import Path
+from typing import Annotated, Callable, List, Literal, Optional
 
+import msgspec
 from export_parts import support
+
+
+class Settings(msgspec.Struct):
+    """What --verify takes from a receipt, which is not trusted."""
+    format: str
+    precision: str
+    resize: Literal['pad', 'stretch']
+    nms: Literal['none', 'hard', 'soft']
+    candidates: Optional[int]
+    image_size: Annotated[List[int], msgspec.Meta(min_length=2, max_length=2)]
+    checkpoint: str
+    classes: List[str]
+    data: Optional[str]
+    data_images: Optional[str]
+    limit: int
 
 
 def parse_args(arguments=None) -> argparse.Namespace:
@@ -44,6 +60,20 @@ def parse_args(arguments=None) -> argparse.Namespace:
         type=Path,
         metavar='ARTEFACT',
         help='make the receipt of an exported file again')
+    add('--python',
+        help='interpreter of an environment with the exporter and the '
+        'runtime (default: this one, or .venv-deploy/bin/python)')
+    add_content(add)
+    add_comparison(add)
+    args = parser.parse_args(arguments)
+    if not args.verify and not (args.to and args.checkpoint):
+        parser.error('give CONFIG CHECKPOINT --to FORMAT, or CONFIG --verify '
+                     'ARTEFACT')
+    return args
+
+
+def add_content(add: Callable) -> None:
+    """Adds the options of what is in the file."""
     add('--nms',
         choices=('none', 'hard', 'soft'),
         default='none',
@@ -64,16 +94,6 @@ def parse_args(arguments=None) -> argparse.Namespace:
         help='how images are fitted to the input (default: stretch for '
         'mediapipe, frigate and coral, which do so; else pad)')
     add('--classes', nargs='+', metavar='NAME', help='names for the labels')
-    add('--data',
-        type=Path,
-        metavar='ANNOTATIONS',
-        help="photographs for the AP, in COCO's format (default: the test "
-        'data of the config)')
-    add('--images', type=Path, metavar='FOLDER', help='of --data')
-    add('--limit',
-        type=int,
-        default=500,
-        help='number of photographs at most (default: %(default)s)')
     add('--calibration',
         type=Path,
         metavar='FOLDER',
@@ -83,18 +103,23 @@ def parse_args(arguments=None) -> argparse.Namespace:
         default=200,
         help='their number, chosen by --seed (default: %(default)s)')
     add('--seed', type=int, default=0)
+
+
+def add_comparison(add: Callable) -> None:
+    """Adds the options of the comparison with PyTorch."""
+    add('--data',
+        type=Path,
+        metavar='ANNOTATIONS',
+        help="photographs for the AP, in COCO's format (default: the test "
+        'data of the config)')
+    add('--images', type=Path, metavar='FOLDER', help='of --data')
+    add('--limit',
+        type=int,
+        help='number of photographs at most (default: 500)')
     add('--max-ap-loss',
         type=float,
         metavar='POINTS',
         help='AP that may be lost, of 100 (default: see docs/deploy.md)')
-    add('--python',
-        help='interpreter of an environment with the exporter and the '
-        'runtime (default: this one, or .venv-deploy/bin/python)')
-    args = parser.parse_args(arguments)
-    if not args.verify and not (args.to and args.checkpoint):
-        parser.error('give CONFIG CHECKPOINT --to FORMAT, or CONFIG --verify '
-                     'ARTEFACT')
-    return args
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -112,6 +137,9 @@ def settle(args: argparse.Namespace) -> None:
                          'has a fixed output, see --help')
     if args.candidates is not None and args.candidates < 1:
         raise ValueError(f'--candidates {args.candidates} must be at least 1')
+    args.limit = 500 if args.limit is None else args.limit
+    if args.limit < 1:
+        raise ValueError(f'--limit {args.limit} must be at least 1')
     stretches = args.to in ('mediapipe', 'frigate', 'coral')
     args.resize = args.resize or ('stretch' if stretches else 'pad')
     suffixes = support.SUFFIXES[args.to]
@@ -138,11 +166,20 @@ def recall(args: argparse.Namespace) -> None:
     if not args.verify.is_file() or not receipt.is_file():
         raise ValueError(f'--verify needs {args.verify} and its receipt '
                          f'{receipt}')
-    known = json.loads(receipt.read_text(encoding='utf-8'))
-    args.to, args.precision = known['format'], known['precision']
-    args.resize, args.nms = known['resize'], known['nms']
-    args.candidates, args.size = known['candidates'], known['image_size']
-    args.checkpoint = args.checkpoint or known['checkpoint']
+    try:
+        known = msgspec.json.decode(receipt.read_bytes(), type=Settings)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f'{receipt} is no receipt of an export: {error}. '
+                         'Export again with --force') from error
+    args.to, args.precision = known.format, known.precision
+    args.resize, args.nms = known.resize, known.nms
+    args.candidates, args.size = known.candidates, known.image_size
+    args.checkpoint = args.checkpoint or known.checkpoint
+    args.classes = args.classes or known.classes
+    args.limit = known.limit if args.limit is None else args.limit
+    if args.data is None and known.data is not None:
+        args.data = Path(known.data)
+        args.images = args.images or Path(known.data_images or '')
 
 
 if __name__ == '__main__':

@@ -5,7 +5,9 @@ The other runtimes are tested by runtimes.py beside this file: make deploy.
 import json
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import export as tool
@@ -14,10 +16,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_parts import onnx_file, support
-from export_parts.evaluation import agreement, detect, fit
+from export_parts import exporting, onnx_file, support
+from export_parts.evaluation import Photographs, agreement, detect, fit
 from export_parts.exporting import export
-from export_parts.receipt import TOLERANCE, judge
+from export_parts.receipt import TOLERANCE, compare, judge
 from helpers.tiny_data import CLASSES, LITE0, make_dataset
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -203,6 +205,138 @@ def test_export_and_verify(format, files, tiny, tmp_path):
         export(again)
 
 
+@pytest.fixture
+def receipt(tmp_path):
+    """The receipt of an export in tmp_path, and a file to stand for it."""
+    (tmp_path / 'x.onnx').write_bytes(b'')
+    return dict(
+        format='onnx',
+        precision='fp32',
+        resize='pad',
+        nms='none',
+        candidates=None,
+        image_size=[SIDE, SIDE],
+        checkpoint='none.pth',
+        classes=list(CLASSES),
+        data='coco.json',
+        data_images='folder',
+        limit=7)
+
+
+def recall(tiny, tmp_path, receipt, *options):
+    """The settled arguments of --verify with a receipt."""
+    path = tmp_path / 'x.receipt.json'
+    path.write_text(json.dumps(receipt))
+    args = tool.parse_args(
+        [str(tiny[0]), '--verify',
+         str(tmp_path / 'x.onnx'), *options])
+    tool.settle(args)
+    return args
+
+
+@pytest.mark.parametrize('scheme', ['http', 'file', 'local', 'pavi'])
+def test_hostile_receipt(scheme, tiny, receipt, tmp_path):
+    """Nothing is fetched, and no code in a file runs."""
+    marker, asked = tmp_path / 'marker', []
+
+    class Evil:
+
+        def __reduce__(self):
+            return Path.touch, (marker, )
+
+    class Handler(BaseHTTPRequestHandler):
+
+        def do_GET(self):
+            asked.append(self.path)
+
+    torch.save(dict(state_dict=Evil()), tmp_path / 'evil.pth')
+    with HTTPServer(('127.0.0.1', 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f'127.0.0.1:{server.server_port}'
+        receipt['checkpoint'] = f'http://{address}/evil.pth' \
+            if scheme == 'http' else f'{scheme}://{tmp_path}/evil.pth'
+        args = recall(tiny, tmp_path, receipt)
+        with pytest.raises(ValueError, match=f'{scheme}://.*published'):
+            export(args)
+        server.shutdown()
+    args.checkpoint = str(tmp_path / 'evil.pth')
+    with pytest.raises(ValueError, match='evil.pth'):
+        export(args)
+    assert not asked and not marker.exists()
+
+
+def test_same_comparison(tiny, receipt, tmp_path):
+    """--verify takes the photographs of the receipt, unless others are given.
+    """
+    args = recall(tiny, tmp_path, receipt)
+    assert (args.data, args.images, args.limit) == (Path('coco.json'),
+                                                    Path('folder'), 7)
+    assert args.classes == list(CLASSES)
+    args = recall(tiny, tmp_path, receipt, '--data', 'a', '--images', 'b',
+                  '--limit', '9')
+    assert (args.data, args.images, args.limit) == (Path('a'), Path('b'), 9)
+
+
+@pytest.mark.parametrize('change', [
+    dict(classes=3),
+    dict(image_size=[96]),
+    dict(limit='7'),
+    dict(nms='medium'),
+    dict(candidates='x'),
+    dict(checkpoint=None)
+])
+def test_damaged_receipt(change, tiny, receipt, tmp_path):
+    """The key is named; an empty receipt, too, is one error."""
+    key, = change
+    with pytest.raises(ValueError, match=rf'x\.receipt\.json.*{key}'):
+        recall(tiny, tmp_path, dict(receipt, **change))
+    del receipt[key]
+    with pytest.raises(ValueError, match=rf'x\.receipt\.json.*{key}'):
+        recall(tiny, tmp_path, receipt)
+    for empty in ({}, [], 3):
+        with pytest.raises(ValueError, match=r'x\.receipt\.json.*--force'):
+            recall(tiny, tmp_path, empty)
+
+
+@pytest.mark.parametrize('head, index', [(0, 0), (1, 5), (1, -1)])
+def test_nan_is_seen(head, index, tiny, parts):
+    """One NaN of one image is in the receipt, and the gate refuses it."""
+    network, settings, anchors, _ = parts
+    heads, calls = Heads(network, settings), []
+
+    def run(image):
+        calls.append(image)
+        outputs = [x.numpy() for x in heads(torch.from_numpy(image))]
+        if len(calls) == 1:
+            outputs[head].flat[index] = np.nan
+        return 0.1, outputs
+
+    folder = tiny[0].parent / 'data'
+    photographs = Photographs(folder / 'coco.json', folder / 'JPEGImages',
+                              CLASSES, 3)
+    measured = compare(heads, run, settings, photographs, anchors,
+                       dict(tiny[2].test_cfg), 'soft')
+    name = ('deltas', 'logits')[head]
+    assert np.isnan(measured['heads'][name]) and len(calls) == 3
+    cell = support.Cell('available', '', max_ap_loss=None)
+    with pytest.raises(ValueError, match=f'{name}.*nan'):
+        judge(measured, 'int8', cell)
+
+
+def test_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
+    """A receipt that cannot be written leaves no exported file."""
+
+    def full(path, data):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(exporting, 'write_file', full)
+    args = arguments(tiny, '--to', 'torch', '--out',
+                     tmp_path / 'x.safetensors')
+    with pytest.raises(OSError, match='No space'):
+        export(args)
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_left(tiny, tmp_path):
     """A gate that refuses leaves no file behind."""
     args = arguments(tiny, '--to', 'onnx', '--out', tmp_path / 'x.onnx')
@@ -280,6 +414,7 @@ REFUSED = {
     'precision': (['--to', 'onnx', '--precision', 'int8'], 'int8.*fp32'),
     'nms': (['--to', 'litert', '--nms', 'hard'], 'hard.*onnx'),
     'candidates': (['--to', 'onnx', '--candidates', '0'], '0.*1'),
+    'limit': (['--to', 'onnx', '--limit', '0'], '0.*1'),
     'suffix': (['--to', 'onnx', '--out', 'x.tflite'], r'\.onnx.*x\.tflite'),
     'folder': (['--to', 'onnx', '--out', 'none/x.onnx'], 'none'),
     'receipt': (['--verify', 'none.onnx'], r'none\.receipt\.json'),
@@ -289,6 +424,7 @@ REFUSED_LATER = {
     'python': (['--to', 'litert', '--python', '/none'], 'litert_torch.*/none'),
     'names': (['--to', 'onnx', '--classes', 'a', 'b'], '3.*2'),
     'name': (['--to', 'onnx', '--classes', 'a', 'b', 'c\nd'], r'c\\nd'),
+    'twice': (['--to', 'onnx', '--classes', 'a', 'b', 'a'], "'a'.*twice"),
     'images': (['--to', 'onnx', '--data', 'x.json'], '--images'),
 }  # yapf: disable
 
@@ -321,6 +457,69 @@ def test_checkpoint_of_another_size(tiny, tmp_path):
     args.checkpoint = str(tmp_path / 'none.pth')
     with pytest.raises(ValueError, match='none.pth'):
         export(args)
+
+
+REFUSED_CONFIGS = {
+    'type': ('model.type', 'RetinaNet', 'RetinaNet.*EfficientDet'),
+    'parts': ('model.neck', None, 'EfficientDet with backbone, neck'),
+    'mean': ('model.data_preprocessor.mean', None, 'mean is None.*three'),
+    'std': ('model.data_preprocessor.std', [1.], r'std is \[1.0\].*three'),
+    'bgr': ('model.data_preprocessor.bgr_to_rgb', False,
+            'bgr_to_rgb is False.*True'),
+    'pad_value': ('model.data_preprocessor.pad_value', -1,
+                  'pad_value is -1.*--resize stretch'),
+    'voc': ('test_dataloader.dataset.ann_file', 'Annotations/000001.xml',
+            r"000001\.xml.*COCO's.*--data"),
+    'checkpoint': ('model.data_preprocessor.mean', [1., 2., 3.],
+                   r'other settings.*mean=\[127'),
+    'anchors': ('model.bbox_head.anchor_generator.aspect_pairs',
+                [(1., 1.), (1.4, 0.7), (0.71, 1.41)], 'aspect_pairs=')
+}  # yapf: disable
+
+
+@pytest.mark.parametrize('case', REFUSED_CONFIGS)
+def test_refused_configs(case, tiny, tmp_path, monkeypatch):
+    """What the export would not honour, or what is no config for it."""
+    key, value, message = REFUSED_CONFIGS[case]
+    config = Config.fromfile(tiny[0])
+    generator = config.model.bbox_head.anchor_generator
+    pairs = [list(map(float, x)) for x in generator.aspect_pairs]
+    conventions = dict(mean=[127.] * 3, std=[128.] * 3, aspect_pairs=pairs)
+    checkpoint = torch.load(tiny[1], weights_only=True)
+    checkpoint['meta'].update(conventions)
+    torch.save(checkpoint, tmp_path / 'x.pth')
+    *parents, last = key.split('.')
+    node = config
+    for name in parents:
+        node = node[name]
+    if value is None and last == 'neck':
+        node.pop(last)
+    else:
+        node[last] = value
+    monkeypatch.setattr(exporting, 'read_config', lambda path: config)
+    args = arguments(tiny, '--to', 'torch', '--out',
+                     tmp_path / 'x.safetensors')
+    args.checkpoint = str(tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        export(args)
+    assert [x.name for x in tmp_path.iterdir()] == ['x.pth']
+
+
+def test_exporter_fails(tiny, tmp_path, monkeypatch):
+    """An error of PyTorch's exporter, or a missing package, is one line."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError('unsupported')
+
+    args = arguments(tiny, '--to', 'onnx', '--out', tmp_path / 'x.onnx')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, 'export', fail)
+        with pytest.raises(ValueError, match='exporter.*unsupported'):
+            export(args)
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(ValueError, match='pip install onnx'):
+        export(args)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('number', [1, 1000])

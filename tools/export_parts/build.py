@@ -3,9 +3,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict, Iterator, Optional
 
 import numpy as np
 import torch
@@ -63,10 +64,11 @@ def find_python(format: str, given: Optional[str]) -> str:
         return str(python)
     raise ValueError(
         f'--to {format} needs the package {package}, which neither this '
-        f'environment nor {python} has. It cannot share an environment with '
-        'MMDetection: run "make deploy" in the checkout, or "pip install '
-        f"'.[{extra}]'\" in another environment, and give its interpreter "
-        'with --python')
+        f'environment nor {python} has. ' +
+        (f"Run \"pip install '.[{extra}]'\" in the checkout" if format ==
+         'onnx' else 'Run "make deploy" in the checkout, or "pip '
+         f"install '.[{extra}]'\" in another environment than that of "
+         'MMDetection, and give its interpreter with --python'))
 
 
 def build(folder: Path, format: str, precision: str, python: str,
@@ -99,11 +101,13 @@ def build(folder: Path, format: str, precision: str, python: str,
         files = {s: folder / f'plain{s}' for s in ('.safetensors', '.json')}
         if pt2:
             files['.pt2'] = folder / 'plain.pt2'
-            _save_program(network, settings, files['.pt2'])
+            with _one_error():
+                _save_program(network, settings, files['.pt2'])
         return files
     if format in ('onnx', 'openvino'):
-        onnx_file.write(network, settings, str(folder / 'model.onnx'), nms,
-                        anchors, config, candidates)
+        with _one_error():
+            onnx_file.write(network, settings, str(folder / 'model.onnx'), nms,
+                            anchors, config, candidates)
     if format == 'onnx':
         return {'.onnx': folder / 'model.onnx'}
     if format == 'openvino':
@@ -122,6 +126,16 @@ def build(folder: Path, format: str, precision: str, python: str,
     (folder / 'model.labels.txt').write_text(
         '\n'.join(settings.classes) + '\n', encoding='utf-8')
     return {s: folder / f'model{s}' for s in SUFFIXES[format]}
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Makes an error of PyTorch's exporters one for people."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError('the exporter of PyTorch has failed: '
+                         f'{str(error).strip()[:1500]}') from error
 
 
 def _save_program(network, settings: InputSettings, path: Path) -> None:

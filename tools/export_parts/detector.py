@@ -5,16 +5,47 @@ from typing import Optional, Sequence, Tuple
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 
 from mmdet_efficientdet.deploy.heads import InputSettings
 from mmdet_efficientdet.registry import MODELS
 from mmdet_efficientdet.scaling import MIN_SIDE, SCALING
 from mmdet_efficientdet.utils import printable
-from mmdet_efficientdet.weights.conventions import class_names
+from mmdet_efficientdet.weights.conventions import (check_unique, class_names,
+                                                    differing_options,
+                                                    read_conventions)
+from mmdet_efficientdet.weights.published import find
+from mmdet_efficientdet.weights.schemes import load_entry
 from mmdet_efficientdet.weights.sources import open_source
 
 from .support import CUSTOM
+
+
+def check_model(config: Config) -> None:
+    """Refuses what runtimes would not compute as the config says.
+
+    Raises:
+        ValueError: If the model is no EfficientDet, or its input is not RGB
+            with a mean and a deviation.
+    """
+    model = config.get('model', {})
+    head = model.get('bbox_head') or {}
+    if not str(model.get('type')).endswith('EfficientDet') or not (
+        {'backbone', 'neck', 'data_preprocessor'} <= model.keys()
+            and head.get('anchor_generator')):
+        raise ValueError(
+            f'the model of the config is {model.get("type")}, but only an '
+            'EfficientDet with backbone, neck, bbox_head.anchor_generator and '
+            'data_preprocessor can be exported')
+    preprocessor = model.data_preprocessor
+    for name in ('mean', 'std'):
+        if len(preprocessor.get(name) or ()) != 3:
+            raise ValueError(
+                f'data_preprocessor.{name} is {preprocessor.get(name)}, but '
+                'must be three numbers; [0, 0, 0] and [1, 1, 1] do not '
+                'normalize')
+    if not preprocessor.get('bgr_to_rgb', False):
+        raise ValueError('data_preprocessor.bgr_to_rgb is False, but exported '
+                         'files take RGB images; use bgr_to_rgb=True')
 
 
 def size_of(config: Config) -> str:
@@ -40,7 +71,7 @@ def load(config: Config, checkpoint: str, classes: Optional[Sequence[str]]):
         config (Config): Of an EfficientDet.
         checkpoint (str): A file or a name such as
             effdet://tf_efficientdet_d0. Only its tensors and plain data are
-            read.
+            read, and nothing but the published names is downloaded.
         classes (Sequence[str], optional): Names to use instead of those in
             the checkpoint.
 
@@ -48,17 +79,24 @@ def load(config: Config, checkpoint: str, classes: Optional[Sequence[str]]):
         tuple: The detector, the names, and the SHA-256 of the file.
 
     Raises:
-        ValueError: If one of both cannot be read, or they do not fit.
+        ValueError: If one of both cannot be read, they do not fit, or the
+            checkpoint was trained with other settings than the config's.
     """
     init_default_scope('mmdet')
     if '://' in checkpoint:
-        data = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
+        data = load_entry(find(checkpoint))  # refuses all other addresses
         digest, meta = data['meta']['source']['sha256'], data['meta']
     elif not Path(checkpoint).is_file():
         raise ValueError(f'the checkpoint {checkpoint} does not exist')
     else:
         source = open_source(checkpoint)
         data, digest, meta = source.checkpoint, source.sha256, source.meta
+    read_conventions(meta)
+    options = differing_options(meta, config.model)
+    if options:
+        raise ValueError(
+            'the checkpoint was trained with other settings than those of '
+            f'the config; write into the config: {" ".join(options)}')
     config.model.backbone.init_cfg = None
     detector = MODELS.build(config.model).eval()
     detector.load_state_dict(data.get('state_dict', data))
@@ -77,6 +115,7 @@ def check_names(names: Optional[Sequence[str]], number: int) -> list:
         raise ValueError(f'the head has {number} classes, and the checkpoint '
                          f'names {len(names or ())}; train it with '
                          'classes=[...] in its config, or give --classes')
+    check_unique(names)
     for name in names:
         if not isinstance(name, str) or not name.strip() \
                 or not name.isprintable() or name != name.strip():
@@ -100,7 +139,8 @@ def input_settings(config: Config, names: Sequence[str], resize: str,
             the config's ``pad_size_divisor``.
 
     Raises:
-        ValueError: If no size is known or it is too small.
+        ValueError: If no size is known, it is too small, or the padding is
+            not the mean color.
     """
     preprocessor = config.model.data_preprocessor
     size = image_size or preprocessor.get('pad_size_divisor', 1)
@@ -108,6 +148,11 @@ def input_settings(config: Config, names: Sequence[str], resize: str,
     if min(size) < MIN_SIDE or len(size) != 2:
         raise ValueError(f'the input of {size} pixels cannot be exported; '
                          f'give --size HEIGHT WIDTH of at least {MIN_SIDE}')
+    padding = preprocessor.get('pad_value', 0)
+    if resize == 'pad' and padding:
+        raise ValueError(
+            f'data_preprocessor.pad_value is {padding}, but exported files '
+            'are padded with the mean color, which is 0; use --resize stretch')
     generator = dict(config.model.bbox_head.get('anchor_generator', {}))
     generator.pop('type', None)
     generator.setdefault('octave_base_scale', 4.0)

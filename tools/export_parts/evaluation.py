@@ -47,8 +47,13 @@ class Photographs:
                 f'the annotations {self.annotations} do not exist. An export '
                 'is checked on photographs with boxes: give --data '
                 'ANNOTATIONS.json and --images FOLDER')
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(self.annotations))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco = COCO(str(self.annotations))
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"{self.annotations} is not in COCO's format. For other data, "
+                'give --data ANNOTATIONS.json and --images FOLDER') from error
         ids = {x['name']: x['id'] for x in self.coco.loadCats(
             self.coco.getCatIds())}  # yapf: disable
         self.category_ids = [ids.get(name) for name in self.classes]
@@ -57,6 +62,8 @@ class Photographs:
                              f'{list(self.classes)[:5]}; it has '
                              f'{list(ids)[:5]}')
         images = self.coco.loadImgs(sorted(self.coco.getImgIds()))
+        if not images:
+            raise ValueError(f'{self.annotations} has no images')
         self.items = [(x['id'], self.folder / x['file_name'])
                       for x in images[:self.limit]]
         for _, path in self.items:

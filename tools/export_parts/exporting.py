@@ -15,7 +15,7 @@ from mmdet_efficientdet.utils import read_config, write_file
 from . import receipt as receipts
 from . import support
 from .build import build, find_python, open_runtime
-from .detector import anchors_of, input_settings, load, size_of
+from .detector import anchors_of, check_model, input_settings, load, size_of
 from .evaluation import Photographs, calibration_images, dataset_of
 
 
@@ -29,6 +29,7 @@ def export(args: argparse.Namespace) -> str:
         ValueError: If the export is refused; nothing is written then.
     """
     config = read_config(args.config)
+    check_model(config)
     size = size_of(config)
     cell = support.check(size, args.to, args.precision)
     python = find_python(args.to, args.python)
@@ -64,13 +65,17 @@ def export(args: argparse.Namespace) -> str:
             candidates=args.candidates,
             image_size=list(settings.image_size),
             num_classes=len(names),
+            classes=names,
+            data=args.data and str(args.data),
+            data_images=args.images and str(args.images),
+            limit=args.limit,
             checkpoint=str(args.checkpoint),
             checkpoint_sha256=digest,
             bytes=sum(file.stat().st_size for file in files.values()),
             sha256=receipts.sha256(files[args.out.suffix]),
             **measured,
             versions=receipts.versions(python))
-        _keep(args, files, found)
+        _keep(args, folder, files, found)
     return receipts.text(found)
 
 
@@ -143,13 +148,12 @@ def _compare(args, folder: Path, files: Dict[str,
     return dict(measured, beside=beside)
 
 
-def _keep(args, files: Dict[str, Path], found: dict) -> None:
-    """Renames the files, the receipt last."""
-    out = args.out
-    if not args.verify:
-        for suffix, file in files.items():
-            os.replace(file, out.with_suffix(suffix))
-    write_file(out.with_suffix('.receipt.txt'), receipts.text(found).encode())
-    write_file(
-        out.with_suffix('.receipt.json'),
-        receipts.dumps(found).encode())
+def _keep(args, folder: Path, files: Dict[str, Path], found: dict) -> None:
+    """Renames the files, once all are written, the receipt last."""
+    moved = {} if args.verify else dict(files)
+    for suffix, text in (('.receipt.txt', receipts.text(found)),
+                         ('.receipt.json', receipts.dumps(found))):
+        moved[suffix] = folder / suffix[1:]
+        write_file(moved[suffix], text.encode())
+    for suffix, file in moved.items():
+        os.replace(file, args.out.with_suffix(suffix))

@@ -2,13 +2,13 @@
 import json
 from typing import Optional, Tuple
 
-import onnx
 import torch
 from torch import Tensor, nn
 
 from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
 from mmdet_efficientdet.models.postprocess import decode, select, suppress
+from mmdet_efficientdet.utils import import_package
 
 OPSET = 17
 
@@ -112,15 +112,21 @@ def write(network,
         anchors (Tensor): ``(A, 4)``.
         config (dict): The ``test_cfg`` of the detector's head.
         candidates (int, optional): See :class:`Detections`. Defaults to
-            ``nms_pre`` of ``config``.
+            ``nms_pre`` of ``config``, and to all pairs if that is below 1.
+
+    Raises:
+        ValueError: If the package onnx is missing.
+        RuntimeError: If PyTorch's exporter fails.
     """
+    onnx = import_package('onnx', 'an export to ONNX or OpenVINO')
     images = torch.zeros(2, *settings.image_size, 3, dtype=torch.uint8)
     heads = freeze(Heads(network, settings), settings.image_size)
     if nms == 'none':
         module, names = RawHeads(heads), ['deltas', 'logits']
     else:
         number = candidates or config.get('nms_pre', 5000)
-        number = min(number, len(anchors) * len(settings.classes))
+        pairs = len(anchors) * len(settings.classes)
+        number = min(number, pairs) if number > 0 else pairs
         module = Detections(heads, anchors, config, nms == 'soft', number)
         names = ['boxes', 'scores', 'labels']
     torch.onnx.export(
@@ -139,5 +145,8 @@ def write(network,
         entry = model.metadata_props.add()
         entry.key = key
         entry.value = json.dumps(value, ensure_ascii=False)
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise RuntimeError(str(error)) from error
     onnx.save(model, path)

@@ -52,11 +52,13 @@ def compare(heads: Heads, run: Callable, settings: InputSettings,
         other_took, outputs = run(given)
         seconds[0].append(took)
         seconds[1].append(other_took)
-        if len(outputs) == 2:
+        has_heads = len(outputs) == 2
+        if has_heads:
             for i in range(2):
-                scale[i] = max(scale[i], float(abs(expected[i]).max()))
-                largest[i] = max(largest[i],
-                                 float(np.abs(outputs[i] - expected[i]).max()))
+                # np.maximum keeps NaN, max() does not.
+                scale[i] = np.maximum(scale[i], abs(expected[i]).max())
+                difference = abs(outputs[i] - expected[i]).max()
+                largest[i] = np.maximum(largest[i], difference)
             outputs = detect(*outputs, anchors, config, tail)
         else:
             outputs = tuple(x[0] for x in outputs)
@@ -66,14 +68,13 @@ def compare(heads: Heads, run: Callable, settings: InputSettings,
         for result, rows in zip(results, (ours, outputs)):
             result[number] = to_image(rows, ratio, image.shape)
     ours, theirs = (photographs.ap(result) for result in results)
-    has_heads = scale[0] > 0
     return dict(
         images=len(results[0]),
         annotations=photographs.annotations.name,
         resize=settings.resize,
         tail=tail,
         heads={
-            name: largest[i] / scale[i]
+            name: float(largest[i] / np.maximum(scale[i], 1e-30))
             for i, name in enumerate(('deltas', 'logits'))
         } if has_heads else None,
         boxes_compared=len(agreed),
@@ -125,7 +126,7 @@ def judge(measured: dict,
     loss = measured['ap_pytorch'] - measured['ap_artefact']
     if precision != 'int8':
         loss = abs(loss)
-    if limit is not None and loss > limit + 1e-9:
+    if limit is not None and not loss <= limit + 1e-9:
         raise ValueError(
             f'the AP is {measured["ap_artefact"]:.2f} in the runtime and '
             f'{measured["ap_pytorch"]:.2f} in PyTorch, and may differ by '
@@ -185,8 +186,9 @@ def text(receipt: dict) -> str:
                                        for k, v in receipt['versions'].items())
     ]
     if receipt['ap_pytorch'] < 1:
-        lines.append('The AP of PyTorch is below 1: this says little. Use a '
-                     'trained detector and photographs of its kind.')
+        lines.append('The AP of PyTorch is below 1, so that the comparison of '
+                     'the AP proves nothing. Use a trained detector and '
+                     'photographs of its kind.')
     return '\n'.join(lines) + '\n'
 
 

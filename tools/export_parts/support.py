@@ -42,13 +42,11 @@ class Cell:
         state (str): 'validated' if an AP was measured in the runtime,
             'available' if not, 'blocked' if it is refused.
         reason (str): Why it is in this state; for 'blocked' also the way out.
-        since (str): Version of the package that brought it.
         max_ap_loss (float, optional): Points of AP, of 100, that an export may
             lose; None if the loss is only reported.
     """
     state: str
     reason: str
-    since: str = '0.1'
     max_ap_loss: float = 0.1
 
 
@@ -69,8 +67,8 @@ _ROWS = (
     (None, ('fp32', ), None, Cell('available', 'AP not measured')),
     (None, ('fp16', ), None, Cell('available', 'AP not measured')),
     (('coral', ), ('int8', ), ('lite3x', 'lite4'),
-     Cell('available', 'not compiled for the Edge TPU; too large for Coral '
-          'over USB by its makers', max_ap_loss=0.8)),
+     Cell('available', 'not compiled for the Edge TPU, nor run on a '
+          'Coral', max_ap_loss=0.8)),
     (('frigate', 'coral'), ('int8', ), LITE,
      Cell('available', 'not compiled for the Edge TPU', max_ap_loss=0.4)),
     (None, ('int8', ), ('lite3x', ),
@@ -78,8 +76,8 @@ _ROWS = (
     (None, ('int8', ), LITE,
      Cell('available', 'AP not measured', max_ap_loss=0.4)),
     (None, ('int8', ), (*D, CUSTOM),
-     Cell('available', 'SiLU and squeeze-and-excitation lose AP in int8; the '
-          'loss is reported, not limited', max_ap_loss=None)),
+     Cell('available', 'AP not measured; the loss is reported, not limited',
+          max_ap_loss=None)),
 )  # yapf: disable
 
 
