@@ -33,14 +33,13 @@ if settings['resize'] == 'pad':
     scale = min(height / image.height, width / image.width)
     inner = [max(1, int(x * scale)) for x in (image.height, image.width)]
 given = interpreter.get_input_details()[0]
-mean = np.round(settings['mean'])
-canvas = np.full((1, height, width, 3), mean, given['dtype'])
+outputs = interpreter.get_output_details()
+canvas = np.full((1, height, width, 3), settings['mean'])
+canvas = canvas.round().astype(given['dtype'])
 canvas[0, :inner[0], :inner[1]] = image.resize(inner[::-1], 2)
 interpreter.set_tensor(given['index'], canvas)
 interpreter.invoke()
-deltas, logits = (
-    interpreter.get_tensor(x['index'])[0]
-    for x in interpreter.get_output_details())
+deltas, logits = (interpreter.get_tensor(x['index'])[0] for x in outputs)
 anchors = anchors_of((height, width), len(deltas), **settings['anchors'])
 scores, labels = 1 / (1 + np.exp(-logits.max(1))), logits.argmax(1)
 centre = deltas[:, :2] * anchors[:, 2:] + anchors[:, :2]
