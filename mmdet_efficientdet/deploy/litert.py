@@ -51,14 +51,17 @@ def quantize(path: str, images: np.ndarray, target: str) -> None:
     """
     from ai_edge_quantizer import quantizer, recipe
 
-    # The whole range, so that a pixel is exactly one step.
-    ends = np.zeros_like(images[:1])
-    ends[:, ::2] = 255
-    inputs = [x[None].astype(np.float32) for x in (*images, ends[0])]
+    inputs = [x[None].astype(np.float32) for x in images]
     run = quantizer.Quantizer(str(path))
     run.load_quantization_recipe(recipe.static_wi8_ai8())
     name = tflite_file.signature_input(path)
     found = run.calibrate({'serving_default': [{name: x} for x in inputs]})
+    # The whole range, so that a pixel is exactly one step. The calibration
+    # averages the ranges of the images.
+    graph = tflite_file.read(path).subgraphs[0]
+    values = found[graph.tensors[graph.inputs[0]].name.decode()]
+    values['min'] = np.zeros_like(values['min'])
+    values['max'] = np.full_like(values['max'], 255)
     run.quantize(found).export_model(str(target), overwrite=True)
     model = tflite_file.read(target)
     tflite_file.take_uint8(model)
