@@ -3,8 +3,8 @@ import os.path as osp
 from functools import cached_property
 from math import isfinite
 from mmap import ACCESS_READ, mmap
-from typing import (Any, Callable, Generic, Iterable, Iterator, List, Optional,
-                    Sequence, Tuple, TypeVar, Union)
+from typing import (Any, Generic, Iterable, Iterator, List, Optional, Sequence,
+                    Tuple, TypeVar, Union)
 
 import msgspec
 import numpy as np
@@ -177,32 +177,35 @@ def _read_coco(dataset) -> Annotations:
     try:
         content = json.decode(
             _map_file(file, backend_args), type=CocoFile[msgspec.Raw])
-        convert = json.decode
     except msgspec.DecodeError:  # strict JSON has no NaN
         content = msgspec.convert(
             load(file, backend_args=backend_args), CocoFile[Any])
-        convert = msgspec.convert
     incomplete = []
-    return _from_entries(
-        dataset, content.categories,
-        _complete(content.images, Image, convert, incomplete),
-        _complete(content.annotations, Box, convert, incomplete), incomplete)
+    return _from_entries(dataset, content.categories,
+                         _complete(content.images, Image, incomplete),
+                         _complete(content.annotations, Box, incomplete),
+                         incomplete)
 
 
-def _complete(entries: list, kind: type, convert: Callable,
-              incomplete: List[str]) -> Iterator:
+def _complete(entries: list, kind: type, incomplete: List[str]) -> Iterator:
     """The entries with all fields; of each of the others, a message."""
     name = 'image' if kind is Image else 'annotation'
+    decode = json.Decoder(kind).decode
     for number, entry in enumerate(entries, 1):
+        if isinstance(entry, msgspec.Raw):
+            try:
+                yield decode(entry)
+                continue
+            except msgspec.ValidationError:  # has not seen the whole entry
+                entry = json.decode(entry)
         try:
-            item = convert(entry, type=kind)
+            item = msgspec.convert(entry, kind)
             numbers = item.bbox if kind is Box else (item.height, item.width)
             if not all(map(isfinite, numbers)):
                 raise msgspec.ValidationError(f'not finite: {item}')
             yield item
         except msgspec.ValidationError as error:
-            plain = convert(entry, type=object)
-            id_ = plain.get('id') if isinstance(plain, dict) else None
+            id_ = entry.get('id') if isinstance(entry, dict) else None
             where = f'number {number}' if id_ is None else shown(id_)
             incomplete.append(f'{name} {where}: {error}')
 

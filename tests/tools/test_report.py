@@ -362,12 +362,12 @@ def test_equals_the_hosts_evaluation(run, make_page, tmp_path):
     assert logged[1] != '0.000'
     assert rows(page)[1] == logged
     # | category | mAP | mAP_50 |
-    table = re.findall(r'\| (red|green|blue) +\| ([\d.]+) +\| ([\d.]+)',
-                       done.output)
+    printed = re.findall(r'\| (red|green|blue) +\| ([\d.]+) +\| ([\d.]+)',
+                         done.output)
     assert {(row[0], float(row[2]), float(row[3]))
             for row in table(page, 'AP of each class')[1:]
             } == {(name, float(ap), float(ap50))
-                  for name, ap, ap50 in table}
+                  for name, ap, ap50 in printed}
 
 
 def moved(box, x=0, y=0, **other):

@@ -96,7 +96,7 @@ def test_entry(size):
     assert entry['Alias'] == [f'efficientdet-{size}']
     config = ROOT / entry['Config']
     assert config.is_file() and config.stem == entry['Name']
-    file, _ = published.find(entry['Weights'])
+    file = published.find(entry['Weights'])
     assert file.size == size and file.image_size is None
     assert entry['Metadata']['Input Size'] == SCALING[size].image_size
     assert f"-{entry['Metadata']['Epochs']}e_" in entry['Name']
