@@ -142,7 +142,8 @@ def check_splits(train: Sequence[Annotations],
         labels = [part.labels[part.usable] for part in train]
         counts = np.bincount(np.concatenate(labels), minlength=len(first))
         if not counts.sum():
-            return [*found, Finding('no_boxes', file=_files(train))]
+            names = dict(file=_files(train), classes=values['train'])
+            return [*found, Finding('no_boxes', **names)]
         few = [(name, n) for name, n in zip(first, counts) if n < MIN_BOXES]
         found += find(
             'few_boxes',

@@ -282,6 +282,8 @@ class PreflightHook(Hook):
         if not all(hook.enabled for hook in _hooks(runner)):
             for dataset in datasets:
                 yield from self._check_files(runner, dataset)
+            yield from (f for f in check_splits(read_all(datasets[0]), [])
+                        if f.name == 'no_boxes')
         elif not found:
             train, val, *_ = [*map(read_all, datasets), []]
             yield from check_training(runner.cfg, model, train, val,

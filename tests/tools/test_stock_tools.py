@@ -324,7 +324,7 @@ def test_part_without_objects(tmp_path):
         model=SimpleNamespace(bbox_head=head))
     hook.before_train(runner)
     loader.dataset = parts[0]
-    with pytest.raises(ValueError, match='negatives.txt has no object'):
+    with pytest.raises(ValueError, match='negatives.txt: no box'):
         hook.before_train(runner)
 
 
