@@ -1,6 +1,6 @@
 """Export a trained detector to a runtime, and prove that it is the same.
 
-Examples:
+Example:
     python -m mmdet_efficientdet export my_config.py epoch_300.pth --to onnx
     python -m mmdet_efficientdet export my_config.py epoch_300.pth \\
         --to mediapipe --precision int8 --resize stretch

@@ -85,8 +85,9 @@ def test_what_is_counted():
     assert benchmark_facts.multiply_adds(conv, x) == 16 * 27 * 2
     assert benchmark_facts.operator_calls(
         lambda: x.view(-1).add(1).mul(2)) == 2
-    used = benchmark_facts.peak_memory(lambda: torch.ones(2**24))
-    assert 0.9 * 2**26 < used < 1.2 * 2**26
+    # larger than any free block that malloc may have kept
+    used = benchmark_facts.peak_memory(lambda: torch.ones(2**27))
+    assert 0.9 * 2**29 < used < 1.2 * 2**29
     assert benchmark_facts.gemm_peak('cpu') > 1e8
     assert benchmark_facts.graph_breaks(lambda y: y + 1, x) == 0
     assert benchmark_facts.graph_breaks(lambda y: y + y.sum().item(), x) == 1

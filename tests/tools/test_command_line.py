@@ -17,6 +17,7 @@ OWN = [path.stem for path in sorted((ROOT / 'tools').glob('*.py'))]
 SCRIPTS = [
     path for path in sorted((ROOT / 'tools').rglob('*.py'))
     if "__name__ == '__main__'" in path.read_text()
+    and not path.parent.name.endswith('_parts')  # which a tool runs itself
 ]
 HEAVY = ('torch', 'mmcv', 'mmdet', 'scipy', 'matplotlib')
 

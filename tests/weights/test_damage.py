@@ -93,10 +93,11 @@ UNCHECKED = [write_old_torch, write_keras, write_safetensors]
 def test_flipped_bits(writer, tmp_path):
     """In each of 60 files, one of all bits.
 
-    What changes numbers cannot be found in formats without checksums.
+    What changes numbers cannot be found in formats without checksums. Of
+    safetensors, that is almost the whole file.
     """
     counts = Counter()
-    for seed in range(60):
+    for seed in range(200 if writer is write_safetensors else 60):
         (tmp_path / f'{seed}').mkdir()
         counts[flip(writer, tmp_path / f'{seed}', seed)] += 1
     print(writer.__name__, dict(counts))
