@@ -54,6 +54,7 @@ def run(tmp_path):
     return run_source
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """The package alone imports neither torch nor mmdet; names come later."""
     source = '''
@@ -88,6 +89,7 @@ def test_public_names():
     ])
 
 
+@pytest.mark.slow
 def test_prefix_is_enough(run):
     """mmdet finds a class by its prefix, with no custom_imports."""
     run('''
@@ -103,6 +105,7 @@ for registry, names in CLASSES.items():
 ''', CLASSES=CLASSES)  # yapf: disable
 
 
+@pytest.mark.slow
 def test_whole_config_from_both_scopes(run):
     """A config builds by prefixes in mmdet's scope, and without in ours."""
     run('''
@@ -141,6 +144,7 @@ for text, scope in ((bare, 'mmdet_efficientdet'), (text, 'mmdet')):
 ''', FILE=str(LITE0))  # yapf: disable
 
 
+@pytest.mark.slow
 def test_registries_of_mmdet_stay_as_they_are(run):
     """Loading every class of ours adds nothing to mmdet's own scope."""
     run('''
@@ -178,6 +182,7 @@ assert held == CLASSES, held
 ''', CLASSES=CLASSES)  # yapf: disable
 
 
+@pytest.mark.slow
 def test_project_of_mmdet_beside_ours(run):
     """Those who registered mmdet's EfficientDet project can use both."""
     run('''

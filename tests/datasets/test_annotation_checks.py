@@ -367,6 +367,7 @@ def test_part_of_what_is_trained_on(whole, tmp_path):
     assert ('WARNING', 'overlap') in found
 
 
+@pytest.mark.slow
 def test_parts_of_one_file(tmp_path):
     """Images that indices choose for two data sets are not the same ones."""
     config = write_broken(
@@ -378,6 +379,7 @@ def test_parts_of_one_file(tmp_path):
     assert not find_faults(config, images=False)
 
 
+@pytest.mark.slow
 def test_close_ups_can_be_trained(tmp_path):
     """Boxes that all cover their images are a warning, also many of them."""
     found = find_faults(write_broken(tmp_path, close_ups), images=False)
@@ -403,6 +405,7 @@ def class_order(train, val, root):
     train['categories'].reverse()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key, value', [('iscrowd', None), ('id', 0)])
 def test_truth_from_the_data_needs_no_crowd_flag(key, value, tmp_path):
     """A metric that does not read the file makes flags and ids itself."""
@@ -411,6 +414,7 @@ def test_truth_from_the_data_needs_no_crowd_flag(key, value, tmp_path):
         config, images=False, options={'val_evaluator.ann_file': None})
 
 
+@pytest.mark.slow
 def test_voc(tmp_path):
     """Files of VOC are read too; the format has no (x, y, width, height)."""
     root = make_dataset(tmp_path / 'data')
@@ -427,6 +431,7 @@ def test_voc(tmp_path):
     assert '(20, 20, 19, 79)' in finding.examples[0]
 
 
+@pytest.mark.slow
 def test_voc_boxes_that_are_ignored(tmp_path):
     """Both kinds are counted; in testing they are no fault."""
     root = make_dataset(tmp_path / 'data')
@@ -458,6 +463,7 @@ def test_crowds_of_a_test_are_no_fault(tmp_path):
     assert not find_faults(config, images=False)
 
 
+@pytest.mark.slow
 def test_wrapped_datasets(tmp_path):
     """Wrappers are looked into; one part may lack what another has."""
     config = write_broken(

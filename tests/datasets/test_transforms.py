@@ -535,6 +535,7 @@ def outcome(transform, dtype, seed):
         return error
 
 
+@pytest.mark.slow
 def test_all_transforms_of_the_host():
     """Those that do otherwise with float32 than with uint8 are known."""
     kinds = {**TRANSFORMS.parent.module_dict, **TRANSFORMS.module_dict}

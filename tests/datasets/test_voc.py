@@ -59,6 +59,7 @@ def test_boxes_are_those_of_coco(voc, tmp_path):
             ] == [path.split('/')[-1] for path in second.paths]
 
 
+@pytest.mark.slow
 def test_findings_are_those_of_coco(voc, tmp_path):
     """Classes with few boxes, all of the validation trained on."""
     coco = write_config(tmp_path / 'coco.py', tmp_path / 'data')
@@ -71,6 +72,7 @@ def test_findings_are_those_of_coco(voc, tmp_path):
     assert found[0]['overlap'] == 6
 
 
+@pytest.mark.slow
 def test_anchors_are_those_of_coco(voc, tmp_path, capsys):
     """Boxes of the same size at the input, but for one pixel."""
     coco = write_config(tmp_path / 'coco.py', tmp_path / 'data')
@@ -89,6 +91,7 @@ def test_anchors_are_those_of_coco(voc, tmp_path, capsys):
     assert (int(of_voc), recall) == (int(of_coco) + 1, other)
 
 
+@pytest.mark.slow
 def test_metric_that_inherits_a_file(voc):
     """Every evaluator and data set is built as by the runner."""
     found = find_faults(
@@ -101,6 +104,7 @@ def test_metric_that_inherits_a_file(voc):
         assert value in str(errors[0])
 
 
+@pytest.mark.slow
 def test_data_of_the_test(voc):
     """It is built, too, which the training does not do."""
     option = {'test_dataloader.dataset.ann_file': 'nowhere.txt'}

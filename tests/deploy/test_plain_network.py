@@ -55,6 +55,7 @@ def test_equal_in_double_precision(detector, size):
     model.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', ['d0', 'lite0'])
 def test_no_worse_in_single_precision(detector, size):
     """Its rounding is no larger than that of the detector itself."""

@@ -174,6 +174,7 @@ IMAGES = pytest.mark.parametrize(
     'image', [b'', huge_header(), b'no image'], ids=['empty', 'huge', 'text'])
 
 
+@pytest.mark.slow
 @IMAGES
 @pytest.mark.parametrize('workers', [0, 1])
 def test_image_is_named(image, workers, tmp_path):
@@ -210,6 +211,7 @@ def inferencer(tmp_path_factory):
         str(folder / 'a.py'), str(weights), device='cpu', show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('batch_size', [1, 2, 10])
 def test_inference_on_a_folder(batch_size, inferencer, tmp_path):

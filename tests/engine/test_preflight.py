@@ -133,6 +133,7 @@ train_dataloader['dataset'] = dict(
         assert value in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fault, name', [
     (entry('iscrowd', None, split=1), 'iscrowd'),
     (entry('id', 'a', split=1), 'text_id'),

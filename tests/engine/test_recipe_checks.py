@@ -187,6 +187,7 @@ param_scheduler = [dict(type='mmdet_efficientdet.WarmupCosineLR', warmup=30,
     assert not any(finding.error for finding in found.values())
 
 
+@pytest.mark.slow
 def test_written_warmup_is_right(tmp_path):
     """The lines of the fix end the finding, in a loop of epochs."""
     text = ("param_scheduler = [dict(type='mmdet_efficientdet.WarmupCosineLR',"
@@ -238,6 +239,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RECIPES)
 def test_no_false_alarm(name, tmp_path, monkeypatch):
     """Shipped recipes, with good data and a machine that they are for."""

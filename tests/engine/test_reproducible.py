@@ -140,6 +140,7 @@ def loader(num_workers):
         seed=5)
 
 
+@pytest.mark.slow
 def test_transforms_follow_the_position():
     """Whatever the number of workers, and wherever the reading starts."""
     whole = list(islice(iter(loader(0)), 9))

@@ -65,6 +65,7 @@ def test_files_of_another_kind(tmp_path, capsys):
     assert 'base_batch_size' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_false_alarm_and_the_picture(tmp_path, capsys):
     """Sound data gives no finding, and its samples are drawn."""
     config = write_broken(tmp_path, lines(''))
@@ -107,6 +108,7 @@ def test_tool_as_a_process(tmp_path):
     assert last.startswith('VERDICT: this training will fail (errors: 1,')
 
 
+@pytest.mark.slow
 def test_formats_without_a_reader(tmp_path, capsys):
     """What MMDetection has read is checked as well."""
     config = write_broken(tmp_path, lines(''))

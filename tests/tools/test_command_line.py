@@ -36,6 +36,7 @@ def listed(text):
     return dict(re.findall(r'^  (\w+) +(\S.*)$', text, re.M))
 
 
+@pytest.mark.slow
 def test_list(tmp_path):
     """Our tools and the host's scripts, with a line of each."""
     for args in ([], ['--help']):
@@ -52,6 +53,7 @@ def test_list(tmp_path):
         assert len(list(TOOLS.rglob(f'{name}.py'))) > 0
 
 
+@pytest.mark.slow
 def test_a_tool_runs_as_by_its_path(tmp_path):
     """Its own name in the usage, its own exit status, its own messages."""
     done = command('prepare_trees', '--help', cwd=tmp_path)

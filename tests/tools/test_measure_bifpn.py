@@ -26,6 +26,7 @@ def small(monkeypatch):
                         }))
 
 
+@pytest.mark.slow
 def test_table(small, tmp_path, capsys):
     (tmp_path / 'utils.py').write_text(UTILS)
     (tmp_path / 'bifpn.py').write_text(BIFPN)
@@ -51,6 +52,7 @@ def test_table(small, tmp_path, capsys):
     assert 'd0, one image of 256 px, one thread, median of 2' in lines[-1]
 
 
+@pytest.mark.slow
 def test_unequal_necks_are_refused(small, monkeypatch, capsys):
     build = measure_bifpn.build_necks
 

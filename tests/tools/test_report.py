@@ -212,6 +212,7 @@ def test_resume_and_tensorboard(tmp_path):
         np.testing.assert_allclose([*logged.items()], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_worst_images(run, make_page):
     """The order of errors that were made on purpose, and nothing else.
 
@@ -249,6 +250,7 @@ def test_worst_images(run, make_page):
                                      (640, 960, 3), (320, WIDTH, 3)]
 
 
+@pytest.mark.slow
 def test_no_errors(run, make_page):
     """Perfect detections have an AP of 1, and no image is a bad one."""
     page = make_page(flat(perfect(run.root)))
@@ -296,6 +298,7 @@ def colour_at(image, x, y):
     return 'none'
 
 
+@pytest.mark.slow
 def test_drawing(tmp_path, make_page):
     """Left: a found and a missed object; right: a right and a false box.
 
@@ -323,6 +326,7 @@ def test_drawing(tmp_path, make_page):
     assert colour_at(image, width + 5 * 75, 5 * 120) == 'red'
 
 
+@pytest.mark.slow
 def test_ap_of_classes(run, make_page):
     """Each object of red, none of green, and one of three of blue is found.
 
@@ -375,6 +379,7 @@ def moved(box, x=0, y=0, **other):
     return dict(box, bbox=[left + x, top + y, width, height], **other)
 
 
+@pytest.mark.slow
 def test_kinds_of_error(run, make_page):
     """One error of each kind, in images of their own, and what it costs.
 
@@ -465,6 +470,7 @@ def test_kind_of_one_box(iou, same, kind, index):
     assert kind_of(np.array(iou), np.array(same, bool)) == (kind, index)
 
 
+@pytest.mark.slow
 def test_offsets_and_recall(run, make_page):
     """Boxes that lie 5 pixels to the right and are 4 pixels too high."""
     found = perfect(run.root)
@@ -486,6 +492,7 @@ def test_offsets_and_recall(run, make_page):
     assert values[:4] == values[:1] * 4 and 0.5 < float(values[0]) < 1
 
 
+@pytest.mark.slow
 def test_hostile_names(tmp_path, make_page):
     """Names of classes and files are text, and nothing is fetched."""
     root = make_dataset(tmp_path / 'data')
@@ -532,6 +539,7 @@ WRONG = dict(
     pickle=(b'\x80\x04\x95', 'pickle of its --out is not read'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', WRONG)
 def test_wrong_results(name, make_page, tmp_path):
     """The message names the file and what to write; no page appears."""

@@ -64,6 +64,7 @@ def test_row_of_a_sound_detector(job):
     assert f'|{lines}|0.0M|2.000|1.000|0.250|7|1e-06|3s|' in cells
 
 
+@pytest.mark.slow
 def test_keeps_what_is_done_by_the_same_recipe(job):
     first = job.verify()
     assert job.verify() == first and job.trained == 1

@@ -45,6 +45,7 @@ def test_trains_whole_windows_as_they_are_tested(data):
         np.testing.assert_allclose(boxes, scale * np.array(expected))
 
 
+@pytest.mark.slow
 def test_says_what_was_reached_and_fails_below_the_goal(
         data, monkeypatch, capsys):
     monkeypatch.setattr(verify_overfit, 'IMAGE_SIZE', 128)

@@ -510,6 +510,7 @@ def test_hook_finds_the_head_in_wrappers(coco, new_head):
 # The tool
 
 
+@pytest.mark.slow
 def test_tool_converts_and_transfers(effdet_lite0, effdet_file, run_converter,
                                      tmp_path):
     """Published weights for the 90 slots of COCO become ones for VOC."""

@@ -189,6 +189,7 @@ def same_axes(array, key):
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, form', [('d0', 'prefix'), ('lite0', 'tgz'),
                                         ('lite0', 'h5'), ('lite0', 'folder'),
                                         ('d0', 'objects')])
@@ -336,6 +337,7 @@ def test_select_coco_classes():
     assert (bias[80:160] == bias[:80] + 90).all() and len(bias) == 720
 
 
+@pytest.mark.slow
 def test_converted_file_infers(effdet_file, run_converter, tmp_path):
     """Without a config, reproducibly, and with names of the classes."""
     for name in ('a.pth', 'b.pth'):
@@ -554,6 +556,7 @@ def converted(effdet_file):
     }
 
 
+@pytest.mark.slow
 def test_own_checkpoint_stays(converted, tmp_path):
     """What is ours already keeps tensors and names, and 90 become 80."""
     first, expected = converted[90], converted[80]
@@ -572,6 +575,7 @@ def test_own_checkpoint_stays(converted, tmp_path):
         convert_file(tmp_path / 'x.pth', config_of('lite0'), 90)
 
 
+@pytest.mark.slow
 def test_converting_again_changes_nothing(effdet_file, tmp_path):
     """A file of ours keeps its conventions and origin, byte for byte."""
     config = config_of('lite0')
@@ -626,6 +630,7 @@ def test_tool_without_a_config(effdet_file, run_converter, tmp_path, config):
     assert not (tmp_path / 'x.pth').exists()
 
 
+@pytest.mark.slow
 def test_other_classes(effdet_lite0, tmp_path):
     """Names come from the file or the config; without them it is refused."""
     theirs = reference.with_classes(effdet_lite0, 1)
@@ -698,6 +703,7 @@ def test_equal_sizes_are_told(tmp_path):
     assert 'd6 and d7' in line and 'anchor scale of the config, 5.0' in line
 
 
+@pytest.mark.slow
 def test_anchors_of_mmdet(tmp_path):
     """A head that mmdet's project trained: every anchor keeps its outputs."""
     own = shapes_of('d0', 2)
@@ -811,6 +817,7 @@ def test_target_is_a_file(converted, effdet_file, tmp_path):
         save(checkpoint, effdet_file / 'x.pth')
 
 
+@pytest.mark.slow
 def test_tool_takes_conventions_of_a_published_file(effdet_file, run_converter,
                                                     tmp_path, monkeypatch):
     """Known by its file's name, and then without a config."""

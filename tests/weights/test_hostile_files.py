@@ -111,6 +111,7 @@ def test_wrong_meta_is_refused(name, lite0, tmp_path, monkeypatch):
     assert os.listdir() == ['x.pth']
 
 
+@pytest.mark.slow
 def test_no_dict_as_meta(lite0, tmp_path):
     """As without any: the names are those of the config."""
     for meta in (None, ['cfg'], 'cfg', 5):
@@ -152,6 +153,7 @@ def test_options_are_quoted(value):
 CONTROL = '\x1b[2J\n\x07 $(touch marker)'
 
 
+@pytest.mark.slow
 def test_control_characters_of_classes(lite0, run_converter, tmp_path):
     """Of names that are allowed, and of the receipt, they are escaped."""
     path, config = tmp_path / 'x.pth', Config.fromfile(LITE0)

@@ -26,6 +26,7 @@ except ValueError as error:
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('use', FIRST_USES)
 def test_after_mmengine(use, tmp_path):
     """Our loader answers, and suggests a similar name for an unknown one."""

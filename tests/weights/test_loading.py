@@ -429,6 +429,7 @@ def test_planted_code_would_run(planted):
     assert marker.is_dir()
 
 
+@pytest.mark.slow
 def test_apis_run_no_planted_code(planted, run):
     """Inferencer, backbone weights and loaders refuse the file."""
     path, marker = map(str, planted)
@@ -518,6 +519,7 @@ def planted_texts(checkpoint, tmp_path):
     return path, marker
 
 
+@pytest.mark.slow
 def test_apis_execute_no_text(planted_texts, run, tmp_path):
     """Except the inferencer without a config, as docs/weights.md says."""
     path, marker = planted_texts

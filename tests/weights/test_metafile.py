@@ -125,6 +125,7 @@ def test_list_models():
         ]  # yapf: disable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['efficientdet-lite0', LITE0_NAME])
 def test_inferencer(name, local_weights):
     """Config and weights come from the name alone."""
@@ -174,6 +175,7 @@ get_model(CONFIG, pretrained=True)
 ''')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ALONE)
 def test_import_of_the_package_is_enough(what, weights, tmp_path, monkeypatch):
     """Nobody has to import a module of it, or to set a scope before."""

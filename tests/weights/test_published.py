@@ -151,6 +151,7 @@ def files_in(folder):
         if p.is_file() and p.suffix != '.lock')
 
 
+@pytest.mark.slow
 def test_load(publish, server, weights, cache):
     """effdet's values come out, once downloaded; its classes are COCO's 80."""
     entry = publish()
