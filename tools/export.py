@@ -50,7 +50,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
         nargs='?',
         help='file, or name of published weights (default with --verify: '
         'that of the receipt)')
-    add('--to', metavar='FORMAT', help='see below')
+    add('--to', metavar='FORMAT', help='format of the file, see below')
     add('--precision', help='fp32, fp16 or int8 (default: see below)')
     add('--out',
         type=Path,
@@ -93,7 +93,10 @@ def add_content(add: Callable) -> None:
         choices=('pad', 'stretch'),
         help='how images are fitted to the input (default: stretch for '
         'mediapipe, frigate and coral, which do so; else pad)')
-    add('--classes', nargs='+', metavar='NAME', help='names for the labels')
+    add('--classes',
+        nargs='+',
+        metavar='NAME',
+        help='names for the labels (default: those of the checkpoint)')
     add('--calibration',
         type=Path,
         metavar='FOLDER',
@@ -102,7 +105,10 @@ def add_content(add: Callable) -> None:
         type=int,
         default=200,
         help='their number, chosen by --seed (default: %(default)s)')
-    add('--seed', type=int, default=0)
+    add('--seed',
+        type=int,
+        default=0,
+        help='which images are chosen for calibration (default: %(default)s)')
 
 
 def add_comparison(add: Callable) -> None:
@@ -112,7 +118,10 @@ def add_comparison(add: Callable) -> None:
         metavar='ANNOTATIONS',
         help="photographs for the AP, in COCO's format (default: the test "
         'data of the config)')
-    add('--images', type=Path, metavar='FOLDER', help='of --data')
+    add('--images',
+        type=Path,
+        metavar='FOLDER',
+        help='folder of the photographs of --data')
     add('--limit',
         type=int,
         help='number of photographs at most (default: 500)')
