@@ -21,9 +21,11 @@ body {{ font: 15px sans-serif; max-width: 1300px; margin: 1em auto;
 .wide {{ overflow-x: auto }}
 .wide img {{ width: 100%; min-width: 640px }}
 .wide .curves {{ min-width: 900px }}
-td {{ text-align: right; padding: 2px 8px; background: #eee }}
-td:first-child {{ text-align: left; overflow-wrap: normal }}
-.bar {{ min-width: 6em; background: #eee linear-gradient(#9be, #9be) no-repeat
+td {{ text-align: right; padding: 2px 8px; background: #eee;
+  white-space: nowrap }}
+td:first-child, .text {{ text-align: left }}
+.text {{ white-space: normal; min-width: 12em }}
+.bar {{ min-width: 7em; background: #eee linear-gradient(#9be, #9be) no-repeat
   left }}
 .long {{ max-height: 30em; max-width: 100%; overflow: auto }}
 </style>
@@ -41,7 +43,7 @@ score on.</p>'''
 OFFSETS_ABOUT = '''<h2>Where boxes lie</h2>
 <p>Box less object, for the {number} boxes from that score on that match an
 object at an IoU of {iou}: positive is too far right, too low, or too
-large.</p>'''
+large. The last two columns are relative to the object's sides.</p>'''
 WORST_ABOUT = '''<h2>The {num} worst images</h2>
 <p>Of the lowest F1; where it is equal, with the most missed and false boxes.
 Left: ground truth, green where found, red where missed. Right: predictions
@@ -56,15 +58,18 @@ def html_table(rows: list, bar: int = -1) -> str:
         rows (list): Of cells; the first one has the titles.
         bar (int): A column whose values are also drawn. Defaults to none.
     """
+    # The longest bar ends where the numbers begin.
+    longest = max((row[bar] for row in rows[1:] if bar >= 0), default=0)
     lines = []
     for row in rows:
         line = ''
         for i, cell in enumerate(row):
-            style = ''
+            long = isinstance(cell, str) and len(cell) > 25
+            style = ' class="text"' if long else ''
             if isinstance(cell, float):
-                if i == bar:
+                if i == bar and longest > 0:
                     style = (' class="bar" style="background-size: '
-                             f'{max(cell, 0):.1%}"')
+                             f'{0.6 * max(cell, 0) / longest:.1%}"')
                 cell = '-' if cell == -1 else f'{cell:.3f}'
             line += f'<td{style}>{html.escape(str(cell))}</td>'
         lines.append(f'<tr>{line}</tr>')
@@ -89,7 +94,7 @@ def box_part(evaluation: COCOeval, threshold: float) -> list:
         for kind, pairs in kinds.items()
     }
     lie = offsets(loose, threshold)
-    rows = [('', 'mean', '5 %', 'median', '95 %', 'mean', 'deviation')]
+    rows = [('', 'mean', '5 %', 'median', '95 %', 'relative', 'deviation')]
     for i, name in enumerate(('centre x', 'centre y', 'width', 'height')):
         pixels, relative = lie[:, :, i].T
         numbers = [pixels.mean(), *np.percentile(pixels, [5, 50, 95])
