@@ -9,7 +9,7 @@ from mmengine.registry import init_default_scope
 from mmdet_efficientdet.deploy.heads import InputSettings
 from mmdet_efficientdet.registry import MODELS
 from mmdet_efficientdet.scaling import MIN_SIDE, SCALING
-from mmdet_efficientdet.utils import printable
+from mmdet_efficientdet.utils import plain_data, printable
 from mmdet_efficientdet.weights.conventions import (check_unique, class_names,
                                                     differing_options,
                                                     read_conventions)
@@ -159,15 +159,7 @@ def input_settings(config: Config, names: Sequence[str], resize: str,
     generator.setdefault('scales_per_octave', 3)
     generator.setdefault('aspect_pairs', [[1, 1], [1.4, 0.7], [0.7, 1.4]])
     return InputSettings(size, list(preprocessor.mean), list(preprocessor.std),
-                         names, resize, plain(generator))
-
-
-def plain(value):
-    """Tuples and configs as lists and dicts."""
-    if isinstance(value, dict):
-        return {key: plain(x) for key, x in value.items()}
-    return [plain(x) for x in value] if isinstance(value,
-                                                   (list, tuple)) else value
+                         names, resize, plain_data(generator))
 
 
 def anchors_of(detector, network, image_size: Tuple[int, int]) -> torch.Tensor:

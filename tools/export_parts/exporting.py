@@ -11,6 +11,7 @@ import numpy as np
 from mmdet_efficientdet.deploy import plain_network
 from mmdet_efficientdet.deploy.heads import Heads
 from mmdet_efficientdet.utils import read_config, write_file
+from mmdet_efficientdet.weights.sources import sha256_of
 
 from . import receipt as receipts
 from . import support
@@ -72,7 +73,7 @@ def export(args: argparse.Namespace) -> str:
             checkpoint=str(args.checkpoint),
             checkpoint_sha256=digest,
             bytes=sum(file.stat().st_size for file in files.values()),
-            sha256=receipts.sha256(files[args.out.suffix]),
+            sha256=sha256_of(files[args.out.suffix]),
             **measured,
             versions=receipts.versions(python))
         _keep(args, folder, files, found)

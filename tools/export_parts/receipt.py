@@ -1,10 +1,8 @@
 """The receipt: what was compared between PyTorch and an exported file."""
-import hashlib
 import json
 import statistics
 import subprocess
 import time
-from pathlib import Path
 from typing import Callable, Optional
 
 import numpy as np
@@ -146,11 +144,6 @@ def versions(python: str) -> dict:
                            check=True)
     found = json.loads(found.stdout)
     return {name: found[name] for name in PACKAGES if name in found}
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def text(receipt: dict) -> str:
