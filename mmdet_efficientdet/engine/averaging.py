@@ -17,7 +17,8 @@ class ForeachEMA(MomentumAnnealingEMA):
     def update_parameters(self, model: nn.Module) -> None:
         """Moves the averages towards the weights of ``model``."""
         # As in avg_func of mmengine
-        weight = max(self.momentum, self.gamma / (self.gamma + self.steps.item()))
+        weight = max(self.momentum,
+                     self.gamma / (self.gamma + self.steps.item()))
         self._averages, self._sources = [], []
         super().update_parameters(model)
         if self._averages:

@@ -212,8 +212,8 @@ def test_schedules_of_the_host(schedule, warns, tmp_path):
     (dict(momentum=2e-4), 1000, 0.9),
     (dict(momentum=0.02), 1000, 0.0),
     (dict(ema_type='MomentumAnnealingEMA', momentum=2e-4, gamma=9), 20, 0.0),
-    (dict(ema_type='mmdet_efficientdet.ForeachEMA', momentum=2e-4, gamma=9),
-     20, 0.0),
+    (dict(ema_type='mmdet_efficientdet.ForeachEMA', momentum=2e-4,
+          gamma=9), 20, 0.0),
     (dict(ema_type='StochasticWeightAverage'), 100, 0.5),
 ])
 def test_share_of_the_first_half(ema, steps, share):
