@@ -79,7 +79,8 @@ class Conv(Part):
                 weight = F.pad(weight, (left, 0, top, 0))
             elif top or left:
                 end = padding[0]
-                x = F.pad(x, (end - left, end, end - top, end))
+                # ONNX Runtime joins padding by a given value to convolutions.
+                x = F.pad(x, (end - left, end, end - top, end), value=0.0)
                 padding = (0, 0)
         if not traced and _writes_much(x, conv):
             convolve = torch.mkldnn_convolution

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import onnx
 import onnxruntime
 import pytest
 import safetensors.torch
@@ -100,7 +101,7 @@ def test_export(model_cfg):
 
 
 @pytest.mark.parametrize('sides', [(320, 320), (193, 322)])
-def test_trace(sides, detector):
+def test_trace(sides, detector, tmp_path):
     """A graph for other runtimes has no operator of this machine only.
 
     The maps are so large that the network itself calls oneDNN.
@@ -113,7 +114,13 @@ def test_trace(sides, detector):
         assert difference(network(images), traced(images)) < 1e-5
     file = io.BytesIO()
     torch.onnx.export(network, (images, ), file, dynamo=False)
-    session = onnxruntime.InferenceSession(file.getvalue())
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
+    session = onnxruntime.InferenceSession(file.getvalue(), options)
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    assert {'Conv', 'MaxPool'} < {node.op_type for node in nodes}
+    # The runtime has joined all padding to convolutions.
+    assert 'Pad' not in {node.op_type for node in nodes}
     maps = iter(
         session.run(None, {session.get_inputs()[0].name: images.numpy()}))
     found = [[torch.from_numpy(next(maps)) for _ in group]
