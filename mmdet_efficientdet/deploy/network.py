@@ -159,10 +159,13 @@ class Block(Part):
 def pool(x: Tensor, even: bool) -> Tensor:
     """3x3 max-pooling of stride 2, SAME, without a padded copy.
 
-    An axis of one pixel stays one pixel.
+    An axis of one pixel stays one pixel. On two pixels, the kernel has two,
+    because OpenVINO refuses a kernel larger than its input.
     """
-    padding = 0 if even else _odd(x)
-    return F.max_pool2d(x, 3, 2, padding, ceil_mode=True)
+    if even:
+        return F.max_pool2d(x, 3, 2, ceil_mode=True)
+    kernel = [2 if size == 2 else 3 for size in x.shape[-2:]]
+    return F.max_pool2d(x, kernel, 2, _odd(x), ceil_mode=True)
 
 
 class Node(Part):
