@@ -19,7 +19,8 @@ SCHEMES = {
     'timm://': 'load_from_timm'
 }
 
-DEPLOY = ('PlainNetwork', 'load_plain', 'plain_network', 'save_plain')
+DEPLOY = ('Detections', 'Detector', 'PlainNetwork', 'load_detector',
+          'load_plain', 'plain_network', 'save_plain')
 
 try:
     import wrapt

@@ -15,12 +15,12 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
+from ..deploy.postprocess import decode, select, suppress
 from ..registry import MODELS
 from ..scaling import MAX_PER_IMG
 from .anchors import AnchorGenerator, anchor_targets, background_weights
 from .layers import (BN_CFG, SWISH_CFG, ConvInitMixin, SeparableConv2d,
                      build_norm, recompute)
-from .postprocess import decode, select, suppress
 from .settings import check_head
 
 PARTS = dict(

@@ -16,8 +16,8 @@ from torchvision.ops import box_iou
 
 from mmdet_efficientdet.datasets.transforms import scaled_size
 from mmdet_efficientdet.deploy.heads import InputSettings
+from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
-from mmdet_efficientdet.models.postprocess import decode, select, suppress
 
 LEAST_CALIBRATION = 16  # images; fewer do not show the ranges of the maps
 Rows = Tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes, scores, labels
