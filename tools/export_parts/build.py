@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TFLITE = ('litert', 'mediapipe', 'frigate', 'coral')
 # Format: the package that its environment must have, and its extra.
 NEEDS = {
-    **dict.fromkeys(TFLITE, ('litert_torch', 'litert')), 'mediapipe':
-    ('mediapipe', 'litert'),
+    **dict.fromkeys(TFLITE, ('mediapipe', 'litert')), 'litert':
+    ('litert_torch', 'litert'),
     'openvino': ('openvino', 'openvino'),
     'onnx': ('onnxruntime', 'onnx')
 }
@@ -110,11 +110,9 @@ def build(folder: Path, format: str, precision: str, python: str,
                             anchors, config, candidates)
     if format == 'onnx':
         return {'.onnx': folder / 'model.onnx'}
-    if format == 'openvino':
-        script = [str(Path(__file__).with_name('openvino_file.py'))]
-    else:
-        script = ['-m', 'mmdet_efficientdet.deploy.litert']
-    done = subprocess.run([python, *script, str(folder)],
+    writer = 'litert' if format in TFLITE else format
+    script = Path(__file__).with_name(f'{writer}_file.py')
+    done = subprocess.run([python, script, folder],
                           env=environment(),
                           capture_output=True,
                           text=True,

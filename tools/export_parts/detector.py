@@ -7,7 +7,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmdet_efficientdet.deploy.heads import InputSettings
-from mmdet_efficientdet.registry import MODELS
+from mmdet_efficientdet.models.anchors import AnchorGenerator
+from mmdet_efficientdet.registry import MODELS, TASK_UTILS
 from mmdet_efficientdet.scaling import MIN_SIDE, SCALING
 from mmdet_efficientdet.utils import plain_data, printable
 from mmdet_efficientdet.weights.conventions import (check_unique, class_names,
@@ -48,11 +49,27 @@ def check_model(config: Config) -> None:
                          'files take RGB images; use bgr_to_rgb=True')
 
 
+def anchor_generator(config: Config) -> AnchorGenerator:
+    """The anchor generator of a config.
+
+    Raises:
+        ValueError: If it is another class, whose arguments the readers of
+            :class:`InputSettings` do not know.
+    """
+    init_default_scope('mmdet')
+    generator = TASK_UTILS.build(config.model.bbox_head.anchor_generator)
+    if type(generator) is not AnchorGenerator:
+        raise ValueError(
+            f'bbox_head.anchor_generator is {type(generator)}, but only '
+            'mmdet_efficientdet.AnchorGenerator can be exported')
+    return generator
+
+
 def size_of(config: Config) -> str:
     """The size of a config's model, a key of ``SCALING``, or 'custom'."""
     model = config.model
+    scale = anchor_generator(config).octave_base_scale
     for name, row in SCALING.items():
-        scale = model.bbox_head.anchor_generator.get('octave_base_scale', 4.0)
         if (row.backbone, row.bifpn_channels, row.bifpn_layers,
                 row.head_layers, row.num_levels,
                 row.anchor_scale) == (model.backbone.get('arch'),
@@ -153,13 +170,9 @@ def input_settings(config: Config, names: Sequence[str], resize: str,
         raise ValueError(
             f'data_preprocessor.pad_value is {padding}, but exported files '
             'are padded with the mean color, which is 0; use --resize stretch')
-    generator = dict(config.model.bbox_head.get('anchor_generator', {}))
-    generator.pop('type', None)
-    generator.setdefault('octave_base_scale', 4.0)
-    generator.setdefault('scales_per_octave', 3)
-    generator.setdefault('aspect_pairs', [[1, 1], [1.4, 0.7], [0.7, 1.4]])
     return InputSettings(size, list(preprocessor.mean), list(preprocessor.std),
-                         names, resize, plain_data(generator))
+                         names, resize,
+                         plain_data(vars(anchor_generator(config))))
 
 
 def anchors_of(detector, network, image_size: Tuple[int, int]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 
 from mmdet_efficientdet.datasets.transforms import scaled_size
 from mmdet_efficientdet.deploy.heads import InputSettings
@@ -206,17 +207,9 @@ def agreement(expected: Rows, found: Rows, least: float = 0.3) -> List[bool]:
     It has if a box of the same class has an IoU of at least 0.9 and a score
     that differs by at most 0.05.
     """
-    boxes, scores, labels = found
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    result = []
-    for box, score, label in zip(*expected):
-        if score < least:
-            continue
-        sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(
-            box[:2], boxes[:, :2])
-        inter = sides.clip(0).prod(1)
-        iou = inter / ((box[2:] - box[:2]).prod() + areas - inter)
-        result.append(
-            bool(((iou >= 0.9) & (labels == label)
-                  & (abs(scores - score) <= 0.05)).any()))
-    return result
+    ours, theirs = ([torch.from_numpy(x) for x in rows]
+                    for rows in (expected, found))
+    same = ((box_iou(ours[0], theirs[0]) >= 0.9)
+            & (ours[2][:, None] == theirs[2])
+            & ((ours[1][:, None] - theirs[1]).abs() <= 0.05))
+    return same.any(1)[ours[1] >= least].tolist()

@@ -139,7 +139,7 @@ def _compare(args, folder: Path, files: Dict[str,
         measured['heads'] = measure(args.to, with_heads, tail, config)['heads']
     receipts.judge(measured, args.precision, cell, args.max_ap_loss)
     beside = {}
-    if args.to == 'mediapipe':
+    if args.to in ('mediapipe', 'frigate', 'coral'):
         beside['by MediaPipe, which suppresses across classes'] = measure(
             'ObjectDetector', file, 'one_class', config)['ap_artefact']
     if settings.resize == 'stretch':

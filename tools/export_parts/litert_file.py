@@ -1,10 +1,8 @@
-"""TensorFlow Lite files of a plain network, for LiteRT and MediaPipe.
+"""Writes TensorFlow Lite files: python litert_file.py JOB.
 
-It needs litert-torch, which cannot share an environment with MMDetection. So
-``python -m mmdet_efficientdet.deploy.litert JOB`` does the work of a folder
-that holds plain.safetensors, plain.json, anchors.npy (xyxy in pixels),
-job.json (``format`` and ``precision``) and, for int8, images.npy. It writes
-model.tflite into the folder.
+The folder JOB holds plain.safetensors, plain.json, anchors.npy (xyxy in
+pixels), job.json (``format`` and ``precision``) and, for int8, images.npy. It
+gets model.tflite. litert-torch cannot share an environment with MMDetection.
 """
 import json
 import sys
@@ -13,11 +11,11 @@ from pathlib import Path
 from typing import Sequence
 
 import numpy as np
+import tflite_file
 import torch
 
-from . import tflite_file
-from .heads import Heads, InputSettings, freeze
-from .network import load_plain
+from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
+from mmdet_efficientdet.deploy.network import load_plain
 
 
 def convert(heads: Heads, image_size: Sequence[int], path: str) -> None:
@@ -92,7 +90,8 @@ def add_metadata(path: str, settings: InputSettings,
     """Adds what MediaPipe's ``ObjectDetector`` reads, in place.
 
     Args:
-        path (str): A file with the two outputs of :class:`Heads`.
+        path (str): A file with the two outputs of :class:`Heads`, or with
+            the four of ``TFLite_Detection_PostProcess``.
         settings (InputSettings): With the class names.
         anchors (np.ndarray): ``(A, 4)`` centre and size (y, x, h, w), by the
             size of the input.
@@ -103,26 +102,38 @@ def add_metadata(path: str, settings: InputSettings,
         metadata_info as info
     image = info.InputImageTensorMd(  # the network normalises by itself
         'image', None, [0.0], [1.0], schema.ColorSpaceType.RGB)
-    outputs = [
-        info.LocationTensorMd('location'),
-        info.ClassificationTensorMd(
-            'score', label_files=[info.LabelFileMd('labels.txt')])
-    ]
-    custom = _table(
-        schema.CustomMetadataT,
-        name='DETECTOR_METADATA',
-        data=_packed(_decoding(len(settings.classes), anchors), b'V001'))
+    model = tflite_file.read(path)
+    labels = dict(label_files=[info.LabelFileMd('labels.txt')])
+    if len(model.subgraphs[0].outputs) == 2:
+        outputs = [
+            info.LocationTensorMd('location'),
+            info.ClassificationTensorMd('score', **labels)
+        ]
+        custom = [
+            _table(
+                schema.CustomMetadataT,
+                name='DETECTOR_METADATA',
+                data=_packed(
+                    _decoding(len(settings.classes), anchors), b'V001'))
+        ]
+    else:
+        outputs = [
+            info.LocationTensorMd('location'),
+            info.CategoryTensorMd('category', **labels),
+            info.ClassificationTensorMd('score'),
+            info.TensorMd('number of detections')
+        ]
+        custom = None
     graph = _table(
         schema.SubGraphMetadataT,
         inputTensorMetadata=[image.create_metadata()],
         outputTensorMetadata=[x.create_metadata() for x in outputs],
-        customMetadata=[custom])
+        customMetadata=custom)
     metadata = _table(
         schema.ModelMetadataT,
         name='EfficientDet',
         subgraphMetadata=[graph],
         minParserVersion='1.5.0')
-    model = tflite_file.read(path)
     tflite_file.add_metadata(model, _packed(metadata, b'M001'))
     tflite_file.write(model, path)
     with zipfile.ZipFile(path, 'a') as archive:  # behind the model
@@ -197,13 +208,13 @@ def main() -> None:
     anchors = normalized(
         np.load(folder / 'anchors.npy', allow_pickle=False),
         settings.image_size)
-    if job['format'] == 'mediapipe':
-        add_metadata(target, settings, anchors)
-    elif job['format'] in ('frigate', 'coral'):
+    if job['format'] in ('frigate', 'coral'):
         (folder / 'heads.tflite').write_bytes(target.read_bytes())
         model = tflite_file.read(target)
         tflite_file.add_postprocess(model, anchors, len(settings.classes))
         tflite_file.write(model, target)
+    if job['format'] != 'litert':
+        add_metadata(target, settings, anchors)
 
 
 if __name__ == '__main__':
