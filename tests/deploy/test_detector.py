@@ -59,7 +59,7 @@ def opencv(picture, size, device):
 
 
 @pytest.mark.parametrize(
-    'resize, score, pixels', [(opencv, 1e-5, 0.002), (None, 0.01, 0.5)],
+    'resize, score, pixels', [(opencv, 1e-5, 0.002), (None, 0.01, 2)],
     ids=['resized by OpenCV', 'resized by PyTorch'])
 def test_same_as_the_inferencer(resize, score, pixels, host, trees, photo,
                                 monkeypatch):
@@ -75,7 +75,8 @@ def test_same_as_the_inferencer(resize, score, pixels, host, trees, photo,
     assert strong.sum() > 15
     iou = box_iou(torch.tensor(boxes[strong]), torch.tensor(found.boxes))
     order = iou.argmax(1).numpy()
-    assert abs(found.boxes[order] - boxes[strong]).max() < pixels
+    difference = abs(found.boxes[order] - boxes[strong])
+    assert difference.max() < pixels and np.median(difference) < pixels / 20
     assert abs(found.scores[order] - scores[strong]).max() < score
     assert (found.labels == labels).all()
     assert found.names == ['Tree'] * 300
