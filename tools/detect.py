@@ -47,19 +47,21 @@ from mmdet_efficientdet.deploy import Detections, load_detector
 from mmdet_efficientdet.deploy.detector import pictures_in
 from mmdet_efficientdet.deploy.pictures import read_picture
 
-COLOURS = ('#ff4d4d', '#4da6ff', '#4dff88', '#ffd24d', '#d24dff', '#4dffff')
+COLOURS = ('#ffd24d', '#4da6ff', '#ff6b6b', '#4dff88', '#e07bff', '#4dffff')
 
 
 def draw(found: Detections) -> Image.Image:
     """The picture with boxes, names and scores."""
     picture = Image.fromarray(read_picture(found.path))
     pen = ImageDraw.Draw(picture)
-    width = max(1, max(picture.size) // 500)
+    width = max(2, max(picture.size) // 400)
     for box, score, label, name in zip(found.boxes.tolist(), found.scores,
                                        found.labels, found.names):
         colour = COLOURS[label % len(COLOURS)]
         pen.rectangle(box, outline=colour, width=width)
-        pen.text((box[0] + width, box[1]), f'{name} {score:.2f}', fill=colour)
+        text, place = f'{name} {score:.2f}', (box[0] + width, box[1])
+        pen.rectangle(pen.textbbox(place, text), fill=colour)
+        pen.text(place, text, fill='black')
     return picture
 
 

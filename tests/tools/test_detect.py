@@ -46,9 +46,9 @@ def test_folder_with_a_bad_file(tmp_path):
         expected.names)
     np.testing.assert_allclose(found[0]['boxes'], expected.boxes, atol=0.02)
     drawn = np.asarray(Image.open(out / 'a.jpg')).astype(int)
-    x1, y1, x2, _ = expected.boxes[0].round().astype(int)
-    edge = drawn[y1, x1 + 2:x2 - 1]
-    assert (edge[:, 0] - edge[:, 2]).mean() > 60  # red
+    x1, _, x2, y2 = expected.boxes[0].round().astype(int)
+    edge = drawn[y2 - 1, x1 + 2:x2 - 1]
+    assert (edge[:, 0] - edge[:, 2]).mean() > 60  # yellow
 
 
 @pytest.mark.slow

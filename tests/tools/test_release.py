@@ -28,7 +28,8 @@ FILES = {
 def training(tmp_path_factory):
     """A work directory of the released detector, and data that it knows.
 
-    The objects are its own boxes of the best scores, so its AP is high.
+    The objects are the middle 72.5 % of its own boxes. So every IoU is far
+    from the thresholds of the AP, which rounding cannot change.
     """
     folder = tmp_path_factory.mktemp('home') / 'work_dir'
     (folder / '1' / 'vis_data').mkdir(parents=True)
@@ -36,7 +37,7 @@ def training(tmp_path_factory):
         (0, 0, 300, 200))
     picture.save(folder.parent / 'photo.png')
     found = load_detector(TREES, 'cpu')(np.asarray(picture), threshold=0.2)
-    boxes = [[x1, y1, x2 - x1, y2 - y1]
+    boxes = [[x1 + 0.1375 * (x2 - x1), y1, 0.725 * (x2 - x1), y2 - y1]
              for x1, y1, x2, y2 in found.boxes.tolist()]
     assert len(boxes) > 5
     (folder.parent / 'boxes.json').write_text(
@@ -115,7 +116,7 @@ def test_what_it_says(made):
     """AP of both files, provenance, licences, limits; the card is YAML."""
     source = json.loads((made / 'config.json').read_text())['provenance']
     results = source['results']
-    assert results['AP'] > 60
+    assert 40 < results['AP'] < 55
     for name in ('AP_in_MMDetection', 'trained_checkpoint'):
         assert abs(results[name] - results['AP']) <= 0.1
     assert source['training']['seed'] == 3

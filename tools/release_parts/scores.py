@@ -110,6 +110,8 @@ def score_in_host(config: Config, checkpoint: str, annotations: Path,
     config.log_level = 'WARNING'
     config.model.backbone.init_cfg = None
     with tempfile.TemporaryDirectory() as work_dir:
+        # mmengine keeps a visualizer, and its folder, for each name.
+        config.visualizer, config.experiment_name = None, Path(work_dir).name
         config.work_dir = work_dir
         config.test_evaluator.outfile_prefix = f'{work_dir}/found'
         with contextlib.redirect_stdout(io.StringIO()):
