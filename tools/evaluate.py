@@ -78,6 +78,8 @@ def evaluate(args: argparse.Namespace) -> dict:
         config = read_config(args.config)
         ap = score_in_host(config, args.name, args.data, args.images)
         return dict(AP=ap, published=None)
+    if args.name.endswith('.pth'):
+        raise ValueError(f'the checkpoint {args.name} needs its --config')
     folder = find_release(args.name)
     found = score_detector(
         load_detector(folder, args.device), args.data, args.images)

@@ -85,7 +85,7 @@ class Detections:
 
 
 class Detector:
-    """Finds boxes in pictures.
+    """Finds boxes in pictures. ``classes`` lists the class names.
 
     Args:
         network (PlainNetwork): Of any precision; it is used in float32.
@@ -104,7 +104,7 @@ class Detector:
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         self.device = torch.device(device)
         self.network = network.float().to(self.device)
-        self.settings = settings
+        self.settings, self.classes = settings, settings.classes
         self.mean, self.std = (
             torch.tensor(x, device=self.device).view(1, 3, 1, 1)
             for x in (settings.mean, settings.std))
@@ -119,11 +119,6 @@ class Detector:
                 ValueError) as error:
             raise ValueError('network and settings of the detector do not '
                              f'fit: {error}') from error
-
-    @property
-    def classes(self) -> List[str]:
-        """The class names."""
-        return self.settings.classes
 
     def __call__(
             self,
@@ -162,8 +157,8 @@ class Detector:
                 yield self._detect(picture, threshold)
             except ValueError as error:
                 named = isinstance(picture, (str, os.PathLike))
-                yield Detections(
-                    path=os.fspath(picture) if named else '', error=str(error))
+                path = os.fspath(picture) if named else ''
+                yield Detections(path=path, error=str(error))
 
     @torch.no_grad()
     def _detect(self, picture: Picture, threshold: float) -> Detections:

@@ -104,10 +104,11 @@ def _fetch(address: str, source: str) -> Path:
     key = hashlib.sha256(address.encode()).hexdigest()[:16]
     folder = Path(torch.hub.get_dir(), 'mmdet_efficientdet', 'releases', key)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder, logging.getLogger(__name__).warning):
-            if not (folder / SUMS).is_file():
-                _download(address, folder)
+        if not (folder / SUMS).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder, logging.getLogger(__name__).warning):
+                if not (folder / SUMS).is_file():
+                    _download(address, folder)
             check(folder)
     except (OSError, HTTPException, ProcessError, ValueError) as error:
         reason = str(error) or 'no answer'

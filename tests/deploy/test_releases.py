@@ -131,8 +131,9 @@ def test_other_weights(release):
         load_detector(release)
 
 
-def test_download(server, cache):
-    """Once; then from the cache, and without the server."""
+def test_download(server, cache, monkeypatch):
+    """Once; then from the cache, which may be read-only, without the server.
+    """
     folder = releases.find_release(server.address + '/models/a/')
     assert [x.rpartition('/')[2]
             for x in server.paths] == [SUMS, CONFIG, WEIGHTS]
@@ -141,6 +142,7 @@ def test_download(server, cache):
     load_detector(server.address + '/models/a')
     assert len(server.paths) == 3
     server.shutdown()
+    monkeypatch.setattr(releases, 'lock', None)
     assert releases.find_release(server.address + '/models/a') == folder
 
 

@@ -132,7 +132,8 @@ def test_release(tmp_path, monkeypatch, capsys):
     ([LITE0, 'nosuch'], 'nosuch'),
     (['effdet://tf_efficientdet_lite00', 'nosuch'], 'tf_efficientdet_lite0'),
     (['treess', 'nosuch'], "'trees'"),
-], ids=['data', 'name', 'release'])  # yapf: disable
+    (['my.pth', 'nosuch'], '--config'),
+], ids=['data', 'name', 'release', 'checkpoint'])  # yapf: disable
 def test_mistakes(arguments, word):
     with pytest.raises(ValueError, match=word):
         run(*arguments)
