@@ -8,7 +8,7 @@ safetensors, settings, config and provenance as JSON, a model card, an entry
 for a metafile, the curves of the training, and SHA256SUMS. Before that, it
 evaluates the trained checkpoint with MMDetection, loads both files of the
 release in new processes, and evaluates them on the same photographs. If an AP
-differs by more than 0.1 points of 100, or a file has a path of this machine,
+differs by more than --max-difference, or a file has a path of this machine,
 nothing is written. Publishing is copying the folder.
 """
 import argparse
@@ -55,6 +55,11 @@ def parse_args(arguments=None) -> argparse.Namespace:
             default='not stated',
             help=f'{what} (default: '
             '%(default)s)')
+    add('--max-difference',
+        type=float,
+        default=0.1,
+        metavar='POINTS',
+        help='of the AP, of 100, for few photographs (default: %(default)s)')
     add('--limits',
         action='append',
         default=[],

@@ -109,7 +109,7 @@ def _fetch(address: str, source: str) -> Path:
             with lock(folder, logging.getLogger(__name__).warning):
                 if not (folder / SUMS).is_file():
                     _download(address, folder)
-            check(folder)
+        check(folder)
     except (OSError, HTTPException, ProcessError, ValueError) as error:
         reason = str(error) or 'no answer'
         raise ValueError(

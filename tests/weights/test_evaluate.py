@@ -20,7 +20,7 @@ LITE0 = 'effdet://tf_efficientdet_lite0'
 
 @pytest.fixture
 def entry(effdet_file, tmp_path, monkeypatch):
-    """The published file is one with random weights and another mean."""
+    """The published file is one with random weights and other anchors."""
     digest = hashlib.sha256(effdet_file.read_bytes()).hexdigest()
     file = f'lite0-{digest[:8]}.pth'
     (tmp_path / 'weights').mkdir()
@@ -29,7 +29,7 @@ def entry(effdet_file, tmp_path, monkeypatch):
     entry = replace(
         published.manifest()[LITE0],
         file=file,
-        mean=[60.0, 160.0, 90.0],
+        aspect_pairs=[[3.0, 3.0], [3.0, 1.0], [1.0, 3.0]],
         ap=12.5)
     monkeypatch.setitem(published.manifest(), LITE0, entry)
     return entry
@@ -76,7 +76,7 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_published(entry, folder, monkeypatch):
-    """Its own mean is used; with that of the config the AP is lower."""
+    """Its own anchors are used; with those of the config the AP is lower."""
     found = run(LITE0, folder)
     assert found == dict(AP=found['AP'], published=12.5)
     assert found['AP'] > 50

@@ -26,7 +26,6 @@ from .scores import score_in_host
 from .settings import detector_settings
 
 EVALUATE = Path(__file__).parents[1] / 'evaluate.py'
-MAX_DIFFERENCE = 0.1  # points of AP
 
 
 def release(args: argparse.Namespace) -> Path:
@@ -62,7 +61,8 @@ def release(args: argparse.Namespace) -> Path:
         source = dict(
             provenance_of(args, config, checkpoint, data, folder, file),
             name=name)
-        results = prove(folder, file, public, data, expected)
+        results = prove(folder, file, public, data, expected,
+                        args.max_difference)
         source.update(results=dict(results, trained_checkpoint=expected))
         card.write(folder, source, config, args)
         write_json(folder / CONFIG, dict(
@@ -161,7 +161,7 @@ def write_weights(folder: Path, checkpoint: Path, stem: str, config: Config,
 
 
 def prove(folder: Path, file: Path, config: Config, data: tuple,
-          expected: float) -> dict:
+          expected: float, limit: float) -> dict:
     """Evaluates both files of a release in new processes.
 
     Returns:
@@ -188,20 +188,20 @@ def prove(folder: Path, file: Path, config: Config, data: tuple,
                                  f'{run.stderr[-2000:]}')
             found[name] = json.loads(out.read_text())
     for name, numbers in found.items():
-        judge(name, numbers['AP'], expected)
+        judge(name, numbers['AP'], expected, limit)
     result = found['release']
     result.pop('published')
     return dict(result, AP_in_MMDetection=found['checkpoint']['AP'])
 
 
-def judge(name: str, found: float, expected: float) -> None:
+def judge(name: str, found: float, expected: float, limit: float) -> None:
     """Raises a ValueError if an AP is not the expected one."""
-    if not abs(found - expected) <= MAX_DIFFERENCE + 1e-9:  # also NaN
+    if not abs(found - expected) <= limit + 1e-9:  # also NaN
         raise ValueError(
             f'the {name} has AP {found:.2f}, the trained checkpoint '
-            f'{expected:.2f}; they may differ by {MAX_DIFFERENCE}. Without '
-            '--half, weights are not rounded; more photographs make the AP '
-            'less random')
+            f'{expected:.2f}; they may differ by {limit:g}. Without --half, '
+            'weights are not rounded; more photographs make the AP less '
+            'random; --max-difference POINTS allows more')
 
 
 def write_json(path: Path, data: dict) -> None:
