@@ -106,7 +106,7 @@ def main() -> int:
             if not found.error:
                 draw(found).save(
                     free_name(args.out, found.path, taken), quality=90)
-            bar.update()
+            bar.update(1)
     text = json.dumps([*map(as_json, results)], indent=1, ensure_ascii=False)
     (args.out / 'detections.json').write_text(text + '\n', encoding='utf-8')
     bad = [found.error for found in results if found.error]

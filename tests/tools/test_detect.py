@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import detect as tool
 import numpy as np
 import pytest
 from PIL import Image
+from torch.hub import _Faketqdm
 
 from mmdet_efficientdet import load_detector
 
@@ -63,3 +65,16 @@ def test_mistakes(arguments, word, tmp_path):
     assert run.returncode == 1 and word in run.stderr
     assert len(run.stderr.splitlines()) == 1
     assert [x.name for x in tmp_path.iterdir()] == ['empty']
+
+
+@pytest.mark.slow
+def test_without_tqdm(tmp_path, monkeypatch, capsys):
+    """PyTorch does not bring it, but a plain bar of its own."""
+    monkeypatch.setattr(tool, 'tqdm', _Faketqdm)
+    monkeypatch.setattr(
+        sys, 'argv',
+        ['detect',
+         str(PHOTO), '--model', 'trees', '--out',
+         str(tmp_path)])
+    assert tool.main() == 0
+    assert '31 boxes in 1 pictures' in capsys.readouterr().out
