@@ -16,6 +16,7 @@ SCHEMES = {
     'automl://': 'load_from_published',
     'effdet://': 'load_from_published',
     'pypi://': 'load_from_pypi',
+    'release://': 'load_from_release',
     'timm://': 'load_from_timm'
 }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import (Annotated, Any, Dict, Iterator, List, Literal, Optional,
-                    Sequence, Tuple, Union)
+                    Sequence, Tuple, TypedDict, Union)
 
 import msgspec
 import numpy as np
@@ -29,7 +29,15 @@ _Side = Annotated[int, Meta(ge=1, le=1 << 13)]
 _Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
 _Positive = Annotated[float, Meta(gt=0, le=1e6)]
 _THREE = Meta(min_length=3, max_length=3)
-Picture = Union[str, os.PathLike, np.ndarray, Image.Image]
+_PICTURE = (str, os.PathLike, np.ndarray, Image.Image)
+Picture = Union[_PICTURE]
+
+
+class _TestCfg(TypedDict, total=False):
+    nms_pre: int
+    nms: Dict[str, Any]
+    max_per_img: int
+    score_thr: float
 
 
 @dataclass
@@ -38,8 +46,8 @@ class DetectorSettings(InputSettings):
 
     Args:
         image_size, mean, std, classes, anchors: See :class:`InputSettings`.
-        resize (str): As there, or 'factor', which enlarges every picture by
-            ``factor`` and pads it to multiples of ``image_size``.
+        resize (str): 'pad', as there, or 'factor', which enlarges pictures by
+            ``factor`` and pads them to multiples of ``image_size``.
         factor (float): Defaults to 1.
         test_cfg (dict): ``nms_pre``, ``nms``, ``max_per_img`` and
             ``score_thr`` of ``EfficientDetHead``. Defaults to its defaults.
@@ -48,10 +56,10 @@ class DetectorSettings(InputSettings):
     mean: Annotated[List[_Number], _THREE]
     std: Annotated[List[_Positive], _THREE]
     classes: List[str]
-    resize: Literal['pad', 'stretch', 'factor']
+    resize: Literal['pad', 'factor']
     anchors: Dict[str, Any]
     factor: _Positive = 1.0
-    test_cfg: Dict[str, Any] = field(default_factory=dict)
+    test_cfg: _TestCfg = field(default_factory=dict)
 
 
 @dataclass
@@ -77,7 +85,7 @@ class Detections:
 
 
 class Detector:
-    """Finds boxes in pictures.
+    """Finds boxes in pictures. ``classes`` lists the class names.
 
     Args:
         network (PlainNetwork): Of any precision; it is used in float32.
@@ -96,7 +104,7 @@ class Detector:
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         self.device = torch.device(device)
         self.network = network.float().to(self.device)
-        self.settings = settings
+        self.settings, self.classes = settings, settings.classes
         self.mean, self.std = (
             torch.tensor(x, device=self.device).view(1, 3, 1, 1)
             for x in (settings.mean, settings.std))
@@ -111,11 +119,6 @@ class Detector:
                 ValueError) as error:
             raise ValueError('network and settings of the detector do not '
                              f'fit: {error}') from error
-
-    @property
-    def classes(self) -> List[str]:
-        """The class names."""
-        return self.settings.classes
 
     def __call__(
             self,
@@ -138,12 +141,12 @@ class Detector:
             ValueError: If a single picture cannot be read, or a folder has
                 none.
         """
-        if isinstance(pictures, (str, os.PathLike)):
-            if os.path.isdir(pictures):
-                return list(self.each(pictures_in(pictures), threshold))
-        elif not isinstance(pictures, (np.ndarray, Image.Image)):
-            return list(self.each(pictures, threshold))
-        return self._detect(pictures, threshold)
+        if isinstance(pictures,
+                      (str, os.PathLike)) and Path(pictures).is_dir():
+            pictures = pictures_in(pictures)
+        if isinstance(pictures, _PICTURE):
+            return self._detect(pictures, threshold)
+        return list(self.each(pictures, threshold))
 
     def each(self,
              pictures: Sequence[Picture],
@@ -154,8 +157,8 @@ class Detector:
                 yield self._detect(picture, threshold)
             except ValueError as error:
                 named = isinstance(picture, (str, os.PathLike))
-                yield Detections(
-                    path=os.fspath(picture) if named else '', error=str(error))
+                path = os.fspath(picture) if named else ''
+                yield Detections(path=path, error=str(error))
 
     @torch.no_grad()
     def _detect(self, picture: Picture, threshold: float) -> Detections:
@@ -192,8 +195,6 @@ class Detector:
         side = tuple(self.settings.image_size)
         if self.settings.resize == 'pad':
             return scaled_size(shape, side)[1], side
-        if self.settings.resize == 'stretch':
-            return side, side
         size = enlarged_size(shape, self.settings.factor)
         return size, tuple(-(-n // m) * m for n, m in zip(size, side))
 

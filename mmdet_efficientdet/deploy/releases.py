@@ -46,9 +46,9 @@ def find_release(source: str) -> Path:
     if re.match(r'https://|http://(localhost|127\.0\.0\.1)[:/]', source):
         return _fetch(source.rstrip('/'), source)
     folder = Path(source)
-    if '://' not in source and not folder.is_dir():
+    if source in names() and not folder.is_dir():
         folder = ZOO / source
-    if source not in names() and ('://' in source or not folder.is_dir()):
+    elif '://' in source or not source or not folder.is_dir():
         near = difflib.get_close_matches(source, names(), 1, 0.5)
         raise ValueError(
             f'{source!r} is no release. '
@@ -89,17 +89,14 @@ def check(folder: Path, files=FILES) -> None:
     """
     sums = read_sums(folder)
     for name in files:
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f'{path} is missing. {_AGAIN}')
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        path, digest = folder / name, 'none'
+        if path.is_file():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != sums[name]:
-            raise ValueError(f'{path} is damaged or was changed: its SHA-256 '
-                             f'is {digest}, but should be {sums[name]} '
-                             f'according to {SUMS}. {_AGAIN}')
-
-
-_AGAIN = 'Copy or download the release again'
+            raise ValueError(
+                f'{path} is missing, damaged or was changed: its SHA-256 is '
+                f'{digest}, but should be {sums[name]} according to {SUMS}. '
+                'Copy or download the release again')
 
 
 def _fetch(address: str, source: str) -> Path:
@@ -107,11 +104,12 @@ def _fetch(address: str, source: str) -> Path:
     key = hashlib.sha256(address.encode()).hexdigest()[:16]
     folder = Path(torch.hub.get_dir(), 'mmdet_efficientdet', 'releases', key)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder, logging.getLogger(__name__).warning):
-            if not (folder / SUMS).is_file():
-                _download(address, folder)
-            check(folder)
+        if not (folder / SUMS).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder, logging.getLogger(__name__).warning):
+                if not (folder / SUMS).is_file():
+                    _download(address, folder)
+        check(folder)
     except (OSError, HTTPException, ProcessError, ValueError) as error:
         reason = str(error) or 'no answer'
         raise ValueError(
