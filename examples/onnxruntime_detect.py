@@ -42,7 +42,7 @@ def main():
     boxes, scores, labels = session.run(None, {'images': images})
     for box, score, label in zip(boxes[0], scores[0], labels[0]):
         if score >= 0.3:
-            corners = (box / np.float32([x, y, x, y])).round(1).tolist()
+            corners = (box / [x, y, x, y]).round(1).tolist()
             print(settings['classes'][label], f'{score:.4f}', *corners)
 
 

@@ -83,6 +83,10 @@ def add_content(add: Callable) -> None:
         type=int,
         help='of --nms: pairs of anchor and class before suppression '
         '(default: nms_pre of the config); TensorRT takes up to 3840')
+    add('--dynamic',
+        action='store_true',
+        help='of onnx: any height and width that are multiples of 128, or of '
+        '256 for six levels')
     add('--pt2', action='store_true', help='of torch: write a .pt2, too')
     add('--size',
         type=int,
@@ -144,6 +148,9 @@ def settle(args: argparse.Namespace) -> None:
     if args.to != 'onnx' and args.nms != 'none':
         raise ValueError(f'--nms {args.nms} is for --to onnx; --to {args.to} '
                          'has a fixed output, see --help')
+    if args.dynamic and (args.to, args.nms) != ('onnx', 'none'):
+        raise ValueError('--dynamic is for --to onnx --nms none, because '
+                         'suppression needs the anchors of one size')
     if args.candidates is not None and args.candidates < 1:
         raise ValueError(f'--candidates {args.candidates} must be at least 1')
     args.limit = 500 if args.limit is None else args.limit
@@ -160,9 +167,11 @@ def settle(args: argparse.Namespace) -> None:
         args.out = args.verify or Path(folder).parent / name
     if args.out.suffix != suffix:
         raise ValueError(f'--to {args.to} writes a file {suffix}, but --out '
-                         f'is {args.out}')
+                         f'is {args.out}; give --out '
+                         f'{args.out.with_suffix(suffix)}')
     if not args.out.parent.is_dir():
-        raise ValueError(f'the folder {args.out.parent} does not exist')
+        raise ValueError(f'the folder {args.out.parent} of --out does not '
+                         'exist; make it, or give another --out')
     suffixes += ('.receipt.json', '.receipt.txt') + ('.pt2', ) * args.pt2
     for path in map(args.out.with_suffix, suffixes):
         if path.exists() and not (args.force or args.verify):

@@ -20,7 +20,7 @@ from .heads import InputSettings
 from .network import PlainNetwork, load_plain
 from .pictures import (SUFFIXES, enlarged_size, read_picture, resize,
                        scaled_size, to_rgb)
-from .postprocess import decode, select, suppress
+from .postprocess import detect, join
 from .releases import CONFIG, WEIGHTS, find_release
 
 THRESHOLD = 0.3  # lowest score of a box, unless another is given
@@ -204,16 +204,10 @@ class Detector:
         maps = self.network(images)
         anchors = self.generator.grid_priors([x.shape[-2:] for x in maps[0]],
                                              images.shape[-2:], self.device)
-        logits, deltas = (torch.cat(
-            [x.permute(0, 2, 3, 1).reshape(1, -1, n) for x in part], 1)
-                          for part, n in zip(maps, (len(self.classes), 4)))
-        config = dict(self.settings.test_cfg)
-        logits, index, labels = select(logits, config.get('nms_pre', 5000))
-        boxes = decode(deltas, torch.cat(anchors), index,
-                       SimpleNamespace(decode=decode_boxes))
-        limit = config.get('max_per_img', 100)
-        found = suppress(boxes, logits.sigmoid(), labels, limit,
-                         **config.get('nms', {}))
+        found = detect(
+            join(maps[0], len(self.classes)), join(maps[1], 4),
+            torch.cat(anchors), SimpleNamespace(decode=decode_boxes),
+            self.settings.test_cfg)
         return tuple(x[0] for x in found)
 
 

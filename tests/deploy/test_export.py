@@ -17,7 +17,8 @@ import onnxruntime
 import pytest
 import torch
 from export_parts import exporting, onnx_file, support
-from export_parts.evaluation import Photographs, agreement, detect, fit
+from export_parts.evaluation import (Photographs, agreement,
+                                     calibration_images, detect, fit)
 from export_parts.exporting import export
 from export_parts.receipt import TOLERANCE, compare, judge
 from helpers.tiny_data import CLASSES, LITE0, make_dataset
@@ -172,6 +173,25 @@ def test_onnx(nms, tiny, parts, tmp_path):
             np.testing.assert_allclose(theirs[1], ours[1], atol=1e-5)
             hits = agreement(ours, theirs, least=0)
             assert len(hits) > 50 and np.mean(hits) > 0.98
+
+
+@pytest.mark.slow
+def test_dynamic_onnx(parts, tmp_path):
+    """One file for all multiples of 128, and an error for other sizes."""
+    network, settings, anchors, _ = parts
+    path = tmp_path / 'x.onnx'
+    onnx_file.write(
+        network, settings, str(path), 'none', anchors, {}, dynamic=True)
+    session = onnxruntime.InferenceSession(path)
+    assert session.get_modelmeta().custom_metadata_map['size_divisor'] == '128'
+    heads, generator = Heads(network, settings), np.random.default_rng(0)
+    for shape in ((1, 128, 384, 3), (2, 256, 128, 3)):
+        images = generator.integers(0, 256, shape, np.uint8)
+        found = session.run(None, dict(images=images))
+        for ours, theirs in zip(heads(torch.from_numpy(images)), found):
+            close(ours.numpy(), theirs)
+    with pytest.raises(Exception, match='Add'):
+        session.run(None, dict(images=np.zeros((1, 200, 320, 3), np.uint8)))
 
 
 # ---------------------------------------------------------------- tool -----
@@ -418,14 +438,16 @@ REFUSED = {
     'tensorrt': (['--to', 'tensorrt'], 'tensorrt.*--candidates 3840'),
     'precision': (['--to', 'onnx', '--precision', 'int8'], 'int8.*fp32'),
     'nms': (['--to', 'litert', '--nms', 'hard'], 'hard.*onnx'),
+    'dynamic': (['--to', 'onnx', '--nms', 'soft', '--dynamic'], 'nms none'),
     'candidates': (['--to', 'onnx', '--candidates', '0'], '0.*1'),
     'limit': (['--to', 'onnx', '--limit', '0'], '0.*1'),
-    'suffix': (['--to', 'onnx', '--out', 'x.tflite'], r'\.onnx.*x\.tflite'),
-    'folder': (['--to', 'onnx', '--out', 'none/x.onnx'], 'none'),
+    'suffix': (['--to', 'onnx', '--out', 'x.tflite'], r'x\.tflite.*x\.onnx'),
+    'folder': (['--to', 'onnx', '--out', 'none/x.onnx'], 'none.*--out'),
     'receipt': (['--verify', 'none.onnx'], r'none\.receipt\.json'),
 }
 REFUSED_LATER = {
     'size': (['--to', 'onnx', '--size', '32', '96'], '32.*64'),
+    'divisor': (['--to', 'onnx', '--dynamic'], '128.*96, 96.*--size'),
     'python': (['--to', 'litert', '--python', '/none'], 'litert_torch.*/none'),
     'names': (['--to', 'onnx', '--classes', 'a', 'b'], '3.*2'),
     'name': (['--to', 'onnx', '--classes', 'a', 'b', 'c\nd'], r'c\\nd'),
@@ -525,6 +547,42 @@ def test_exporter_fails(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='pip install onnx'):
         export(args)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('number, message', [
+    (0, 'none.*no folder'),
+    (15, 'at least 16; 15 of.*--calibration'),
+    (16, r'\.jpg cannot be read'),
+])
+def test_refused_calibration(number, message, tiny, tmp_path, monkeypatch):
+    """A folder that is missing, has too few files, or no images."""
+    folder = tmp_path / ('images' if number else 'none')
+    for i in range(number):
+        folder.mkdir(exist_ok=True)
+        (folder / f'{i}.jpg').write_text('no image')
+    monkeypatch.setattr(exporting, 'find_python', lambda *args: sys.executable)
+    args = arguments(tiny, '--to', 'litert', '--precision', 'int8', '--out',
+                     tmp_path / 'x.tflite', '--calibration', folder)
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        export(args)
+    assert not [x for x in tmp_path.iterdir() if x != folder]
+
+
+def test_calibration_by_seed(tmp_path):
+    """The seed chooses the images, whatever the order of their names."""
+    paths = [tmp_path / f'{i}.png' for i in range(20)]
+    for i, path in enumerate(paths):
+        cv2.imwrite(str(path), np.full((9, 9, 3), i, np.uint8))
+    settings = InputSettings([64, 64], [0.] * 3, [1.] * 3, ['a'], 'pad', {})
+
+    def chosen(paths, seed):
+        images = calibration_images(tmp_path, paths, settings, 16, seed)
+        assert images.shape == (16, 64, 64, 3)
+        return images[:, 0, 0, 0].tolist()
+
+    first = chosen(paths, 0)
+    assert len(set(first)) == 16
+    assert first == chosen(paths[::-1], 0) != chosen(paths, 1)
 
 
 @pytest.mark.parametrize('number', [1, 1000])

@@ -73,7 +73,8 @@ def find_python(format: str, given: Optional[str]) -> str:
 
 def build(folder: Path, format: str, precision: str, python: str,
           detector_parts: tuple, nms: str, candidates: Optional[int],
-          images: Optional[np.ndarray], pt2: bool) -> Dict[str, Path]:
+          images: Optional[np.ndarray], pt2: bool,
+          dynamic: bool) -> Dict[str, Path]:
     """Builds an export; returns its files by suffix.
 
     Args:
@@ -85,6 +86,7 @@ def build(folder: Path, format: str, precision: str, python: str,
         candidates (int, optional): For ONNX with suppression.
         images (np.ndarray, optional): For int8.
         pt2 (bool): Whether 'torch' writes an exported program, too.
+        dynamic (bool): Whether 'onnx' has no fixed size.
 
     Raises:
         ValueError: If the exporter fails, with its last words.
@@ -107,7 +109,7 @@ def build(folder: Path, format: str, precision: str, python: str,
     if format in ('onnx', 'openvino'):
         with _one_error():
             onnx_file.write(network, settings, str(folder / 'model.onnx'), nms,
-                            anchors, config, candidates)
+                            anchors, config, candidates, dynamic)
     if format == 'onnx':
         return {'.onnx': folder / 'model.onnx'}
     writer = 'litert' if format in TFLITE else format

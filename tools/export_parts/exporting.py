@@ -38,6 +38,12 @@ def export(args: argparse.Namespace) -> str:
     settings = input_settings(config, names, args.resize, args.size)
     photographs = _photographs(args, config, settings)
     network = plain_network(detector)
+    odd = [x for x in settings.image_size if x % network.divisor]
+    if args.dynamic and odd:
+        raise ValueError(
+            f'--dynamic is for sides that are multiples of {network.divisor}, '
+            f'but the size of the comparison has {odd}; give --size HEIGHT '
+            'WIDTH')
     test_cfg = dict(detector.test_cfg or {})
     anchors = anchors_of(detector, network, settings.image_size)
     parts = network, settings, anchors, test_cfg
@@ -51,9 +57,10 @@ def export(args: argparse.Namespace) -> str:
                 if args.out.with_suffix(suffix).is_file()
             }
         else:
+            images = _calibration(args, config, settings)
             files = build(folder, args.to, args.precision, python, parts,
-                          args.nms, args.candidates,
-                          _calibration(args, config, settings), args.pt2)
+                          args.nms, args.candidates, images, args.pt2,
+                          args.dynamic)
         measured = _compare(args, folder, files, python, parts, photographs,
                             cell)
         found = dict(
@@ -64,6 +71,7 @@ def export(args: argparse.Namespace) -> str:
             size=size,
             nms=args.nms,
             candidates=args.candidates,
+            dynamic=args.dynamic,
             image_size=list(settings.image_size),
             num_classes=len(names),
             classes=names,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
+from mmdet_efficientdet.deploy.network import PlainNetwork
 from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
 from mmdet_efficientdet.utils import import_package
@@ -101,8 +102,9 @@ def write(network,
           nms: str,
           anchors: Tensor,
           config: dict,
-          candidates: Optional[int] = None) -> None:
-    """Writes a file for uint8 images ``(N, H, W, 3)`` of a fixed size.
+          candidates: Optional[int] = None,
+          dynamic: bool = False) -> None:
+    """Writes a file for uint8 images ``(N, H, W, 3)``.
 
     Args:
         network (PlainNetwork): The network.
@@ -113,14 +115,24 @@ def write(network,
         config (dict): The ``test_cfg`` of the detector's head.
         candidates (int, optional): See :class:`Detections`. Defaults to
             ``nms_pre`` of ``config``, and to all pairs if that is below 1.
+        dynamic (bool): Whether the file takes all multiples of the network's
+            ``divisor`` as height and width, instead of the size of
+            ``settings``. Only for ``nms`` 'none'. Defaults to False.
 
     Raises:
         ValueError: If the package onnx is missing.
         RuntimeError: If PyTorch's exporter fails.
     """
     onnx = import_package('onnx', 'an export to ONNX or OpenVINO')
-    images = torch.zeros(2, *settings.image_size, 3, dtype=torch.uint8)
-    heads = freeze(Heads(network, settings), settings.image_size)
+    size = settings.image_size
+    if dynamic:
+        size = [network.divisor] * 2
+        even = PlainNetwork(**network.settings, even=True)
+        even.load_state_dict(network.state_dict())
+        heads = Heads(even, settings)
+    else:
+        heads = freeze(Heads(network, settings), size)
+    images = torch.zeros(2, *size, 3, dtype=torch.uint8)
     if nms == 'none':
         module, names = RawHeads(heads), ['deltas', 'logits']
     else:
@@ -129,6 +141,13 @@ def write(network,
         number = min(number, pairs) if number > 0 else pairs
         module = Detections(heads, anchors, config, nms == 'soft', number)
         names = ['boxes', 'scores', 'labels']
+    axes = {name: {0: 'batch'} for name in ('images', *names)}
+    facts = dict(vars(settings))
+    if dynamic:
+        axes['images'].update({1: 'height', 2: 'width'})
+        for name in names:
+            axes[name][1] = 'anchors'
+        facts['size_divisor'] = network.divisor
     torch.onnx.export(
         module, (images, ),
         path,
@@ -136,12 +155,9 @@ def write(network,
         opset_version=OPSET,
         input_names=['images'],
         output_names=names,
-        dynamic_axes={name: {
-            0: 'batch'
-        }
-                      for name in ('images', *names)})
+        dynamic_axes=axes)
     model = onnx.load(path)
-    for key, value in vars(settings).items():
+    for key, value in facts.items():
         entry = model.metadata_props.add()
         entry.key = key
         entry.value = json.dumps(value, ensure_ascii=False)

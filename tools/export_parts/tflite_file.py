@@ -5,14 +5,35 @@ All functions change a ``ModelT`` of one subgraph, as :func:`read` returns it.
 from pathlib import Path
 from typing import List, Sequence
 
+import flatbuffers
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from flatbuffers import flexbuffers
 
 POSTPROCESS = 'TFLite_Detection_PostProcess'
 
 
+class Builder(flatbuffers.Builder):
+    """Writes equal arrays once.
+
+    A tenth of an int8 file are zero points, one of eight bytes for each
+    channel and all of them zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.known = {}
+
+    def CreateNumpyVector(self, x: np.ndarray) -> int:
+        """The offset of an array, perhaps of an equal one before."""
+        key = x.dtype.str, x.tobytes()
+        if key not in self.known:
+            self.known[key] = super().CreateNumpyVector(x)
+        return self.known[key]
+
+
 def read(path: str):
     """The objects of a file."""
-    from ai_edge_litert import schema_py_generated as schema
     data = Path(path).read_bytes()
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
     for buffer in model.buffers:
@@ -32,9 +53,8 @@ def write(model, path: str, signature: Sequence = ()) -> None:
         signature (Sequence): Its signatures. Defaults to none: Coral takes
             the outputs of a file without one in their own order.
     """
-    import flatbuffers
     model.signatureDefs = list(signature)
-    builder = flatbuffers.Builder(1 << 20)
+    builder = Builder()
     builder.Finish(model.Pack(builder), b'TFL3')
     Path(path).write_bytes(builder.Output())
 
@@ -61,7 +81,6 @@ def take_uint8(model) -> None:
 
     The pixel 0 to 255 is the quantised value plus 128, so nothing is rounded.
     """
-    from ai_edge_litert import schema_py_generated as schema
     graph = model.subgraphs[0]
     old = graph.inputs[0]
     tensor = graph.tensors[old]
@@ -78,7 +97,6 @@ def take_uint8(model) -> None:
 
 def give_float(model) -> None:
     """Puts a conversion to float32 behind each int8 output."""
-    from ai_edge_litert import schema_py_generated as schema
     graph, outputs = model.subgraphs[0], []
     for index in graph.outputs:
         tensor = graph.tensors[index]
@@ -104,8 +122,6 @@ def add_postprocess(model,
         num_classes (int): Number of classes.
         max_detections (int): Defaults to 100.
     """
-    from ai_edge_litert import schema_py_generated as schema
-    from flatbuffers import flexbuffers
     graph, float32 = model.subgraphs[0], schema.TensorType.FLOAT32
     boxes, logits = graph.outputs
     scores = _tensor(model, 'class_scores', graph.tensors[logits].shape,
@@ -141,7 +157,6 @@ def add_postprocess(model,
 
 def add_metadata(model, data: np.ndarray) -> None:
     """Adds what MediaPipe reads, packed as bytes."""
-    from ai_edge_litert import schema_py_generated as schema
     entry, buffer = schema.MetadataT(), schema.BufferT()
     entry.name, entry.buffer = 'TFLITE_METADATA', len(model.buffers)
     buffer.data = data
@@ -150,7 +165,6 @@ def add_metadata(model, data: np.ndarray) -> None:
 
 
 def _scales(scale: float, zero: int):
-    from ai_edge_litert import schema_py_generated as schema
     result = schema.QuantizationParametersT()
     result.scale = np.array([scale], np.float32)
     result.zeroPoint = np.array([zero], np.int64)
@@ -163,7 +177,6 @@ def _tensor(model,
             kind: int,
             data: np.ndarray = None) -> int:
     """Adds a tensor; returns its index."""
-    from ai_edge_litert import schema_py_generated as schema
     tensor = schema.TensorT()
     tensor.name, tensor.type = name.encode(), kind
     tensor.shape = np.array(shape, np.int32)
@@ -183,7 +196,6 @@ def _operator(model,
               outputs: List[int],
               first: bool = False):
     """Adds an operator at the start or the end; returns it."""
-    from ai_edge_litert import schema_py_generated as schema
     entry = schema.OperatorCodeT()
     entry.builtinCode, entry.version = code, 1
     entry.deprecatedBuiltinCode = min(code, 127)
