@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+# Of pixels alone: for others, such as EPS, Pillow starts programs.
+FORMATS = ('BMP', 'GIF', 'JPEG', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
@@ -20,7 +22,7 @@ def read_picture(path: str) -> np.ndarray:
         ValueError: If it cannot be read. The message has its path.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             return to_rgb(picture)
     except Exception as error:  # Pillow's readers raise anything
         raise ValueError(

@@ -246,6 +246,15 @@ def broken(folder):
     yield folder / 'missing.jpg'
 
 
+def test_no_program_is_started(tmp_path):
+    """Pillow would give EPS to Ghostscript, whatever the file's name is."""
+    path = tmp_path / 'photo.jpg'
+    Image.new('RGB', (8, 8)).save(path, 'EPS')
+    Image.open(path).close()
+    with pytest.raises(ValueError, match='cannot identify'):
+        pictures.read_picture(path)
+
+
 def test_one_bad_file_of_many(trees, photo, tmp_path):
     """The others are done; the bad ones are listed in their places."""
     bad = list(broken(tmp_path))
