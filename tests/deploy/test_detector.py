@@ -316,6 +316,7 @@ def test_size_of_the_factor(factor):
     dict(test_cfg=dict(nms=dict(type='code'))),
     dict(test_cfg=dict(nms=[1])),
     dict(test_cfg=dict(max_per_img='all')),
+    dict(test_cfg=dict(score_thr='all')),
 ], ids=str)  # yapf: disable
 def test_wrong_settings(change, trees, tmp_path):
     """None reaches a picture."""
