@@ -8,7 +8,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # Of pixels alone: for others, such as EPS, Pillow starts programs.
-FORMATS = ('BMP', 'GIF', 'JPEG', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
+FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
+Image.init()  # else Pillow does not know all of them
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
