@@ -16,10 +16,12 @@ SCHEMES = {
     'automl://': 'load_from_published',
     'effdet://': 'load_from_published',
     'pypi://': 'load_from_pypi',
+    'release://': 'load_from_release',
     'timm://': 'load_from_timm'
 }
 
-DEPLOY = ('PlainNetwork', 'load_plain', 'plain_network', 'save_plain')
+DEPLOY = ('Detections', 'Detector', 'PlainNetwork', 'load_detector',
+          'load_plain', 'plain_network', 'save_plain')
 
 try:
     import wrapt

@@ -25,16 +25,19 @@ HOST_TOOLS = ('train', 'test', 'analysis_tools/analyze_logs',
 
 def find_tools() -> dict:
     """The file of each installed tool: title to name to path."""
-    host = find_spec('mmdet')  # without it `doctor` is still of use
-    folder = Path(host.origin).parent / '.mim' / 'tools' if host else TOOLS
-    files = [folder / f'{name}.py' for name in HOST_TOOLS]
+    host = find_spec('mmdet')  # without it, `doctor` and `detect` are of use
+    folder = Path(host.origin).parent / '.mim' / 'tools' if host else None
+    files = [folder / f'{name}.py' for name in HOST_TOOLS if folder]
+    own = [  # without those that run the host's, for mim
+        x for x in sorted(TOOLS.glob('*.py')) if x.stem not in HOST_TOOLS
+    ]
     return {
         title: {
             file.stem: file
             for file in part if file.is_file()
         }
         for title, part in {
-            'Tools of this package': sorted(TOOLS.glob('*.py')),
+            'Tools of this package': own,
             'Scripts of MMDetection': files
         }.items()
     }

@@ -255,19 +255,19 @@ def set_classes(base: dict, classes: Sequence[str]) -> None:
     base['model']['bbox_head']['num_classes'] = len(classes)
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         dataset = (base.get(key) or {}).get('dataset')
-        for part in _innermost(dataset) if dataset else []:
+        for part in innermost(dataset) if dataset else []:
             part['metainfo'] = dict(classes=tuple(classes))
 
 
-def _innermost(dataset: dict) -> Iterator[dict]:
-    """The datasets inside wrappers such as RepeatDataset."""
-    if 'datasets' in dataset:
-        for part in dataset['datasets']:
-            yield from _innermost(part)
-    elif 'dataset' in dataset:
-        yield from _innermost(dataset['dataset'])
-    else:
-        yield dataset
+def innermost(dataset) -> list:
+    """The datasets, or their configs, inside wrappers like RepeatDataset."""
+    fields = dataset if isinstance(dataset, dict) else getattr(
+        dataset, '__dict__', {})
+    if 'datasets' in fields:
+        return [d for part in fields['datasets'] for d in innermost(part)]
+    if 'dataset' in fields:
+        return innermost(fields['dataset'])
+    return [dataset]
 
 
 def dicts(node) -> Iterator[dict]:

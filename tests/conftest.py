@@ -12,6 +12,12 @@ from mmengine.logging import MMLogger
 from mmdet_efficientdet.utils import config_file
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _registered():
+    """The fixtures of a file start in MMDetection's scope, too."""
+    register_all_modules()
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     """Every test starts in MMDetection's scope and with the same seeds."""

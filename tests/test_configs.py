@@ -150,7 +150,7 @@ def test_official_recipe():
     # decay min(0.9998, (1 + n) / (10 + n)), running statistics included
     assert config.default_hooks.ema.to_dict() == dict(
         type='EMAHook',
-        ema_type='MomentumAnnealingEMA',
+        ema_type='mmdet_efficientdet.ForeachEMA',
         momentum=2e-4,
         gamma=9,
         update_buffers=True,

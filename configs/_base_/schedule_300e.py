@@ -54,7 +54,7 @@ default_hooks = dict(
     # Official averages: decay min(0.9998, (1 + n) / (10 + n)), norms included
     ema=dict(
         type='EMAHook',
-        ema_type='MomentumAnnealingEMA',
+        ema_type='mmdet_efficientdet.ForeachEMA',
         momentum=2e-4,
         gamma=9,
         update_buffers=True,

@@ -1,4 +1,4 @@
-"""Compares classes with a head, and finds the datasets inside wrappers."""
+"""Compares the classes of a dataset with a head."""
 from ..utils import shorten
 
 
@@ -16,15 +16,6 @@ def check_class_count(num_classes: int, classes) -> None:
             "classes=['<name>', ...]), and where the config replaces a "
             'dataset of the base, such as by a wrapper with _delete_=True, '
             "metainfo=dict(classes=('<name>', ...)) in each part")
-
-
-def innermost(dataset) -> list:
-    """Returns the datasets inside wrappers such as RepeatDataset."""
-    if hasattr(dataset, 'datasets'):
-        return [d for part in dataset.datasets for d in innermost(part)]
-    if hasattr(dataset, 'dataset'):
-        return innermost(dataset.dataset)
-    return [dataset]
 
 
 def reads_like(dataset, kind: type) -> bool:

@@ -5,6 +5,7 @@ import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 
+from ..deploy.pictures import scaled_size
 from ..registry import TRANSFORMS
 from ..scaling import dicts
 
@@ -143,28 +144,6 @@ def misreading(dataset: dict) -> List[str]:
                 if kind == 'ResizeCrop':
                     behind = node.get('to_float32', True)
     return names
-
-
-def scaled_size(shape: Tuple[int, int],
-                image_size: Tuple[int, int],
-                ratio: float = 1.0) -> Tuple[np.float32, Tuple[int, int]]:
-    """Returns the official size of a resized image.
-
-    float32 and truncation decide about the last pixel: a 612x612 image
-    becomes 896x896, while float64 would give 895.
-
-    Args:
-        shape (tuple[int]): Height and width of the image.
-        image_size (tuple[int]): Height and width to fit into.
-        ratio (float): Factor on ``image_size``. Defaults to 1.0.
-
-    Returns:
-        tuple: The scale, and the new height and width, at least 1.
-    """
-    shape = np.float32(shape)
-    target = (np.float32(ratio) * np.float32(image_size)).astype(np.int32)
-    scale = np.min(target.astype(np.float32) / shape)
-    return scale, tuple(max(1, int(n)) for n in shape * scale)
 
 
 def resize_part(image: np.ndarray, size: Tuple[int, int],

@@ -3,13 +3,14 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from .network import PlainNetwork
+from .postprocess import join
 
 YXHW = (1, 0, 3, 2)  # TensorFlow's order of a box, by ours
 
@@ -93,7 +94,7 @@ class Heads(nn.Module):
         """
         images = (images.float() - self.mean) / self.std
         cls_scores, bbox_preds = self.network(images.permute(0, 3, 1, 2))
-        return (_join(bbox_preds, 4), _join(cls_scores, self.num_classes))
+        return join(bbox_preds, 4), join(cls_scores, self.num_classes)
 
 
 def freeze(heads: Heads, image_size: Sequence[int]) -> nn.Module:
@@ -126,13 +127,3 @@ def freeze(heads: Heads, image_size: Sequence[int]) -> nn.Module:
             graph.erase_node(node)
     # The module of an exported program has no modes, which exporters set.
     return torch.fx.GraphModule(module, graph).eval()
-
-
-def _join(maps: List[Tensor], width: int) -> Tensor:
-    """Maps ``(N, A * width, H_i, W_i)`` to ``(N, sum(H_i * W_i * A), width)``.
-    """
-    rows = [x[0].numel() // width for x in maps]  # so that N may vary later
-    return torch.cat([
-        x.permute(0, 2, 3, 1).reshape(-1, n, width)
-        for x, n in zip(maps, rows)
-    ], 1)

@@ -68,17 +68,19 @@ class Conv(Part):
         """
         conv = self.conv
         weight, padding, convolve = conv.weight, conv.padding, F.conv2d
-        traced = self.even or torch.compiler.is_compiling()
+        traced = (
+            self.even or torch.compiler.is_compiling()
+            or torch.jit.is_tracing())
         if conv.stride[0] == 2:
             # Before an even size, SAME pads one pixel less than after it.
-            top, left = (1, 1) if self.even else (1 - size % 2
-                                                  for size in x.shape[-2:])
+            top, left = (1, 1) if self.even else (1 - odd for odd in _odd(x))
             if conv.groups > 1 and not traced:
                 # A row and a column of zeros save a padded copy of ``x``.
                 weight = F.pad(weight, (left, 0, top, 0))
             elif top or left:
                 end = padding[0]
-                x = F.pad(x, (end - left, end, end - top, end))
+                # ONNX Runtime joins padding by a given value to convolutions.
+                x = F.pad(x, (end - left, end, end - top, end), value=0.0)
                 padding = (0, 0)
         if not traced and _writes_much(x, conv):
             convolve = torch.mkldnn_convolution
@@ -93,6 +95,11 @@ class Conv(Part):
         if hasattr(self, 'norm'):
             x = self.norm(x)
         return self.act(x, inplace=not self.even) if self.act else x
+
+
+def _odd(x: Tensor) -> List[int]:
+    """1 or 0 for height and width; numbers also where a graph is traced."""
+    return [int(size % 2) for size in x.shape[-2:]]
 
 
 def _writes_much(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -157,9 +164,8 @@ def pool(x: Tensor, even: bool) -> Tensor:
     """
     if even:
         return F.max_pool2d(x, 3, 2, ceil_mode=True)
-    kernel = [min(3, size + size % 2 * 2) for size in x.shape[-2:]]
-    padding = [size % 2 for size in x.shape[-2:]]
-    return F.max_pool2d(x, kernel, 2, padding, ceil_mode=True)
+    kernel = [2 if size == 2 else 3 for size in x.shape[-2:]]
+    return F.max_pool2d(x, kernel, 2, _odd(x), ceil_mode=True)
 
 
 class Node(Part):

@@ -1,4 +1,5 @@
 """What runs around the network in a training: hooks, schedule, loop."""
+from .averaging import ForeachEMA
 from .class_transfer_hook import ClassTransferHook
 from .optim_wrapper import (GroupedOptimWrapperConstructor,
                             LocalClipOptimWrapper)
@@ -11,7 +12,7 @@ from .schedule import BatchScaleHook, WarmupCosineLR
 
 __all__ = [
     'BatchScaleHook', 'ClassTransferHook', 'DetInferencer', 'DetRunner',
-    'GroupedOptimWrapperConstructor', 'LocalClipOptimWrapper', 'PreflightHook',
-    'SafeCheckpointHook', 'SeedHook', 'SeedTransforms',
+    'ForeachEMA', 'GroupedOptimWrapperConstructor', 'LocalClipOptimWrapper',
+    'PreflightHook', 'SafeCheckpointHook', 'SeedHook', 'SeedTransforms',
     'SeededIterBasedTrainLoop', 'SeededSampler', 'WarmupCosineLR'
 ]

@@ -17,12 +17,12 @@ from ..datasets.annotation_checks import (NAMES, OF_EVALUATION, check_boxes,
                                           check_evaluated, check_file,
                                           check_splits)
 from ..datasets.annotations import Annotations, read_annotations
-from ..datasets.class_names import check_class_count, innermost
+from ..datasets.class_names import check_class_count
 from ..datasets.findings import Finding, find, verdict
 from ..datasets.transforms import misreading
 from ..models import EfficientDetHead
 from ..registry import HOOKS
-from ..scaling import MAX_PER_IMG, dicts
+from ..scaling import MAX_PER_IMG, dicts, innermost
 from ..weights.conventions import differing_options
 from .recipe_checks import (RESIZING, check_length, check_parity, check_recipe,
                             train_input)

@@ -10,9 +10,8 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..datasets.class_names import innermost
 from ..datasets.findings import Finding, find
-from ..scaling import FIRST_LEVEL, dicts
+from ..scaling import FIRST_LEVEL, dicts, innermost
 
 MIN_GROUP = 8  # images whose statistics a batch norm takes
 MIN_IMAGES = 30  # below which a detector learns nothing general

@@ -8,8 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ..datasets.class_names import innermost
 from ..registry import RUNNERS
+from ..scaling import innermost
 from .preflight import in_plain_words
 
 

@@ -60,15 +60,6 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         self.warmup = warmup
         self.start_factor = start_factor
         super().__init__(optimizer, 0, end, -1, by_epoch, verbose)
-        if end < 10 * warmup and (warmup > 1 or end < 3):
-            what = (f'falls to 0 at step {end - warmup} and then rises again '
-                    f'to {self._factor(end - 1):.0%} of the peak' if end > 2 *
-                    warmup else 'hardly reaches the peak')
-            print_log(
-                f'With {warmup} steps of warm-up out of {end}, the rate {what}'
-                f'. Train for at least {10 * warmup} steps, or count in '
-                'iterations by param_scheduler=[dict(by_epoch=False, warmup=..'
-                '., ...)], see docs/training.md', 'current', logging.WARNING)
 
     @classmethod
     def build_iter_from_epoch(cls,
@@ -126,15 +117,14 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         """The rate of each parameter group at this step."""
         # mmengine stops counting last_step at the end, but not
         # _global_step. A longer training keeps the last rate.
-        factor = self._factor(min(self._global_step, self.end - 1))
-        return [base * factor for base in self.base_values]
-
-    def _factor(self, step: int) -> float:
+        step = min(self._global_step, self.end - 1)
         if step < self.warmup:
-            return self.start_factor + (1 -
-                                        self.start_factor) * step / self.warmup
-        angle = math.pi * step / max(self.end - self.warmup, 1)
-        return (1 + math.cos(angle)) / 2
+            rise = (1 - self.start_factor) * step / self.warmup
+            factor = self.start_factor + rise
+        else:
+            angle = math.pi * step / max(self.end - self.warmup, 1)
+            factor = (1 + math.cos(angle)) / 2
+        return [base * factor for base in self.base_values]
 
 
 @HOOKS.register_module()

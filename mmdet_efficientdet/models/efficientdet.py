@@ -83,15 +83,25 @@ class EfficientDet(PlainPredictMixin, StrictLoading, NormEvalMixin,
                      self.max_loss)
         return losses
 
-    def predict(self, batch_inputs: Tensor, batch_data_samples: list, *args,
-                **kwargs) -> list:
+    def predict(self,
+                batch_inputs: Tensor,
+                batch_data_samples: list,
+                rescale: bool = True) -> list:
         """Adds ``pred_instances`` to the samples and returns them.
 
         The arguments are those of MMDetection's ``SingleStageDetector``.
         """
         _note_shape(batch_inputs, batch_data_samples)
-        return super().predict(batch_inputs, batch_data_samples, *args,
-                               **kwargs)
+        network = None
+        if min(batch_inputs.shape[-2:]) >= MIN_SIDE:
+            network = self.current_plain_network()
+        if network is None:
+            return super().predict(batch_inputs, batch_data_samples, rescale)
+        results = self.bbox_head.predict_by_feat(
+            *network(batch_inputs),
+            batch_img_metas=[x.metainfo for x in batch_data_samples],
+            rescale=rescale)
+        return self.add_pred_to_datasample(batch_data_samples, results)
 
     def explain_mismatch(self, shapes: dict) -> str:
         """Returns what to do if only the number of classes differs.

@@ -15,12 +15,11 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
+from ..deploy.postprocess import detect, join
 from ..registry import MODELS
-from ..scaling import MAX_PER_IMG
 from .anchors import AnchorGenerator, anchor_targets, background_weights
 from .layers import (BN_CFG, SWISH_CFG, ConvInitMixin, SeparableConv2d,
                      build_norm, recompute)
-from .postprocess import decode, select, suppress
 from .settings import check_head
 
 PARTS = dict(
@@ -207,10 +206,9 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
 
     def _flatten(self, maps: List[Tensor], width: int) -> Tensor:
         """Joins level maps ``(N, A * width, H, W)`` to ``(N, *, width)``."""
-        flat = [x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps]
         # Losses and decoding need at least single precision.
         dtype = torch.promote_types(maps[0].dtype, torch.float32)
-        return torch.cat(flat, 1).to(dtype)
+        return join(maps, width).to(dtype)
 
     def loss_by_feat(self,
                      cls_scores: List[Tensor],
@@ -296,17 +294,11 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
             ``scores`` and ``labels`` ``(n, )``, best first.
         """
         cfg = cfg or self.test_cfg or {}
-        anchors = self._anchors(cls_scores, batch_img_metas)
-        logits, index, labels = select(
+        bboxes, scores, labels = detect(
             self._flatten(cls_scores, self.cls_out_channels),
-            cfg.get('nms_pre', 5000))
-        bboxes = decode(
-            self._flatten(bbox_preds, 4), anchors, index, self.bbox_coder)
-        scores = logits.sigmoid()
-        if with_nms:
-            limit = cfg.get('max_per_img', MAX_PER_IMG)
-            bboxes, scores, labels = suppress(bboxes, scores, labels, limit,
-                                              **cfg.get('nms', {}))
+            self._flatten(bbox_preds, 4),
+            self._anchors(cls_scores, batch_img_metas), self.bbox_coder, cfg,
+            with_nms)
         results = []
         for i, img_meta in enumerate(batch_img_metas):
             result = InstanceData(

@@ -3,18 +3,16 @@ from itertools import chain
 from typing import List, Optional, Tuple
 
 import torch
-from mmdet.structures import SampleList
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..deploy import PlainNetwork, plain_network
-from ..scaling import MIN_SIDE
 
 STEP = 61  # between the values of a large tensor that are compared
 
 
 class PlainPredictMixin:
-    """Mixin of single-stage detectors that fold their norms to predict.
+    """Mixin of detectors that fold their norms to predict.
 
     In evaluation mode and without gradients, ``predict`` runs the plain
     network. It is made at the first image, and again after any change of a
@@ -36,22 +34,6 @@ class PlainPredictMixin:
     def __getstate__(self) -> dict:
         """Neither copies nor files have the plain network."""
         return {k: v for k, v in vars(self).items() if k != '_plain'}
-
-    def predict(self,
-                batch_inputs: Tensor,
-                batch_data_samples: SampleList,
-                rescale: bool = True) -> SampleList:
-        """Predicts boxes; see MMDetection's ``SingleStageDetector``."""
-        network = None
-        if min(batch_inputs.shape[-2:]) >= MIN_SIDE:
-            network = self.current_plain_network()
-        if network is None:
-            return super().predict(batch_inputs, batch_data_samples, rescale)
-        results = self.bbox_head.predict_by_feat(
-            *network(batch_inputs),
-            batch_img_metas=[x.metainfo for x in batch_data_samples],
-            rescale=rescale)
-        return self.add_pred_to_datasample(batch_data_samples, results)
 
     def current_plain_network(self) -> Optional[PlainNetwork]:
         """The plain network of the present weights, if it may be used."""

@@ -3,8 +3,8 @@ from inspect import signature
 
 import torch
 
+from ..deploy.postprocess import suppress
 from ..registry import MODELS, TASK_UTILS
-from .postprocess import suppress
 
 TEST_KEYS = ('nms_pre', 'nms', 'max_per_img', 'score_thr', 'clip_boxes',
              'min_bbox_size')

@@ -9,29 +9,22 @@ import difflib
 import logging
 import os
 import re
-import socket
-import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import HTTPException
 from multiprocessing import ProcessError
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
-from urllib.request import Request, urlopen
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from mmengine.logging import print_log
-from tqdm import tqdm
 
+from ..deploy.download import TIMEOUT, download, lock
 from .sources import check_integrity, sha256_of
 from .tensorflow import LIMIT
 
 VARIABLE = 'MMDET_EFFICIENTDET_WEIGHTS'
-TIMEOUT = 30  # seconds
-_SLOWEST = 4000  # bytes per second, below which the next mirror is tried
 _CHUNK = 1 << 18  # bytes
 # First bytes of a file by suffix; the others are gzip archives.
 _MAGIC = {'.pth': (b'PK', b'\x80'), '.h5': b'\x89HDF'}
@@ -157,7 +150,7 @@ def fetch(entry: PublishedFile, timeout: float = TIMEOUT) -> Path:
     try:
         if find_problem(target, entry):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(target):
+            with lock(target, partial(print_log, logger='current')):
                 if find_problem(target, entry):
                     _from_mirrors(entry, target, timeout)
     except OSError as error:
@@ -189,26 +182,13 @@ def _from_folder(folder: Path, entry: PublishedFile) -> Path:
     ]))
 
 
-def _lock(target: Path):
-    """Acquires the lock of a file, and says for whom it waits."""
-    path = Path(f'{target}.lock')
-    lock = FileLock(path)
-    try:
-        held = lock.acquire(timeout=1)
-    except Timeout:
-        print_log(f'Waiting for {path}, held by {path.read_text()}', 'current')
-        held = lock.acquire()
-    path.write_text(f'process {os.getpid()} of {socket.gethostname()}')
-    return held
-
-
 def _from_mirrors(entry: PublishedFile, target: Path, timeout: float) -> None:
     reasons, partial = [], Path(f'{target}.partial')
     for mirror in entry.addresses:
         address = mirror + entry.file
         print_log(f'Downloading {address} to {target}', 'current')
         try:
-            _download(address, partial, entry.bytes or LIMIT, timeout)
+            download(address, partial, entry.bytes or LIMIT, timeout)
             problem = find_problem(partial, entry)
             if problem:
                 raise ValueError(problem)
@@ -225,34 +205,6 @@ def _from_mirrors(entry: PublishedFile, target: Path, timeout: float) -> None:
         f'Without network, put the file into a folder as {entry.file} and '
         f'set {VARIABLE} to that folder'
     ]))
-
-
-def _download(address: str, target: Path, limit: int, timeout: float) -> None:
-    """Downloads a file completely.
-
-    The function of ``torch.hub`` has no timeout and does not notice a body
-    that is cut off. The timeout of a socket starts again with each byte.
-    """
-    request = Request(address, headers={'User-Agent': 'mmdet_efficientdet'})
-    # Another thread, because the headers may also come byte by byte.
-    with ThreadPool(1) as pool:
-        response = pool.apply_async(urlopen, (request, None, timeout))
-        response = response.get(timeout)
-    length, size, before, start = response.length, 0, 0, time.monotonic()
-    with response, target.open('wb') as file, tqdm(
-            total=length, unit='B', unit_scale=True, disable=None) as bar:
-        while chunk := response.read1(_CHUNK):
-            size += file.write(chunk)
-            bar.update(len(chunk))
-            if size > limit:
-                raise ValueError(f'more than {limit} bytes came')
-            if time.monotonic() - start > timeout:
-                if size - before < timeout * _SLOWEST:
-                    raise ValueError(
-                        f'{size - before} bytes came in {timeout} seconds')
-                before, start = size, time.monotonic()
-    if length is not None and size != length:
-        raise ValueError(f'cut off after {size} of {length} bytes')
 
 
 def find_problem(path: Path, entry: PublishedFile) -> str:

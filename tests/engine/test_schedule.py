@@ -74,36 +74,6 @@ def test_resumed_beyond_the_end(warmup, end):
             assert scheduler.optimizer.param_groups[0]['lr'] == last
 
 
-@pytest.mark.parametrize('warmup, end, message', [
-    (1, 1, 'hardly reaches the peak'),
-    (100, 200, 'hardly reaches the peak'),
-    (100, 300, '0 at step 200 and then rises again to 49%'),
-    (1000, 4000, '0 at step 3000 and then rises again to 25%'),
-    (100, 999, '0 at step 899 and then rises again to 3%'),
-    (1, 3, None),
-    (100, 1000, None),
-    (0, 1, None),
-])
-def test_short_schedules(warmup, end, message, log):
-    """A warning if the rate has no time to fall, and what to do."""
-    scheduler = WarmupCosineLR(sgd(), warmup=warmup, end=end, by_epoch=False)
-    assert len(log) == bool(message)
-    if not message:
-        return
-    for part in (message, f'{warmup} steps of warm-up out of {end}',
-                 f'at least {10 * warmup} steps', 'by_epoch=False, warmup=',
-                 'docs/training.md'):
-        assert part in log[0]
-    if 'rises' in message:
-        rates = []
-        for _ in range(end):
-            rates += scheduler.get_last_value()
-            scheduler.step()
-        turn = int(re.search(r'0 at step (\d+)', message)[1])
-        assert min(range(end), key=lambda s: rates[s]) == turn
-        assert f'{rates[-1] / 0.16:.0%}' in message
-
-
 def test_resumed_with_more_epochs():
     """The curve is that of the config which resumes."""
     short, long, again = (

@@ -135,7 +135,7 @@ def new_process(target, *args):
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([
         'matplotlib.pyplot', 'mmdet.apis', 'mmdet.datasets', 'mmdet.engine',
-        'mmdet.evaluation', 'mmdet.visualization'
+        'mmdet.evaluation', 'mmdet.models', 'mmdet.visualization'
     ])
     return context.Process(target=target, args=args)
 

@@ -14,9 +14,9 @@ from oracles import official_numpy as official
 from oracles.official_numpy import YX
 from torchvision.ops import nms
 
+from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
 from mmdet_efficientdet.models.efficientdet_head import EfficientDetHead
-from mmdet_efficientdet.models.postprocess import decode, select, suppress
 
 SIZES = official.feature_sizes((128, 192))
 

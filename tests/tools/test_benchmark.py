@@ -88,6 +88,14 @@ def test_what_is_counted():
     # larger than any free block that malloc may have kept
     used = benchmark_facts.peak_memory(lambda: torch.ones(2**27))
     assert 0.9 * 2**29 < used < 1.2 * 2**29
+    kept = []
+
+    def below():
+        pieces = [torch.ones(2**12) for _ in range(2**12)]
+        kept.append(torch.ones(2**12))  # malloc keeps what is below it
+        return pieces
+
+    assert 0.9 * 2**26 < benchmark_facts.peak_memory(below) < 1.2 * 2**26
     assert benchmark_facts.gemm_peak('cpu') > 1e8
     assert benchmark_facts.graph_breaks(lambda y: y + 1, x) == 0
     assert benchmark_facts.graph_breaks(lambda y: y + y.sum().item(), x) == 1

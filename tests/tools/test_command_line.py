@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 from helpers.tiny_data import CONFIGS, TOOLS, trained_run
 
+import setup
+
 ROOT = CONFIGS.parents[1]
-OWN = [path.stem for path in sorted((ROOT / 'tools').glob('*.py'))]
+FOR_MIM = [ROOT / 'tools' / 'test.py', ROOT / 'tools' / 'train.py']
+OWN = [
+    path.stem for path in sorted((ROOT / 'tools').glob('*.py'))
+    if path not in FOR_MIM
+]
 SCRIPTS = [
     path for path in sorted((ROOT / 'tools').rglob('*.py'))
     if "__name__ == '__main__'" in path.read_text()
     and not path.parent.name.endswith('_parts')  # which a tool runs itself
+    and path not in FOR_MIM
 ]
 HEAVY = ('torch', 'mmcv', 'mmdet', 'scipy', 'matplotlib')
 
@@ -86,7 +93,7 @@ def test_wheel(tmp_path, tmp_path_factory):
     """The tools are in the wheel, find their modules, and are found there."""
     source = tmp_path / 'source'
     ignored = shutil.ignore_patterns('.mim', '__pycache__')
-    for name in ('mmdet_efficientdet', 'configs', 'tools'):
+    for name in ('mmdet_efficientdet', 'configs', 'tools', 'zoo'):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for path in ROOT.iterdir():
         if path.is_file():
@@ -101,6 +108,21 @@ def test_wheel(tmp_path, tmp_path_factory):
     wheel, = tmp_path.glob('*.whl')
     package = tmp_path / 'site'
     zipfile.ZipFile(wheel).extractall(package)
+    top = {path.name for path in package.iterdir()}
+    assert top == {
+        'mmdet_efficientdet',
+        f'{"-".join(wheel.name.split("-")[:2])}.dist-info'
+    }
+    metadata, = package.glob('*.dist-info/METADATA')
+    text = metadata.read_text()
+    assert re.search(r'^Requires-Dist: torch', text, re.M)
+    assert '# mmdet_efficientdet' in text
+    assert not re.search(r'\]\((?!https://)', text)  # works on an index
+    zoo = package / 'mmdet_efficientdet' / '.mim' / 'zoo'
+    assert {path.name
+            for path in (zoo / 'trees').iterdir()
+            } == {path.name
+                  for path in (ROOT / 'zoo' / 'trees').iterdir()}
     tools = package / 'mmdet_efficientdet' / '.mim' / 'tools'
     assert {path.relative_to(tools)
             for path in tools.rglob('*.py')} == {
@@ -121,6 +143,16 @@ def test_wheel(tmp_path, tmp_path_factory):
         package=package)
     assert done.returncode == 0, done.stderr
     assert '<h1>tiny</h1>' in (tmp_path / 'page.html').read_text()
+    shutil.copy(ROOT / 'resources' / 'forest.jpg', tmp_path)
+    done = command(
+        'detect',
+        'forest.jpg',
+        '--model',
+        'trees',
+        cwd=tmp_path,
+        package=package)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'detections' / 'forest.jpg').is_file()
 
 
 @pytest.fixture(scope='module')
@@ -193,3 +225,14 @@ def test_missing_file(tool, arguments, tmp_path, monkeypatch, capsys):
     assert end.value.code
     assert missing in f'{end.value.code}{capsys.readouterr()}'
     assert not list(tmp_path.iterdir())
+
+
+def test_description_for_an_index():
+    """With an address, links and pictures lead there; without one, nowhere."""
+    text = setup.description('https://example.org/x/blob/v1')
+    assert '](https://example.org/x/blob/v1/docs/training.md)' in text
+    assert '](https://example.org/x/raw/v1/resources/trees.jpg)' in text
+    without = setup.description()
+    for page in (text, without):
+        assert not re.search(r'\]\((?!https://)', page)
+    assert 'Training' in without and '![' not in without

@@ -100,7 +100,7 @@ def test_train_script_as_a_user_calls_it(tmp_path):
             (('5.0000e-04', ) * 2, ('6.8333e-03', ) * 2),
             (('0.0000e+00', ) * 2, ('7.5000e-03', ) * 2)
         ][epochs - 1]
-        assert 'param_scheduler=[dict(' in output
+        assert 'param_scheduler = [dict(' in output
         saved = tmp_path / 'work_dirs' / 'mine' / f'epoch_{epochs}.pth'
         assert saved.is_file()
     assert 'resumed epoch: 1, iter: 3' in output

@@ -4,7 +4,7 @@ import io
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -16,8 +16,8 @@ from torchvision.ops import box_iou
 
 from mmdet_efficientdet.datasets.transforms import scaled_size
 from mmdet_efficientdet.deploy.heads import InputSettings
+from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
-from mmdet_efficientdet.models.postprocess import decode, select, suppress
 
 LEAST_CALIBRATION = 16  # images; fewer do not show the ranges of the maps
 Rows = Tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes, scores, labels
@@ -74,6 +74,11 @@ class Photographs:
 
     def ap(self, results: Dict[int, Rows]) -> float:
         """COCO's AP in points of 100."""
+        run = self.evaluate(results)
+        return max(0.0, float(run.stats[0])) * 100 if run else 0.0
+
+    def evaluate(self, results: Dict[int, Rows]) -> Optional[COCOeval]:
+        """COCO's evaluation; None without boxes."""
         rows = []
         for image, (boxes, scores, labels) in results.items():
             for (x1, y1, x2, y2), score, label in zip(boxes.tolist(),
@@ -85,14 +90,14 @@ class Photographs:
                         category_id=self.category_ids[int(label)],
                         bbox=[x1, y1, x2 - x1, y2 - y1]))  # yapf: disable
         if not rows:
-            return 0.0
+            return None
         with contextlib.redirect_stdout(io.StringIO()):
             run = COCOeval(self.coco, self.coco.loadRes(rows), 'bbox')
             run.params.imgIds = list(results)
             run.evaluate()
             run.accumulate()
             run.summarize()
-        return max(0.0, float(run.stats[0])) * 100
+        return run
 
 
 def dataset_of(config: Config, loader: str) -> Tuple[Path, Path]:

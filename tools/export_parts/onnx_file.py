@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
 from mmdet_efficientdet.deploy.network import PlainNetwork
+from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
-from mmdet_efficientdet.models.postprocess import decode, select, suppress
 from mmdet_efficientdet.utils import import_package
 
 OPSET = 17

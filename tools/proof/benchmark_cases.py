@@ -13,14 +13,13 @@ from benchmark_runtimes import (compiled, half, in_onnxruntime, in_openvino,
 from effdet_bridge import random_weights
 from mmdet.apis import inference_detector
 from mmdet.registry import TASK_UTILS, TRANSFORMS
-from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmengine.structures import InstanceData
 from PIL import Image
 from timm.utils import ModelEmaV2
 from verify_training import build_bench, build_ours
 
-from mmdet_efficientdet import plain_network
+from mmdet_efficientdet import ForeachEMA, plain_network
 from mmdet_efficientdet.models.anchors import AnchorGenerator, anchor_targets
 from mmdet_efficientdet.models.loss_guard import check_finite
 
@@ -239,7 +238,7 @@ def training_steps(size, side, device, ema=False):
             backward=backward,
             optimizer=step))
     if ema:
-        average, official = ExponentialMovingAverage(model), ModelEmaV2(bench)
+        average, official = ForeachEMA(model), ModelEmaV2(bench)
         steps['detector']['EMA'] = lambda: average.update_parameters(model)
         steps['effdet']['EMA'] = lambda: official.update(bench)
     return steps

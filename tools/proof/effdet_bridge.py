@@ -83,13 +83,13 @@ def our_network(weights, size, num_classes=90, side=None):
     scale_config(cfg, size, image_size=side)
     cfg.model.backbone.init_cfg = None
     cfg.model.bbox_head.num_classes = num_classes
-    model = build_on_meta(cfg).eval()
+    model = build_on_meta(cfg)
     state_dict = match(weights, *model_signature(model)).state_dict()
     model.load_state_dict(state_dict, assign=True)
     # Mean and deviation are in no checkpoint.
     model.data_preprocessor = MODELS.build(cfg.model.data_preprocessor)
     model.cfg = cfg
-    return model
+    return model.eval()
 
 
 def swap_xy(boxes, dim=1):

@@ -17,8 +17,8 @@ from typing import Dict, Set
 
 PACKAGE = Path(__file__).resolve().parents[2] / 'mmdet_efficientdet'
 # A wing may import wings of lower floors only.
-FLOORS = (('scaling', 'deploy'), ('utils', ), ('registry', ), ('models', ),
-          ('datasets', 'weights'), ('engine', ))
+FLOORS = (('scaling', ), ('deploy', ), ('utils', ), ('registry', ),
+          ('models', ), ('datasets', 'weights'), ('engine', ))
 _SPACE = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENCODING, tokenize.ENDMARKER)
 

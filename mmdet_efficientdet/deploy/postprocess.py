@@ -1,4 +1,4 @@
-"""From predictions to boxes: three functions on tensors of a whole batch.
+"""From predictions to boxes, in functions on tensors of a whole batch.
 
 The official evaluation (google/automl ``tf2/postprocess.py``, ``nms_np.py``)
 selects the 5000 strongest pairs of anchor and class of an image, decodes their
@@ -10,12 +10,58 @@ and exported to ONNX from opset 16 on. A module that calls the scripted
 :func:`suppress` is exported with one ``Loop``; otherwise the exporter unrolls
 the ``max_per_img`` steps.
 """
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from ..scaling import MAX_PER_IMG
+
+NMS_PRE = 5000  # pairs of anchor and class that are selected of an image
+
+
+def join(maps: List[Tensor], width: int) -> Tensor:
+    """Joins the maps of all levels.
+
+    Args:
+        maps (list[Tensor]): ``(N, A * width, H_i, W_i)`` of each level.
+        width (int): Numbers that are predicted for an anchor.
+
+    Returns:
+        Tensor: ``(N, sum(H_i * W_i * A), width)``, in the order of anchors.
+    """
+    rows = [x[0].numel() // width for x in maps]  # so that N may vary later
+    return torch.cat([
+        x.permute(0, 2, 3, 1).reshape(-1, n, width)
+        for x, n in zip(maps, rows)
+    ], 1)
+
+
+def detect(logits: Tensor,
+           bbox_preds: Tensor,
+           anchors: Tensor,
+           coder,
+           config: dict,
+           with_nms: bool = True) -> Tuple[Tensor, Tensor, Tensor]:
+    """Selects, decodes and suppresses.
+
+    Args:
+        logits (Tensor): ``(N, A, K)``.
+        bbox_preds, anchors, coder: See :func:`decode`.
+        config (dict): ``test_cfg`` of ``EfficientDetHead``, of which
+            ``nms_pre``, ``nms`` and ``max_per_img`` are used.
+        with_nms (bool): Whether to suppress boxes. Defaults to True.
+
+    Returns:
+        tuple[Tensor]: Boxes, scores and labels, as :func:`suppress`.
+    """
+    logits, index, labels = select(logits, config.get('nms_pre', NMS_PRE))
+    boxes = decode(bbox_preds, anchors, index, coder)
+    found = boxes, logits.sigmoid(), labels
+    if with_nms:
+        limit = config.get('max_per_img', MAX_PER_IMG)
+        found = suppress(*found, limit, **config.get('nms', {}))
+    return found
 
 
 def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
