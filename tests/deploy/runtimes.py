@@ -160,7 +160,7 @@ def test_onnx_example(nms, confident, parts, picture, tmp_path):
     found = lines_of('onnxruntime', model, path, python=sys.executable)
     expected = detect(*heads_of(parts, image), anchors, config, nms)
     hits = agreement(expected, found)
-    assert len(hits) > 3 and np.mean(hits) > 0.95
+    assert len(hits) > 1 and np.mean(hits) > 0.95
     assert len(found[0]) == len(hits)
 
 
