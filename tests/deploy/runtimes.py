@@ -5,6 +5,7 @@ It needs .venv-deploy, so pytest does not collect it by itself.
 import copy
 import json
 import subprocess
+import sys
 from zipfile import ZipFile
 
 import cv2
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from export_parts import build as building
+from export_parts import onnx_file
 from export_parts.detector import anchors_of
 from export_parts.evaluation import agreement, detect
 from helpers.tiny_data import CLASSES
@@ -89,10 +91,10 @@ def picture(confident, tmp_path):
     return image[None, ..., ::-1].copy(), tmp_path / 'picture.png'
 
 
-def lines_of(example, *arguments):
+def lines_of(example, *arguments, python=PYTHON):
     """What an example prints: class, score and corners of each box."""
     script = building.ROOT / 'examples' / f'{example}_detect.py'
-    done = subprocess.run([PYTHON, script, *map(str, arguments)],
+    done = subprocess.run([python, script, *map(str, arguments)],
                           env=building.environment(),
                           capture_output=True,
                           text=True)
@@ -145,6 +147,20 @@ def test_example(format, exported, parts, picture):
                       dict(max_per_img=10**4), 'hard')
     hits = agreement(expected, found)
     assert len(hits) > 3 and np.mean(hits) > 0.95
+    assert len(found[0]) == len(hits)
+
+
+@pytest.mark.parametrize('nms', ['soft', 'hard'])
+def test_onnx_example(nms, confident, parts, picture, tmp_path):
+    """The same for boxes that the file itself suppresses."""
+    image, path = picture
+    network, settings, anchors = parts
+    config, model = dict(confident[2].test_cfg), tmp_path / 'x.onnx'
+    onnx_file.write(network, settings, str(model), nms, anchors, config)
+    found = lines_of('onnxruntime', model, path, python=sys.executable)
+    expected = detect(*heads_of(parts, image), anchors, config, nms)
+    hits = agreement(expected, found)
+    assert len(hits) > 1 and np.mean(hits) > 0.95
     assert len(found[0]) == len(hits)
 
 
@@ -204,43 +220,59 @@ def test_fp16(exported, parts, picture, tmp_path):
 
 
 def test_int8(exported, parts, picture, tmp_path):
-    """A quarter of the bytes; heads correlate with those of PyTorch."""
+    """A third of the bytes; heads correlate with those of PyTorch.
+
+    The random network enlarges rounding, unlike a trained one.
+    """
     small = exported('litert', 'int8')
     ratio = small.stat().st_size / exported('litert').stat().st_size
-    assert ratio < 0.4
+    assert ratio < 1 / 3
     found = outputs_of(small, picture[0], tmp_path)
     for ours, theirs in zip(heads_of(parts, picture[0]), found):
         assert ours.shape == theirs.shape
-        assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.98
+        assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9
 
 
 def test_frigate(exported, picture, parts, tmp_path):
-    """The outputs in the order of Frigate and pycoral, without signature.
+    """Read as Frigate and pycoral do, it has PyTorch's suppression of int8.
 
-    They are what PyTorch's suppression makes of the int8 heads.
+    Both take boxes, classes, scores and count in this order: Frigate always,
+    pycoral if there is no signature and the fourth output has one value.
     """
     path = exported('frigate', 'int8')
+    image, file = picture
     code = '''
-import sys, numpy as np
+import json, sys, numpy as np
+from PIL import Image
 from ai_edge_litert.interpreter import Interpreter
 x = Interpreter(sys.argv[1])
 x.allocate_tensors()
 given, = x.get_input_details()
 assert given['dtype'] == np.uint8 and not x.get_signature_list()
-print([y['shape'].tolist() for y in x.get_output_details()])
+x.set_tensor(given['index'], np.array(Image.open(sys.argv[2]))[None])
+x.invoke()
+outputs = [x.get_tensor(y['index']) for y in x.get_output_details()]
+assert [y.shape for y in outputs] == [(1, 100, 4), (1, 100), (1, 100), (1, )]
+boxes, classes, scores, count = (y[0] for y in outputs)
+print(json.dumps([(int(classes[i]), float(scores[i]), *boxes[i].tolist())
+                  for i in range(int(count))]))
 '''
-    done = subprocess.run([PYTHON, '-c', code, path],
+    done = subprocess.run([PYTHON, '-c', code, path, file],
                           capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split('\n')[0] == str([[1, 100, 4], [1, 100], [1, 100],
-                                              [1]])
+    rows = np.array(json.loads(done.stdout.splitlines()[-1]), np.float32)
+    found = rows[:, [3, 2, 5, 4]] * SIDE, rows[:, 1], rows[:, 0]
     labels = path.with_suffix('.labels.txt').read_text(encoding='utf-8')
     assert labels.splitlines() == NAMES
-    heads = outputs_of(exported('litert', 'int8'), picture[0], tmp_path)
+    heads = outputs_of(exported('litert', 'int8'), image, tmp_path)
     expected = detect(*heads, parts[2], dict(max_per_img=100, nms_pre=0),
                       'one_class')
-    found = [x[0] for x in outputs_of(path, picture[0], tmp_path)]
     hits = agreement(expected, found)
     assert len(hits) > 3 and np.mean(hits) > 0.95
     assert len(agreement(found, expected)) == len(hits)
+    # The same file in MediaPipe.
+    found = [x[found[1] >= 0.3] for x in found]
+    found[0] = whole_pixels(found[0])
+    hits = same(lines_of('mediapipe', path, file), found)
+    assert len(hits) == len(found[0]) > 3 and all(hits)

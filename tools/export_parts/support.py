@@ -52,6 +52,8 @@ class Cell:
 
 _RUN = 'AP measured in the runtime, see docs/deploy.md'
 _HOLDS = 'same code as a validated size; AP not measured'
+_UNSEEN = 'not compiled for the Edge TPU, nor run on a Coral'
+_FLOATS = ('fp32', 'fp16')
 # Formats, precisions, sizes, cell: the first row that fits counts.
 _ROWS = (
     (('executorch', ), None, None,
@@ -60,24 +62,20 @@ _ROWS = (
     (('tensorrt', ), None, None,
      Cell('blocked', 'no engine can be built without a GPU; write --to onnx '
           '--nms hard --candidates 3840 and give that file to trtexec')),
-    (('torch', 'onnx', 'litert', 'mediapipe'), ('fp32', ), ('lite0', ),
-     Cell('validated', _RUN)),
-    (('torch', 'onnx', 'litert', 'mediapipe'), ('fp32', ), None,
-     Cell('available', _HOLDS)),
-    (None, ('fp32', ), None, Cell('available', 'AP not measured')),
-    (None, ('fp16', ), None, Cell('available', 'AP not measured')),
-    (('coral', ), ('int8', ), ('lite3x', 'lite4'),
-     Cell('available', 'not compiled for the Edge TPU, nor run on a '
-          'Coral', max_ap_loss=0.8)),
-    (('frigate', 'coral'), ('int8', ), LITE,
-     Cell('available', 'not compiled for the Edge TPU', max_ap_loss=0.4)),
-    (None, ('int8', ), ('lite3x', ),
-     Cell('available', 'AP not measured', max_ap_loss=0.8)),
-    (None, ('int8', ), LITE,
-     Cell('available', 'AP not measured', max_ap_loss=0.4)),
-    (None, ('int8', ), (*D, CUSTOM),
+    (None, _FLOATS, ('lite0', ), Cell('validated', _RUN)),
+    (None, _FLOATS, None, Cell('available', _HOLDS)),
+    (None, None, (*D, CUSTOM),
      Cell('available', 'AP not measured; the loss is reported, not limited',
           max_ap_loss=None)),
+    (('coral', ), None, ('lite3x', ),
+     Cell('available', _UNSEEN, max_ap_loss=0.8)),
+    (('coral', ), None, None, Cell('available', _UNSEEN, max_ap_loss=0.4)),
+    (('frigate', ), None, ('lite0', ),
+     Cell('validated', 'AP measured in LiteRT; not run in Frigate itself',
+          max_ap_loss=0.4)),
+    (None, None, ('lite0', ), Cell('validated', _RUN, max_ap_loss=0.4)),
+    (None, None, ('lite3x', ), Cell('available', _HOLDS, max_ap_loss=0.8)),
+    (None, None, None, Cell('available', _HOLDS, max_ap_loss=0.4)),
 )  # yapf: disable
 
 
