@@ -130,11 +130,11 @@ def whole_pixels(boxes):
     return np.hstack([corner, corner + np.floor(boxes[:, 2:] - boxes[:, :2])])
 
 
-def same(expected, found):
+def same(expected, found, tolerance=1e-3):
     """For each box, whether the other side has it, within a pixel."""
     boxes, scores, labels = found
     return [((abs(boxes - box).max(1) <= 1) & (labels == label)
-             & (abs(scores - score) <= 1e-3)).any()
+             & (abs(scores - score) <= tolerance)).any()
             for box, score, label in zip(*expected)]  # yapf: disable
 
 
@@ -271,8 +271,8 @@ print(json.dumps([(int(classes[i]), float(scores[i]), *boxes[i].tolist())
     hits = agreement(expected, found)
     assert len(hits) > 3 and np.mean(hits) > 0.95
     assert len(agreement(found, expected)) == len(hits)
-    # The same file in MediaPipe.
+    # The same file in MediaPipe, whose int8 may differ by one step.
     found = [x[found[1] >= 0.3] for x in found]
     found[0] = whole_pixels(found[0])
-    hits = same(lines_of('mediapipe', path, file), found)
+    hits = same(lines_of('mediapipe', path, file), found, tolerance=0.01)
     assert len(hits) == len(found[0]) > 3 and all(hits)
