@@ -22,7 +22,7 @@ RETINANET = TOOLS.parent / 'configs' / 'retinanet'
 CLASSES = dict(
     MODELS=[
         'BiFPN', 'EfficientDet', 'EfficientDetHead', 'EfficientNet',
-        'FocalLoss', 'RectDataPreprocessor'
+        'FocalLoss', 'ForeachEMA', 'RectDataPreprocessor'
     ],
     TASK_UTILS=['AnchorBoxCoder', 'AnchorGenerator'],
     HOOKS=[
@@ -84,8 +84,8 @@ def test_public_names():
     expected = [name for names in CLASSES.values() for name in names]
     assert sorted(mmdet_efficientdet.__all__) == sorted(expected + [
         '__version__', 'SCALING', 'CompoundScaling', 'DetInferencer',
-        'PlainNetwork', 'load_plain', 'plain_network', 'save_plain',
-        'scale_config'
+        'Detections', 'Detector', 'PlainNetwork', 'load_detector',
+        'load_plain', 'plain_network', 'save_plain', 'scale_config'
     ])
 
 

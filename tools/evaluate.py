@@ -70,14 +70,14 @@ def evaluate(args: argparse.Namespace) -> dict:
         ValueError: If something is missing or does not fit.
     """
     init_default_scope('mmdet')
-    if args.name.startswith(('effdet://', 'automl://')):
-        entry = find(args.name)
-        ap = score_in_host(config_of(entry), args.name, args.data, args.images)
-        return dict(AP=ap, published=entry.ap)
     if args.config:
         config = read_config(args.config)
         ap = score_in_host(config, args.name, args.data, args.images)
         return dict(AP=ap, published=None)
+    if args.name.startswith(('effdet://', 'automl://')):
+        entry = find(args.name)
+        ap = score_in_host(config_of(entry), args.name, args.data, args.images)
+        return dict(AP=ap, published=entry.ap)
     if args.name.endswith('.pth'):
         raise ValueError(f'the checkpoint {args.name} needs its --config')
     folder = find_release(args.name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import (Annotated, Any, Dict, Iterator, List, Literal, Optional,
-                    Sequence, Tuple, TypedDict, Union)
+                    Sequence, Tuple, Union)
 
 import msgspec
 import numpy as np
@@ -26,18 +26,10 @@ from .releases import CONFIG, WEIGHTS, find_release
 THRESHOLD = 0.3  # lowest score of a box, unless another is given
 MAX_PIXELS = 1 << 26  # of an input; more would exhaust the memory
 _Side = Annotated[int, Meta(ge=1, le=1 << 13)]
-_Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
 _Positive = Annotated[float, Meta(gt=0, le=1e6)]
 _THREE = Meta(min_length=3, max_length=3)
 _PICTURE = (str, os.PathLike, np.ndarray, Image.Image)
 Picture = Union[_PICTURE]
-
-
-class _TestCfg(TypedDict, total=False):
-    nms_pre: int
-    nms: Dict[str, Any]
-    max_per_img: int
-    score_thr: float
 
 
 @dataclass
@@ -53,13 +45,13 @@ class DetectorSettings(InputSettings):
             ``score_thr`` of ``EfficientDetHead``. Defaults to its defaults.
     """
     image_size: Annotated[List[_Side], Meta(min_length=2, max_length=2)]
-    mean: Annotated[List[_Number], _THREE]
+    mean: Annotated[List[float], _THREE]
     std: Annotated[List[_Positive], _THREE]
     classes: List[str]
     resize: Literal['pad', 'factor']
     anchors: Dict[str, Any]
     factor: _Positive = 1.0
-    test_cfg: _TestCfg = field(default_factory=dict)
+    test_cfg: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +102,7 @@ class Detector:
             for x in (settings.mean, settings.std))
         try:
             self.generator = AnchorGenerator(**settings.anchors)
+            self.least = float(settings.test_cfg.get('score_thr', 0))
             if network.settings['num_classes'] != len(self.classes):
                 raise ValueError(
                     f'the network has {network.settings["num_classes"]} '
@@ -156,17 +149,12 @@ class Detector:
             try:
                 yield self._detect(picture, threshold)
             except ValueError as error:
-                named = isinstance(picture, (str, os.PathLike))
-                path = os.fspath(picture) if named else ''
-                yield Detections(path=path, error=str(error))
+                yield Detections(path=_path(picture), error=str(error))
 
     @torch.no_grad()
     def _detect(self, picture: Picture, threshold: float) -> Detections:
-        path = ''
-        if isinstance(picture, (str, os.PathLike)):
-            path = os.fspath(picture)
-            picture = read_picture(path)
-        picture = to_rgb(picture)
+        path = _path(picture)
+        picture = read_picture(path) if path else to_rgb(picture)
         shape = picture.shape[:2]
         size, padded = self._sizes(shape)
         if math.prod(padded) > MAX_PIXELS:
@@ -183,8 +171,7 @@ class Detector:
         ratio = [size[i] / shape[i] for i in (1, 0)] * 2
         boxes = boxes / boxes.new_tensor(ratio)
         boxes = boxes.minimum(boxes.new_tensor(shape[::-1] * 2)).clamp(min=0)
-        least = self.settings.test_cfg.get('score_thr', 0.0)
-        keep = (scores > least) & (scores >= threshold)
+        keep = (scores > self.least) & (scores >= threshold)
         boxes, scores, labels = (
             x[keep].cpu().numpy() for x in (boxes, scores, labels))
         names = [self.classes[i] for i in labels]
@@ -209,6 +196,11 @@ class Detector:
             torch.cat(anchors), SimpleNamespace(decode=decode_boxes),
             self.settings.test_cfg)
         return tuple(x[0] for x in found)
+
+
+def _path(picture: Picture) -> str:
+    named = isinstance(picture, (str, os.PathLike))
+    return os.fspath(picture) if named else ''
 
 
 def pictures_in(folder: str) -> List[str]:

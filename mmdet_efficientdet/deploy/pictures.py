@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+# Of pixels alone: for others, such as EPS, Pillow starts programs.
+FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
+Image.init()  # else Pillow does not know all of them
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
@@ -20,7 +23,7 @@ def read_picture(path: str) -> np.ndarray:
         ValueError: If it cannot be read. The message has its path.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             return to_rgb(picture)
     except Exception as error:  # Pillow's readers raise anything
         raise ValueError(

@@ -1,4 +1,5 @@
 """README and docs say what the code does; their links and commands work."""
+import json
 import re
 import socket
 import subprocess
@@ -275,6 +276,19 @@ def test_published_ap():
         for name, cell in zip(names, cells):
             entry = published.manifest().get(name.replace('SIZE', size))
             assert cell == (f'{entry.ap:g}' if entry else ''), (size, name)
+
+
+def test_releases():
+    """Names, AP and sizes are those of the zoo."""
+    rows = table(ROOT / 'docs/release.md', 'name')
+    folders = [path for path in (ROOT / 'zoo').iterdir()]
+    assert {*rows} == {path.name for path in folders}
+    for folder in folders:
+        source = json.loads((folder / 'config.json').read_text())['provenance']
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+        assert rows[folder.name][1:] == [
+            str(source['results']['AP']), f'{size:.1f} MB'
+        ]
 
 
 def test_recipes():

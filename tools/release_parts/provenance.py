@@ -32,7 +32,10 @@ def provenance_of(args: argparse.Namespace, config: Config, checkpoint: Path,
     counts = json.loads(data[0].read_text(encoding='utf-8'))
     meta = torch.load(checkpoint, 'cpu', weights_only=True).get('meta', {})
     parameters = load_plain(folder / WEIGHTS).parameters()
-    start = (config.model.backbone.get('init_cfg') or {}).get('checkpoint')
+    start = config.get('load_from') or (config.model.backbone.get('init_cfg')
+                                        or {}).get('checkpoint')
+    if start and '://' not in start:
+        start = Path(start).name
     return dict(
         package=f'mmdet_efficientdet {mmdet_efficientdet.__version__}',
         config=Path(file).name.rpartition('_')[0],
@@ -55,7 +58,7 @@ def provenance_of(args: argparse.Namespace, config: Config, checkpoint: Path,
             images=len(counts['images']),
             boxes=len(counts['annotations'])),
         training=dict(
-            start_weights=config.get('load_from') or start,
+            start_weights=start,
             iterations=meta.get('iter'),
             epochs=meta.get('epoch') or None,
             batch_size=config.train_dataloader.batch_size,
