@@ -16,12 +16,13 @@ from export_parts import build as building
 from export_parts import onnx_file
 from export_parts.detector import anchors_of
 from export_parts.evaluation import agreement, detect
+from export_parts.heads import Heads
 from helpers.tiny_data import CLASSES
 from test_export import SIDE, arguments, close, export, tiny  # noqa: F401
 from torchvision.ops import nms
 
 from mmdet_efficientdet import plain_network
-from mmdet_efficientdet.deploy.heads import Heads, InputSettings
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
 
 PYTHON = str(building.ROOT / '.venv-deploy' / 'bin' / 'python')
@@ -46,8 +47,8 @@ def confident(tiny, tmp_path_factory):  # noqa: F811
 def parts(confident):
     """Plain network, settings and anchors."""
     network = plain_network(confident[2])
-    settings = InputSettings([SIDE, SIDE], [127.] * 3, [128.] * 3, NAMES,
-                             'stretch', {})
+    settings = DetectorSettings([SIDE, SIDE], [127.] * 3, [128.] * 3, NAMES,
+                                'stretch', {})
     return network, settings, anchors_of(confident[2], network, (SIDE, SIDE))
 
 
