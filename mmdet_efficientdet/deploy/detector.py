@@ -4,54 +4,26 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import (Annotated, Any, Dict, Iterator, List, Literal, Optional,
-                    Sequence, Tuple, Union)
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
-import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from PIL import Image
 from torch import Tensor
 
 from .anchors import AnchorGenerator, decode_boxes
-from .heads import InputSettings
 from .network import PlainNetwork, load_plain
 from .pictures import (SUFFIXES, enlarged_size, read_picture, resize,
                        scaled_size, to_rgb)
 from .postprocess import detect, join
 from .releases import CONFIG, WEIGHTS, find_release
+from .settings import DetectorSettings
 
 THRESHOLD = 0.3  # lowest score of a box, unless another is given
 MAX_PIXELS = 1 << 26  # of an input; more would exhaust the memory
-_Side = Annotated[int, Meta(ge=1, le=1 << 13)]
-_Positive = Annotated[float, Meta(gt=0, le=1e6)]
-_THREE = Meta(min_length=3, max_length=3)
 _PICTURE = (str, os.PathLike, np.ndarray, Image.Image)
 Picture = Union[_PICTURE]
-
-
-@dataclass
-class DetectorSettings(InputSettings):
-    """The settings of the input and of the boxes.
-
-    Args:
-        image_size, mean, std, classes, anchors: See :class:`InputSettings`.
-        resize (str): 'pad', as there, or 'factor', which enlarges pictures by
-            ``factor`` and pads them to multiples of ``image_size``.
-        factor (float): Defaults to 1.
-        test_cfg (dict): ``nms_pre``, ``nms``, ``max_per_img`` and
-            ``score_thr`` of ``EfficientDetHead``. Defaults to its defaults.
-    """
-    image_size: Annotated[List[_Side], Meta(min_length=2, max_length=2)]
-    mean: Annotated[List[float], _THREE]
-    std: Annotated[List[_Positive], _THREE]
-    classes: List[str]
-    resize: Literal['pad', 'factor']
-    anchors: Dict[str, Any]
-    factor: _Positive = 1.0
-    test_cfg: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -182,6 +154,8 @@ class Detector:
         side = tuple(self.settings.image_size)
         if self.settings.resize == 'pad':
             return scaled_size(shape, side)[1], side
+        if self.settings.resize == 'stretch':
+            return side, side
         size = enlarged_size(shape, self.settings.factor)
         return size, tuple(-(-n // m) * m for n, m in zip(size, side))
 
@@ -218,20 +192,6 @@ def pictures_in(folder: str) -> List[str]:
     return found
 
 
-def read_settings(path: str) -> DetectorSettings:
-    """Reads the settings of a release; what else is there is ignored.
-
-    Raises:
-        ValueError: If they are not the settings of a detector.
-    """
-    try:
-        return msgspec.json.decode(
-            Path(path).read_bytes(), type=DetectorSettings)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f'{path} does not hold the settings of a detector: '
-                         f'{error}') from error
-
-
 def load_detector(source: str, device: Optional[str] = None) -> Detector:
     """Loads a released detector. Its files are data; none is executed.
 
@@ -244,5 +204,5 @@ def load_detector(source: str, device: Optional[str] = None) -> Detector:
         ValueError: If it is not found, damaged, or no release.
     """
     folder = find_release(source)
-    settings = read_settings(folder / CONFIG)
+    settings = DetectorSettings.load(folder / CONFIG)
     return Detector(load_plain(folder / WEIGHTS), settings, device)

@@ -16,12 +16,13 @@ from export_parts import build as building
 from export_parts import onnx_file
 from export_parts.detector import anchors_of
 from export_parts.evaluation import agreement, detect
+from export_parts.heads import Heads
 from helpers.tiny_data import CLASSES
 from test_export import SIDE, arguments, close, export, tiny  # noqa: F401
 from torchvision.ops import nms
 
 from mmdet_efficientdet import plain_network
-from mmdet_efficientdet.deploy.heads import Heads, InputSettings
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
 
 PYTHON = str(building.ROOT / '.venv-deploy' / 'bin' / 'python')
@@ -46,8 +47,8 @@ def confident(tiny, tmp_path_factory):  # noqa: F811
 def parts(confident):
     """Plain network, settings and anchors."""
     network = plain_network(confident[2])
-    settings = InputSettings([SIDE, SIDE], [127.] * 3, [128.] * 3, NAMES,
-                             'stretch', {})
+    settings = DetectorSettings([SIDE, SIDE], [127.] * 3, [128.] * 3, NAMES,
+                                'stretch', {})
     return network, settings, anchors_of(confident[2], network, (SIDE, SIDE))
 
 
@@ -130,11 +131,11 @@ def whole_pixels(boxes):
     return np.hstack([corner, corner + np.floor(boxes[:, 2:] - boxes[:, :2])])
 
 
-def same(expected, found):
+def same(expected, found, tolerance=1e-3):
     """For each box, whether the other side has it, within a pixel."""
     boxes, scores, labels = found
     return [((abs(boxes - box).max(1) <= 1) & (labels == label)
-             & (abs(scores - score) <= 1e-3)).any()
+             & (abs(scores - score) <= tolerance)).any()
             for box, score, label in zip(*expected)]  # yapf: disable
 
 
@@ -271,8 +272,8 @@ print(json.dumps([(int(classes[i]), float(scores[i]), *boxes[i].tolist())
     hits = agreement(expected, found)
     assert len(hits) > 3 and np.mean(hits) > 0.95
     assert len(agreement(found, expected)) == len(hits)
-    # The same file in MediaPipe.
+    # The same file in MediaPipe, whose int8 may differ by one step.
     found = [x[found[1] >= 0.3] for x in found]
     found[0] = whole_pixels(found[0])
-    hits = same(lines_of('mediapipe', path, file), found)
+    hits = same(lines_of('mediapipe', path, file), found, tolerance=0.01)
     assert len(hits) == len(found[0]) > 3 and all(hits)

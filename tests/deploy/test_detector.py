@@ -17,8 +17,8 @@ from torchvision.ops import box_iou
 
 from mmdet_efficientdet import Detector, load_detector
 from mmdet_efficientdet.deploy import detector, pictures, plain_network
-from mmdet_efficientdet.deploy.detector import DetectorSettings, read_settings
 from mmdet_efficientdet.deploy.releases import CONFIG
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TREES = ROOT / 'zoo' / 'trees'
@@ -323,4 +323,5 @@ def test_wrong_settings(change, trees, tmp_path):
     settings = replace(trees.settings, **change)
     (tmp_path / CONFIG).write_text(json.dumps(asdict(settings)))
     with pytest.raises(ValueError):
-        Detector(trees.network, read_settings(tmp_path / CONFIG), 'cpu')
+        Detector(trees.network, DetectorSettings.load(tmp_path / CONFIG),
+                 'cpu')

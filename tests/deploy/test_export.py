@@ -20,6 +20,7 @@ from export_parts import exporting, onnx_file, support
 from export_parts.evaluation import (Photographs, agreement,
                                      calibration_images, detect, fit)
 from export_parts.exporting import export
+from export_parts.heads import Heads, freeze
 from export_parts.receipt import TOLERANCE, compare, judge
 from helpers.tiny_data import CLASSES, LITE0, make_dataset
 from mmdet.registry import MODELS
@@ -27,7 +28,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmdet_efficientdet import plain_network
-from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.scaling import SCALING
 
 ROOT = Path(tool.__file__).parents[1]
@@ -90,8 +91,8 @@ def parts(tiny):
     """Plain network, settings, anchors and an image."""
     _, _, detector = tiny
     network = plain_network(detector)
-    settings = InputSettings([SIDE, SIDE], [127.] * 3, [128.] * 3,
-                             list(CLASSES), 'pad', {})
+    settings = DetectorSettings([SIDE, SIDE], [127.] * 3, [128.] * 3,
+                                list(CLASSES), 'pad', {})
     maps, _ = network(torch.zeros(1, 3, SIDE, SIDE))
     anchors = torch.cat(
         detector.bbox_head.prior_generator.grid_priors(
@@ -374,7 +375,8 @@ def test_nothing_is_left(tiny, tmp_path):
 def test_fit():
     """A long image is stretched, or padded with the mean colour."""
     image = np.full((50, 100, 3), 200, np.uint8)
-    settings = InputSettings([96, 96], [127.] * 3, [1.] * 3, ['a'], 'pad', {})
+    settings = DetectorSettings([96, 96], [127.] * 3, [1.] * 3, ['a'], 'pad',
+                                {})
     given, scale = fit(image, settings)
     assert given.shape == (1, 96, 96, 3) and scale == (0.96, 0.96)
     assert (given[0, :48] == 200).all() and (given[0, 48:] == 127).all()
@@ -573,7 +575,7 @@ def test_calibration_by_seed(tmp_path):
     paths = [tmp_path / f'{i}.png' for i in range(20)]
     for i, path in enumerate(paths):
         cv2.imwrite(str(path), np.full((9, 9, 3), i, np.uint8))
-    settings = InputSettings([64, 64], [0.] * 3, [1.] * 3, ['a'], 'pad', {})
+    settings = DetectorSettings([64, 64], [0.] * 3, [1.] * 3, ['a'], 'pad', {})
 
     def chosen(paths, seed):
         images = calibration_images(tmp_path, paths, settings, 16, seed)

@@ -81,7 +81,8 @@ def test_limit(model, monkeypatch):
     terms = {k: v.item() for k, v in model.loss(*args).items()}
     assert 0 < sum(terms.values()) < 100
     worst = max(terms, key=terms.get)
-    monkeypatch.setattr(model, 'max_loss', terms[worst])
+    # Two passes may round differently.
+    monkeypatch.setattr(model, 'max_loss', 0.99 * terms[worst])
     MessageHub.get_instance('limit').update_info('work_dir', os.devnull)
     with pytest.raises(NonFiniteLossError, match=f'{worst}='):
         model.loss(*args)

@@ -11,10 +11,11 @@ from typing import Dict, Iterator, Optional
 import numpy as np
 import torch
 
-from mmdet_efficientdet.deploy.heads import Heads, InputSettings
 from mmdet_efficientdet.deploy.network import save_plain
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 
 from . import onnx_file
+from .heads import Heads
 from .runtimes import RuntimeProcess
 from .support import SUFFIXES
 
@@ -138,7 +139,7 @@ def _one_error() -> Iterator[None]:
                          f'{str(error).strip()[:1500]}') from error
 
 
-def _save_program(network, settings: InputSettings, path: Path) -> None:
+def _save_program(network, settings: DetectorSettings, path: Path) -> None:
     """Writes raw heads as a ``.pt2`` of a fixed size and batch."""
     images = torch.zeros(1, *settings.image_size, 3, dtype=torch.uint8)
     program = torch.export.export(Heads(network, settings), (images, ))

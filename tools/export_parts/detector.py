@@ -6,7 +6,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmdet_efficientdet.deploy.heads import InputSettings
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.models.anchors import AnchorGenerator
 from mmdet_efficientdet.registry import MODELS, TASK_UTILS
 from mmdet_efficientdet.scaling import MIN_SIDE, SCALING
@@ -54,7 +54,7 @@ def anchor_generator(config: Config) -> AnchorGenerator:
 
     Raises:
         ValueError: If it is another class, whose arguments the readers of
-            :class:`InputSettings` do not know.
+            :class:`DetectorSettings` do not know.
     """
     init_default_scope('mmdet')
     generator = TASK_UTILS.build(config.model.bbox_head.anchor_generator)
@@ -145,7 +145,7 @@ def check_names(names: Optional[Sequence[str]], number: int) -> list:
 
 
 def input_settings(config: Config, names: Sequence[str], resize: str,
-                   image_size: Optional[Sequence[int]]) -> InputSettings:
+                   image_size: Optional[Sequence[int]]) -> DetectorSettings:
     """What runtimes need to know.
 
     Args:
@@ -170,9 +170,9 @@ def input_settings(config: Config, names: Sequence[str], resize: str,
         raise ValueError(
             f'data_preprocessor.pad_value is {padding}, but exported files '
             'are padded with the mean color, which is 0; use --resize stretch')
-    return InputSettings(size, list(preprocessor.mean), list(preprocessor.std),
-                         names, resize,
-                         plain_data(vars(anchor_generator(config))))
+    return DetectorSettings(size, list(preprocessor.mean),
+                            list(preprocessor.std), names, resize,
+                            plain_data(vars(anchor_generator(config))))
 
 
 def anchors_of(detector, network, image_size: Tuple[int, int]) -> torch.Tensor:

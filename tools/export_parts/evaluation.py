@@ -15,8 +15,8 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
 from mmdet_efficientdet.datasets.transforms import scaled_size
-from mmdet_efficientdet.deploy.heads import InputSettings
 from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
 
 LEAST_CALIBRATION = 16  # images; fewer do not show the ranges of the maps
@@ -126,7 +126,7 @@ def read_image(path: Path) -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1])
 
 
-def fit(image: np.ndarray, settings: InputSettings) -> Tuple:
+def fit(image: np.ndarray, settings: DetectorSettings) -> Tuple:
     """Resizes to the input's size.
 
     Returns:
@@ -146,7 +146,7 @@ def fit(image: np.ndarray, settings: InputSettings) -> Tuple:
 
 
 def calibration_images(folder: Path, paths: Sequence[Path],
-                       settings: InputSettings, number: int,
+                       settings: DetectorSettings, number: int,
                        seed: int) -> np.ndarray:
     """Inputs ``(n, H, W, 3)`` for static quantisation, chosen by seed.
 

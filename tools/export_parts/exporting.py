@@ -9,7 +9,6 @@ from typing import Dict, Optional
 import numpy as np
 
 from mmdet_efficientdet.deploy import plain_network
-from mmdet_efficientdet.deploy.heads import Heads
 from mmdet_efficientdet.utils import read_config, write_file
 from mmdet_efficientdet.weights.sources import sha256_of
 
@@ -18,6 +17,7 @@ from . import support
 from .build import build, find_python, open_runtime
 from .detector import anchors_of, check_model, input_settings, load, size_of
 from .evaluation import Photographs, calibration_images, dataset_of
+from .heads import Heads
 
 
 def export(args: argparse.Namespace) -> str:

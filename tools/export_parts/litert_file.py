@@ -13,9 +13,10 @@ from typing import Sequence
 import numpy as np
 import tflite_file
 import torch
+from heads import Heads, freeze
 
-from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
 from mmdet_efficientdet.deploy.network import load_plain
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 
 
 def convert(heads: Heads, image_size: Sequence[int], path: str) -> None:
@@ -85,14 +86,14 @@ def halve(path: str, target: str) -> None:
     run.quantize().export_model(str(target), overwrite=True)
 
 
-def add_metadata(path: str, settings: InputSettings,
+def add_metadata(path: str, settings: DetectorSettings,
                  anchors: np.ndarray) -> None:
     """Adds what MediaPipe's ``ObjectDetector`` reads, in place.
 
     Args:
         path (str): A file with the two outputs of :class:`Heads`, or with
             the four of ``TFLite_Detection_PostProcess``.
-        settings (InputSettings): With the class names.
+        settings (DetectorSettings): With the class names.
         anchors (np.ndarray): ``(A, 4)`` centre and size (y, x, h, w), by the
             size of the input.
     """
@@ -194,7 +195,7 @@ def main() -> None:
     """Does the work of a folder."""
     folder = Path(sys.argv[1])
     job = json.loads((folder / 'job.json').read_text())
-    settings = InputSettings.load(folder / 'plain.json')
+    settings = DetectorSettings.load(folder / 'plain.json')
     heads = Heads(load_plain(folder / 'plain.safetensors'), settings, True)
     target, floats = folder / 'model.tflite', folder / 'float.tflite'
     convert(heads, settings.image_size, floats)

@@ -5,11 +5,13 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from mmdet_efficientdet.deploy.heads import Heads, InputSettings, freeze
 from mmdet_efficientdet.deploy.network import PlainNetwork
 from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
 from mmdet_efficientdet.utils import import_package
+
+from .heads import Heads, freeze
 
 OPSET = 17
 
@@ -97,7 +99,7 @@ class Detections(RawHeads):
 
 
 def write(network,
-          settings: InputSettings,
+          settings: DetectorSettings,
           path: str,
           nms: str,
           anchors: Tensor,
@@ -108,7 +110,7 @@ def write(network,
 
     Args:
         network (PlainNetwork): The network.
-        settings (InputSettings): Written into the metadata, too.
+        settings (DetectorSettings): Written into the metadata, too.
         path (str): The file.
         nms (str): 'none', 'hard' or 'soft'.
         anchors (Tensor): ``(A, 4)``.

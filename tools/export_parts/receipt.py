@@ -8,10 +8,11 @@ from typing import Callable, Optional
 import numpy as np
 import torch
 
-from mmdet_efficientdet.deploy.heads import Heads, InputSettings
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 
 from .evaluation import (Photographs, agreement, detect, fit, read_image,
                          to_image)
+from .heads import Heads
 from .support import Cell
 
 # The largest difference of a head, relative to its largest value
@@ -21,7 +22,7 @@ PACKAGES = ('python', 'torch', 'onnx', 'onnxruntime', 'openvino', 'nncf',
 
 
 @torch.no_grad()
-def compare(heads: Heads, run: Callable, settings: InputSettings,
+def compare(heads: Heads, run: Callable, settings: DetectorSettings,
             photographs: Photographs, anchors: torch.Tensor, config: dict,
             tail: str) -> dict:
     """Runs both on all images, in turn, through the same resize and tail.
@@ -30,7 +31,7 @@ def compare(heads: Heads, run: Callable, settings: InputSettings,
         heads (Heads): The heads in PyTorch.
         run (Callable): Image to (seconds, outputs); two outputs are heads,
             three are boxes, scores and labels in pixels of the input.
-        settings (InputSettings): Of the input.
+        settings (DetectorSettings): Of the input.
         photographs (Photographs): Images with boxes.
         anchors (Tensor): ``(A, 4)``.
         config (dict): The ``test_cfg`` of the detector's head.
@@ -92,7 +93,7 @@ def _timed(heads: Heads, images: torch.Tensor):
 
 
 @torch.no_grad()
-def ap_of(heads: Heads, settings: InputSettings, photographs: Photographs,
+def ap_of(heads: Heads, settings: DetectorSettings, photographs: Photographs,
           anchors: torch.Tensor, config: dict) -> float:
     """The AP of PyTorch alone, with the suppression of the config."""
     results = {}

@@ -15,8 +15,8 @@ from typing import BinaryIO, Callable, List, Sequence
 
 import numpy as np
 
-from mmdet_efficientdet.deploy.heads import YXHW, Heads, InputSettings
 from mmdet_efficientdet.deploy.network import load_plain
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 
 Run = Callable[[np.ndarray], List[np.ndarray]]
 
@@ -24,8 +24,9 @@ Run = Callable[[np.ndarray], List[np.ndarray]]
 def open_torch(path: str) -> Run:
     """A plain network; its settings are in the .json beside it."""
     import torch
+    from heads import Heads  # of this folder, as for a script
     torch.set_num_threads(1)
-    settings = InputSettings.load(Path(path).with_suffix('.json'))
+    settings = DetectorSettings.load(Path(path).with_suffix('.json'))
     heads = Heads(load_plain(path), settings)
     return lambda image: [x.numpy() for x in heads(torch.from_numpy(image))]
 
@@ -52,6 +53,7 @@ def open_openvino(path: str) -> Run:
 def open_litert(path: str) -> Run:
     """LiteRT; boxes are returned in this package's order."""
     from ai_edge_litert.interpreter import Interpreter
+    from heads import YXHW
     interpreter = Interpreter(path, num_threads=1)
     interpreter.allocate_tensors()
     given, = interpreter.get_input_details()

@@ -5,7 +5,6 @@ from typing import Sequence
 from export_parts.detector import input_settings
 from mmengine.config import Config
 
-from mmdet_efficientdet.deploy.detector import DetectorSettings
 from mmdet_efficientdet.utils import plain_data
 
 KNOWN = {'nms_pre', 'nms', 'max_per_img', 'score_thr'}
@@ -30,7 +29,8 @@ def detector_settings(config: Config, names: Sequence[str]) -> dict:
     if others:
         raise ValueError(f'test_cfg has {sorted(others)}, which a release '
                          f'cannot follow; it can {sorted(KNOWN)}')
-    return asdict(DetectorSettings(**settings, test_cfg=test_cfg))
+    settings['test_cfg'] = test_cfg
+    return settings
 
 
 def resize_of(config: Config) -> dict:

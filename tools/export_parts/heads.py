@@ -1,58 +1,16 @@
 """The plain network as runtimes call it: from an RGB image to joined heads."""
 import copy
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Sequence, Tuple
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .network import PlainNetwork
-from .postprocess import join
+from mmdet_efficientdet.deploy.network import PlainNetwork
+from mmdet_efficientdet.deploy.postprocess import join
+from mmdet_efficientdet.deploy.settings import DetectorSettings
 
 YXHW = (1, 0, 3, 2)  # TensorFlow's order of a box, by ours
-
-
-@dataclass
-class InputSettings:
-    """What a runtime has to know beside the network; JSON can hold it.
-
-    Args:
-        image_size (Sequence[int]): Height and width of the input.
-        mean, std (Sequence[float]): Of RGB values from 0 to 255.
-        classes (Sequence[str]): Names, in the order of the outputs.
-        resize (str): 'pad' keeps the aspect ratio, puts the image into the
-            upper left corner and fills the rest with ``mean``; 'stretch' does
-            not keep it.
-        anchors (dict): Arguments of ``AnchorGenerator``.
-    """
-    image_size: Sequence[int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    classes: Sequence[str]
-    resize: str
-    anchors: dict
-
-    def save(self, path: str) -> None:
-        """Writes a JSON file."""
-        Path(path).write_text(
-            json.dumps(asdict(self), indent=1, ensure_ascii=False) + '\n',
-            encoding='utf-8')
-
-    @classmethod
-    def load(cls, path: str) -> 'InputSettings':
-        """Reads what :meth:`save` has written.
-
-        Raises:
-            ValueError: If the file is something else.
-        """
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding='utf-8')))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f'{path} does not hold the settings of a plain '
-                             f'network: {error}') from error
 
 
 class Heads(nn.Module):
@@ -60,14 +18,14 @@ class Heads(nn.Module):
 
     Args:
         network (PlainNetwork): It is not changed.
-        settings (InputSettings): Its mean and deviation are used.
+        settings (DetectorSettings): Its mean and deviation are used.
         yxhw (bool): Whether boxes are (dy, dx, dh, dw), as TensorFlow Lite
             expects, not (dx, dy, dw, dh). Defaults to False.
     """
 
     def __init__(self,
                  network: PlainNetwork,
-                 settings: InputSettings,
+                 settings: DetectorSettings,
                  yxhw: bool = False) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
