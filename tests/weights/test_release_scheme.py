@@ -72,17 +72,16 @@ def test_unknown():
 
 
 def breaking(text):
-    """A string, a key, a type and a base that mmengine would execute."""
+    """Strings, keys and bases that mmengine would execute or fill in."""
     key = f"a': {text}, 'b"
-    both = "'\"\\"  # no quotation marks are left for repr
     return [
         dict(model=dict(type='EfficientDet', text=key)),
         {
             key: 1
         },
         dict(model={key: 1}),
-        dict(visualizer=dict(name=f'{both}{{{{$X:{both}+{text}+{both}}}}}')),
-        dict(visualizer=dict(name=f"'\\{{{{'$X:\\\\'+{text}+\\\\'}}}}'\"")),
+        dict(visualizer=dict(name=['{{$HOME:x}}', "{{'$NONE:1'}}"])),
+        dict(visualizer=dict(name='{{ fileDirname }} {{_base_.model}}')),
         dict(_base_='/etc/passwd', custom_imports=dict(imports=['this'])),
     ]
 
