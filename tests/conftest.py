@@ -1,9 +1,11 @@
 """What several test files share."""
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_data import TOOLS, run_tool
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -60,3 +62,38 @@ def build_detector(model_cfg):
             return MODELS.build(model_cfg(name, num_classes))
 
     return build
+
+
+SCRIPTS = '''
+import json
+import runpy
+import sys
+messages = {}
+for name, (script, *args) in CALLS.items():
+    sys.argv = [f'{TOOLS}/{script}', *args]
+    try:
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    except Exception as error:
+        messages[name] = f'{type(error).__name__}: {error}'
+with open('messages.json', 'w') as file:
+    json.dump(messages, file)
+'''
+
+
+@pytest.fixture(scope='session')
+def errors_of_scripts():
+    """Runs scripts of the host, one after the other in one new process.
+
+    Returns a function of the calls, name to (script, argument, ...), and of
+    an empty folder to run in; it returns the errors by name and the output.
+    """
+
+    def run(calls, folder):
+        calls = {name: list(map(str, call)) for name, call in calls.items()}
+        source = f'CALLS = {calls!r}\nTOOLS = {str(TOOLS)!r}\n{SCRIPTS}'
+        done = run_tool('source', cwd=folder, source=source)
+        assert done.code == 0, done.output
+        messages = json.loads((folder / 'messages.json').read_text())
+        return messages, done.output
+
+    return run

@@ -14,23 +14,25 @@ These schemes work wherever mmengine takes a checkpoint:
 
 The loaders return CPU tensors, whatever the ``map_location``.
 """
-import json
 import logging
 import os
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict
 
+import msgspec
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.registry import Registry
 from torch import Tensor
 
+from .. import registry as registries
 from ..deploy.releases import check, find_release, read_sums
 from ..models import EfficientNet
-from ..scaling import scale_config
-from ..utils import config_file, import_package
+from ..scaling import dicts, scale_config
+from ..utils import config_file, import_package, register_all_modules
 from .conventions import adopt_conventions, differing_options, option
 from .convert import convert_file
 from .matching import match
@@ -39,6 +41,8 @@ from .sources import open_source, sha256_of
 
 # Where the shipped configs set how an image is resized.
 _RESIZE = 'test_dataloader.dataset.pipeline.1.half_pixel_centers'
+# Of a config, what inference needs.
+_INFERENCE = ('default_scope', 'model', 'test_dataloader', 'visualizer')
 # Ends each message about weights that are not available.
 _WITHOUT = ('To train without ImageNet weights, or from load_from, set '
             'model.backbone.init_cfg=None')
@@ -107,9 +111,46 @@ def load_from_release(filename, map_location=None) -> dict:
     check(folder, files)
     checkpoint, = (x for x in files if x.endswith('.pth'))
     data = open_source(str(folder / checkpoint)).checkpoint
-    text = (folder / 'training_config.json').read_text(encoding='utf-8')
-    data['meta']['cfg'] = Config(json.loads(text)).pretty_text
+    data['meta']['cfg'] = config_text(folder / 'training_config.json')
     return data
+
+
+def config_text(path: Path) -> str:
+    """Makes a config for inference, as text, of one that is only data.
+
+    mmengine executes the text, fills in ``{{...}}``, builds every ``type``
+    that it can import, and loads the file of an ``init_cfg``. So the text has
+    nothing but values, and types that are registered.
+
+    Args:
+        path (Path): A config in JSON.
+
+    Raises:
+        ValueError: If it is not one, or has another type.
+    """
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=Dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f'{path} is no config: {error}') from error
+    config = {key: config[key] for key in _INFERENCE if key in config}
+    register_all_modules(init_default_scope=False)
+    known = {'mmdet', 'mmdet_efficientdet', 'mmengine', 'nms', 'soft_nms'}
+    for registry in vars(registries).values():
+        while isinstance(registry, Registry):
+            for name in registry.module_dict:
+                known |= {name, f'{registry.scope}.{name}'}
+            registry = registry.parent
+    for node in dicts(config):
+        node.pop('init_cfg', None)
+        for key in {'type', 'default_scope', '_scope_', 'collate_fn'
+                    } & {*node}:
+            kind = node[key]['type'] if isinstance(node[key], dict) else \
+                node[key]
+            if not isinstance(kind, str) or kind not in known:
+                raise ValueError(f'{path} has {key}={kind!r}, which is no '
+                                 'class of MMDetection or of this package')
+    text = '\n'.join(f'{key} = {value!r}' for key, value in config.items())
+    return text.replace('{{', '{\\x7b')
 
 
 def config_of(entry: PublishedFile) -> Config:

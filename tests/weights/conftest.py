@@ -1,5 +1,4 @@
 """Weights of effdet, and the converter, which several files use."""
-import json
 import runpy
 import sys
 import tarfile
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tensorflow_files import tf_shapes, values, write_bundle
-from helpers.tiny_data import LITE0, TOOLS, run_tool
+from helpers.tiny_data import LITE0
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -67,41 +66,6 @@ def automl_lite0(lite0, tmp_path_factory):
     with tarfile.open(folder / 'efficientdet-lite0.tgz', 'w:gz') as archive:
         archive.add(folder / 'efficientdet-lite0', 'efficientdet-lite0')
     return SimpleNamespace(folder=folder, tensors=tensors)
-
-
-SCRIPTS = '''
-import json
-import runpy
-import sys
-messages = {}
-for name, (script, *args) in CALLS.items():
-    sys.argv = [f'{TOOLS}/{script}', *args]
-    try:
-        runpy.run_path(sys.argv[0], run_name='__main__')
-    except Exception as error:
-        messages[name] = f'{type(error).__name__}: {error}'
-with open('messages.json', 'w') as file:
-    json.dump(messages, file)
-'''
-
-
-@pytest.fixture(scope='session')
-def errors_of_scripts():
-    """Runs scripts of the host, one after the other in one new process.
-
-    Returns a function of the calls, name to (script, argument, ...), and of
-    an empty folder to run in; it returns the errors by name and the output.
-    """
-
-    def run(calls, folder):
-        calls = {name: list(map(str, call)) for name, call in calls.items()}
-        source = f'CALLS = {calls!r}\nTOOLS = {str(TOOLS)!r}\n{SCRIPTS}'
-        done = run_tool('source', cwd=folder, source=source)
-        assert done.code == 0, done.output
-        messages = json.loads((folder / 'messages.json').read_text())
-        return messages, done.output
-
-    return run
 
 
 @pytest.fixture
