@@ -99,7 +99,12 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from error
-    results, taken = [], set()
+    results, out = [], args.out.resolve()
+    taken = {  # a drawn picture replaces none of those that are given
+        path.name
+        for path in map(Path, paths)
+        if path.resolve().parent == out or path.absolute().parent == out
+    }
     with tqdm(total=len(paths), unit='picture', disable=None) as bar:
         for found in detector.each(paths, args.threshold):
             results.append(found)

@@ -79,6 +79,11 @@ class Detector:
                 raise ValueError(
                     f'the network has {network.settings["num_classes"]} '
                     f'classes, the settings name {len(self.classes)}')
+            number, = self.generator.num_base_priors
+            if network.settings['num_anchors'] != number:
+                raise ValueError(
+                    f'the network has {network.settings["num_anchors"]} '
+                    f'anchors for a cell, the settings {number}')
             self._predict(torch.zeros(1, 3, 128, 128, device=self.device))
         except (ArithmeticError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:

@@ -51,6 +51,6 @@ class DetectorSettings:
         """
         try:
             return msgspec.json.decode(Path(path).read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, RecursionError, msgspec.MsgspecError) as error:
             raise ValueError(f'{path} does not hold the settings of a '
                              f'detector: {error}') from error

@@ -111,8 +111,10 @@ def load_from_release(filename, map_location=None) -> dict:
     check(folder, files)
     checkpoint, = (x for x in files if x.endswith('.pth'))
     data = open_source(str(folder / checkpoint)).checkpoint
-    data['meta']['cfg'] = config_text(folder / 'training_config.json')
-    return data
+    cfg = config_text(folder / 'training_config.json')
+    # Not message_hub, whose cfg mmengine would execute instead.
+    return dict(
+        state_dict=data['state_dict'], meta=dict(data['meta'], cfg=cfg))
 
 
 def config_text(path: Path) -> str:

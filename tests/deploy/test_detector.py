@@ -313,6 +313,7 @@ def test_size_of_the_factor(factor):
     dict(classes=['a', 'b']),
     dict(anchors=dict(octave_base_scale='4')),
     dict(anchors=dict(strides=8)),
+    dict(anchors=dict(scales_per_octave=4)),
     dict(test_cfg=dict(nms=dict(type='code'))),
     dict(test_cfg=dict(nms=[1])),
     dict(test_cfg=dict(max_per_img='all')),
@@ -325,3 +326,10 @@ def test_wrong_settings(change, trees, tmp_path):
     with pytest.raises(ValueError):
         Detector(trees.network, DetectorSettings.load(tmp_path / CONFIG),
                  'cpu')
+
+
+def test_deep_settings(tmp_path):
+    deep = '[' * 10**5 + ']' * 10**5
+    (tmp_path / CONFIG).write_text(f'{{"extra": {deep}}}')
+    with pytest.raises(ValueError, match=CONFIG):
+        DetectorSettings.load(tmp_path / CONFIG)

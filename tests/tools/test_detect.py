@@ -78,3 +78,16 @@ def test_without_tqdm(tmp_path, monkeypatch, capsys):
          str(tmp_path)])
     assert tool.main() == 0
     assert '31 boxes in 1 pictures' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_own_folder(tmp_path, monkeypatch):
+    """A drawn picture does not replace the photograph."""
+    photo = tmp_path / 'a.jpg'
+    shutil.copy(PHOTO, photo)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv',
+                        ['detect', '.', '--model', 'trees', '--out', '.'])
+    assert tool.main() == 0
+    assert photo.read_bytes() == PHOTO.read_bytes()
+    assert Image.open('a_2.jpg').size == Image.open(photo).size

@@ -222,6 +222,18 @@ def test_pipelines_that_cannot_be_followed(step, word):
         settings.resize_of(config)
 
 
+def test_padding_that_differs():
+    """A release pads to the size of ResizeCrop, so the training must, too."""
+    config = Config(json.loads((TREES / 'training_config.json').read_text()))
+    config.test_dataloader.dataset.pipeline[1] = dict(
+        type='mmdet_efficientdet.ResizeCrop', image_size=512)
+    with pytest.raises(ValueError, match='512.*256.*pad_size_divisor'):
+        settings.detector_settings(config, ['Tree'])
+    config.model.data_preprocessor.pad_size_divisor = 512
+    found = settings.detector_settings(config, ['Tree'])
+    assert (found['image_size'], found['resize']) == ([512, 512], 'pad')
+
+
 def test_names_in_the_card():
     """Markdown and HTML in a class name stay text."""
     text = card.table([['a|b<script>\n# `x`', 3, 1.0, -1.0]])

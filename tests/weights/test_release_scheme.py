@@ -44,7 +44,9 @@ def test_text_in_the_checkpoint_is_not_used(release):
     """mmengine executes the cfg, which is made from data instead."""
     folder, checkpoint = release
     data = torch.load(checkpoint, weights_only=True)
-    data['meta']['cfg'] = 'raise SystemExit("executed")'
+    text = 'raise SystemExit("executed")'
+    data['meta']['cfg'] = text
+    data['message_hub'] = dict(runtime_info=dict(cfg=text))
     torch.save(data, checkpoint)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     lines = (folder / SUMS).read_text().splitlines()
@@ -53,7 +55,9 @@ def test_text_in_the_checkpoint_is_not_used(release):
         for line in lines
     ]
     (folder / SUMS).write_text('\n'.join(lines))
-    cfg = load(f'release://{folder}')['meta']['cfg']
+    loaded = load(f'release://{folder}')
+    assert loaded.keys() == {'state_dict', 'meta'}
+    cfg = loaded['meta']['cfg']
     assert 'executed' not in cfg and 'mmdet_efficientdet.BiFPN' in cfg
 
 

@@ -23,7 +23,13 @@ def detector_settings(config: Config, names: Sequence[str]) -> dict:
         ValueError: If the pipeline or the head has what it cannot do.
     """
     settings = asdict(input_settings(config, names, 'pad', None))
-    settings.update(resize_of(config))
+    padded, resized = settings['image_size'], resize_of(config)
+    if resized.get('image_size', padded) != padded:
+        raise ValueError(
+            f'ResizeCrop fits images into {resized["image_size"]}, but they '
+            f'are padded to multiples of {padded}; set '
+            'data_preprocessor.pad_size_divisor to the same size')
+    settings.update(resized)
     test_cfg = plain_data(dict(config.model.get('test_cfg') or {}))
     others = test_cfg.keys() - KNOWN
     if others:
