@@ -20,8 +20,15 @@ SCHEMES = {
     'timm://': 'load_from_timm'
 }
 
-DEPLOY = ('Detections', 'Detector', 'PlainNetwork', 'load_detector',
-          'load_plain', 'plain_network', 'save_plain')
+# What runs without MMDetection, and its module
+DEPLOY = dict(
+    Detections='detector',
+    Detector='detector',
+    PlainNetwork='network',
+    load_detector='detector',
+    load_plain='network',
+    plain_network='folding',
+    save_plain='network')
 
 try:
     import wrapt
@@ -59,7 +66,8 @@ def __getattr__(name: str):
     if name in scaling.__all__:
         return getattr(scaling, name)
     if name in DEPLOY:
-        return getattr(import_module('.deploy', __name__), name)
+        module = import_module(f'.deploy.{DEPLOY[name]}', __name__)
+        return getattr(module, name)
     if name[0].isupper():
         for wing in _wings():
             if name in wing.__all__:

@@ -88,7 +88,16 @@ def main() -> int:
     # What a script sees that is started by its path
     sys.argv = [str(files[name]), *arguments]
     sys.path[0] = str(files[name].parent)
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    try:
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    except ModuleNotFoundError as error:
+        if error.name not in ('mmcv', 'mmdet', 'mmengine'):
+            raise
+        print(
+            f'{name} needs MMDetection, but {error.name} is not installed. '
+            f'{COMMAND} doctor says what to install',
+            file=sys.stderr)
+        return 1
     return 0
 
 

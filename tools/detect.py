@@ -32,9 +32,12 @@ def parse_args(arguments=None) -> argparse.Namespace:
     add('--threshold',
         type=float,
         default=0.3,
-        help='lowest score of a box (default: %(default)s)')
+        help='lowest score of a box, 0 to 1 (default: %(default)s)')
     add('--device', help='such as cpu (default: the GPU, if there is one)')
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if not 0 <= args.threshold <= 1:
+        parser.error(f'--threshold {args.threshold} must be from 0 to 1')
+    return args
 
 
 if __name__ == '__main__':
@@ -43,7 +46,7 @@ if __name__ == '__main__':
 from PIL import Image, ImageDraw
 from torch.hub import tqdm  # a plain one if tqdm is not installed
 
-from mmdet_efficientdet.deploy import Detections, load_detector
+from mmdet_efficientdet import Detections, load_detector
 from mmdet_efficientdet.deploy.detector import pictures_in
 from mmdet_efficientdet.deploy.pictures import read_picture
 
@@ -105,15 +108,23 @@ def main() -> int:
         for path in map(Path, paths)
         if path.resolve().parent == out or path.absolute().parent == out
     }
-    with tqdm(total=len(paths), unit='picture', disable=None) as bar:
-        for found in detector.each(paths, args.threshold):
-            results.append(found)
-            if not found.error:
-                draw(found).save(
-                    free_name(args.out, found.path, taken), quality=90)
-            bar.update(1)
-    text = json.dumps([*map(as_json, results)], indent=1, ensure_ascii=False)
-    (args.out / 'detections.json').write_text(text + '\n', encoding='utf-8')
+    try:
+        with tqdm(total=len(paths), unit='picture', disable=None) as bar:
+            for found in detector.each(paths, args.threshold):
+                if not found.error:
+                    draw(found).save(
+                        free_name(args.out, found.path, taken), quality=90)
+                results.append(found)
+                bar.update(1)
+        text = json.dumps([*map(as_json, results)],
+                          indent=1,
+                          ensure_ascii=False)
+        (args.out / 'detections.json').write_text(
+            text + '\n', encoding='utf-8')
+    except OSError as error:
+        raise SystemExit(f'{args.out} cannot be written: {error}. '
+                         f'{len(results)} of {len(paths)} pictures are '
+                         'done; detections.json is missing') from error
     bad = [found.error for found in results if found.error]
     print(f'{sum(len(x.boxes) for x in results)} boxes in '
           f'{len(results) - len(bad)} pictures: {args.out}')

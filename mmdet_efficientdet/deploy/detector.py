@@ -84,7 +84,10 @@ class Detector:
                 raise ValueError(
                     f'the network has {network.settings["num_anchors"]} '
                     f'anchors for a cell, the settings {number}')
-            self._predict(torch.zeros(1, 3, 128, 128, device=self.device))
+            found = self._predict(
+                torch.zeros(1, 3, 128, 128, device=self.device))
+            if not all(x.isfinite().all() for x in found):
+                raise ValueError('boxes and scores are not finite')
         except (ArithmeticError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:
             raise ValueError('network and settings of the detector do not '
@@ -125,7 +128,7 @@ class Detector:
         for picture in pictures:
             try:
                 yield self._detect(picture, threshold)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 yield Detections(path=_path(picture), error=str(error))
 
     @torch.no_grad()

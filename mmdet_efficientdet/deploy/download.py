@@ -5,7 +5,8 @@ import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from filelock import FileLock, Timeout
 from torch.hub import tqdm  # a plain one if tqdm is not installed
@@ -31,6 +32,18 @@ def lock(target: Path, say: Callable[[str], None]):
     return held
 
 
+class _SafeRedirects(HTTPRedirectHandler):
+    """Follows a server to ``https://``, and to its own address."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        before, after = urlsplit(request.full_url), urlsplit(url)
+        if after.scheme != 'https' and before[:2] != after[:2]:
+            raise ValueError(f'the server redirects to {url}, which is not '
+                             'https://')
+        return super().redirect_request(request, file, code, message, headers,
+                                        url)
+
+
 def download(address: str,
              target: Path,
              limit: int,
@@ -43,7 +56,8 @@ def download(address: str,
     request = Request(address, headers={'User-Agent': 'mmdet_efficientdet'})
     # Another thread, because the headers may also come byte by byte.
     with ThreadPool(1) as pool:
-        response = pool.apply_async(urlopen, (request, None, timeout))
+        connect = build_opener(_SafeRedirects).open
+        response = pool.apply_async(connect, (request, None, timeout))
         response = response.get(timeout)
     length, size, before, start = response.length, 0, 0, time.monotonic()
     with response, target.open('wb') as file, tqdm(

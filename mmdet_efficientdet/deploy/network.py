@@ -399,6 +399,8 @@ def load_plain(path: str, even: bool = False) -> PlainNetwork:
         with safetensors.safe_open(path, 'pt') as file:
             settings = json.loads((file.metadata() or {})['plain_network'])
             weights = {key: file.get_tensor(key) for key in file.keys()}
+        if len(settings['blocks']) > len(weights):
+            raise ValueError('it has more blocks than weights')
         with torch.device('meta'):  # takes no memory, whatever the settings
             network = PlainNetwork(**settings, even=even)
         network.load_state_dict(weights, assign=True)

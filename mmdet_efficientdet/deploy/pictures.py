@@ -45,6 +45,9 @@ def to_rgb(picture: Union[np.ndarray, Image.Image]) -> np.ndarray:
             wide = np.asarray(picture).astype(np.int64)
             picture = Image.fromarray((wide >> 8).clip(0, 255).astype('uint8'))
         picture = np.array(picture.convert('RGB'))
+    if not isinstance(picture, np.ndarray):
+        raise ValueError(f'{type(picture).__name__} is no picture; give a '
+                         'path, an array or a picture of Pillow')
     if picture.dtype == np.uint8 and picture.ndim == 2:
         picture = picture[..., None].repeat(3, 2)
     if (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3

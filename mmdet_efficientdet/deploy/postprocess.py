@@ -156,12 +156,15 @@ def suppress(bboxes: Tensor,
         slot without a box is 0.
 
     Raises:
-        ValueError: If ``type`` or ``method`` is unknown.
+        ValueError: If ``type`` or ``method`` is unknown, or ``sigma`` is not
+            positive.
     """
     # TorchScript has neither the conversion !r nor module-level constants.
     if type not in ['soft_nms', 'nms'] or method not in ['gaussian', 'linear']:
         raise ValueError(f"nms type '{type}' must be one of 'soft_nms', 'nms',"
                          f" and method '{method}' of 'gaussian', 'linear'")
+    if sigma <= 0:
+        raise ValueError(f'sigma={sigma} of nms must be positive')
     kind = method if type == 'soft_nms' else 'hard'
     if offset is None:
         offset = 0 if kind == 'hard' else 1

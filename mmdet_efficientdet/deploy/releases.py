@@ -46,7 +46,7 @@ def find_release(source: str) -> Path:
     if re.match(r'https://|http://(localhost|127\.0\.0\.1)[:/]', source):
         return _fetch(source.rstrip('/'), source)
     folder = Path(source)
-    if source in names() and not folder.is_dir():
+    if source in names() and not (folder / SUMS).is_file():
         folder = ZOO / source
     elif '://' in source or not source or not folder.is_dir():
         near = difflib.get_close_matches(source, names(), 1, 0.5)

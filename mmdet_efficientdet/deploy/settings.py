@@ -1,7 +1,7 @@
 """What a detector needs beside its plain network; a JSON file holds it."""
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Literal
+from typing import Annotated, Any, Dict, List, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -9,6 +9,14 @@ from msgspec import Meta
 _Side = Annotated[int, Meta(ge=1, le=1 << 13)]
 _Positive = Annotated[float, Meta(gt=0, le=1e6)]
 _THREE = Meta(min_length=3, max_length=3)
+
+
+class BoxSettings(TypedDict, total=False):
+    """What a release may set in ``test_cfg``."""
+    nms_pre: Annotated[int, Meta(ge=1, le=1 << 20)]
+    max_per_img: Annotated[int, Meta(ge=1, le=1 << 14)]
+    score_thr: float
+    nms: Dict[str, Any]
 
 
 @dataclass
@@ -25,8 +33,8 @@ class DetectorSettings:
             it to multiples of ``image_size``.
         anchors (dict): Arguments of ``AnchorGenerator``.
         factor (float): Defaults to 1.
-        test_cfg (dict): ``nms_pre``, ``nms``, ``max_per_img`` and
-            ``score_thr`` of ``EfficientDetHead``. Defaults to its defaults.
+        test_cfg (BoxSettings): As of ``EfficientDetHead``. Defaults to its
+            defaults.
     """
     image_size: Annotated[List[_Side], Meta(min_length=2, max_length=2)]
     mean: Annotated[List[float], _THREE]
@@ -35,7 +43,7 @@ class DetectorSettings:
     resize: Literal['pad', 'stretch', 'factor']
     anchors: Dict[str, Any]
     factor: _Positive = 1.0
-    test_cfg: Dict[str, Any] = field(default_factory=dict)
+    test_cfg: BoxSettings = field(default_factory=dict)
 
     def save(self, path: str) -> None:
         """Writes a JSON file."""

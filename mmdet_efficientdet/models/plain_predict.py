@@ -6,7 +6,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..deploy import PlainNetwork, plain_network
+from ..deploy.folding import plain_network
+from ..deploy.network import PlainNetwork
 
 STEP = 61  # between the values of a large tensor that are compared
 

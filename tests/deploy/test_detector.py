@@ -15,8 +15,8 @@ from mmdet.apis import DetInferencer
 from PIL import Image
 from torchvision.ops import box_iou
 
-from mmdet_efficientdet import Detector, load_detector
-from mmdet_efficientdet.deploy import detector, pictures, plain_network
+from mmdet_efficientdet import Detector, load_detector, plain_network
+from mmdet_efficientdet.deploy import detector, pictures
 from mmdet_efficientdet.deploy.releases import CONFIG
 from mmdet_efficientdet.deploy.settings import DetectorSettings
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdet_efficientdet.deploy import load_detector, releases
+from mmdet_efficientdet import load_detector
+from mmdet_efficientdet.deploy import releases
 from mmdet_efficientdet.deploy.releases import CONFIG, SUMS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]

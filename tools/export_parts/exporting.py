@@ -8,7 +8,7 @@ from typing import Dict, Optional
 
 import numpy as np
 
-from mmdet_efficientdet.deploy import plain_network
+from mmdet_efficientdet import plain_network
 from mmdet_efficientdet.utils import read_config, write_file
 from mmdet_efficientdet.weights.sources import sha256_of
 

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 import mmdet_efficientdet
-from mmdet_efficientdet.deploy import load_plain
+from mmdet_efficientdet import load_plain
 from mmdet_efficientdet.deploy.releases import WEIGHTS
 from mmdet_efficientdet.weights.sources import sha256_of
 

@@ -14,7 +14,7 @@ from export_parts.evaluation import dataset_of
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmdet_efficientdet.deploy import plain_network, save_plain
+from mmdet_efficientdet import plain_network, save_plain
 from mmdet_efficientdet.deploy.releases import CONFIG, FILES, SUMS, WEIGHTS
 from mmdet_efficientdet.utils import plain_data, read_config, write_file
 from mmdet_efficientdet.weights.convert import convert, save
