@@ -91,10 +91,11 @@ def main() -> int:
     try:
         runpy.run_path(sys.argv[0], run_name='__main__')
     except ModuleNotFoundError as error:
-        if error.name not in ('mmcv', 'mmdet', 'mmengine'):
+        package = error.name.partition('.')[0]
+        if package not in ('mmcv', 'mmdet', 'mmengine'):
             raise
         print(
-            f'{name} needs MMDetection, but {error.name} is not installed. '
+            f'{name} needs MMDetection, but {package} is not installed. '
             f'{COMMAND} doctor says what to install',
             file=sys.stderr)
         return 1

@@ -1,4 +1,5 @@
 """The detector without MMDetection finds what MMDetection's finds."""
+import io
 import json
 import subprocess
 import sys
@@ -318,6 +319,10 @@ def test_size_of_the_factor(factor):
     dict(test_cfg=dict(nms=[1])),
     dict(test_cfg=dict(max_per_img='all')),
     dict(test_cfg=dict(score_thr='all')),
+    dict(test_cfg=dict(max_per_img=-1)),
+    dict(test_cfg=dict(nms_pre=10**9)),
+    dict(test_cfg=dict(nms=dict(sigma=-0.5))),
+    dict(anchors=dict(octave_base_scale=1e308)),
 ], ids=str)  # yapf: disable
 def test_wrong_settings(change, trees, tmp_path):
     """None reaches a picture."""
@@ -333,3 +338,14 @@ def test_deep_settings(tmp_path):
     (tmp_path / CONFIG).write_text(f'{{"extra": {deep}}}')
     with pytest.raises(ValueError, match=CONFIG):
         DetectorSettings.load(tmp_path / CONFIG)
+
+
+def test_no_picture(trees):
+    """What is not a picture does not end a list."""
+    broken = io.BytesIO()
+    Image.new('RGB', (64, 64)).save(broken, 'png')
+    broken = Image.open(io.BytesIO(broken.getvalue()[:60]))
+    grey = np.zeros((64, 64), np.uint8)
+    bad = [None, 3, b'', [grey], broken]
+    *found, last = trees([*bad, grey])
+    assert all(x.error for x in found) and not last.error

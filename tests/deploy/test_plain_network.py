@@ -270,6 +270,8 @@ DAMAGES = dict(
     other_width=lambda settings, weights: settings.update(channels=72),
     endless=lambda settings, weights: settings.update(num_levels=10**12),
     huge=lambda settings, weights: settings.update(stem=10**15),
+    blocks=lambda settings, weights: settings.update(blocks=settings['blocks']
+                                                     * 10**4),
     text=lambda settings, weights: settings.update(stem='32'),
     missing_weight=lambda settings, weights: weights.popitem())
 

@@ -234,3 +234,44 @@ def test_nothing_is_executed(release):
 def test_hub_folder(cache):
     """torch's own rule of where downloads go."""
     assert Path(torch.hub.get_dir()) == cache.parents[1]
+
+
+def test_folder_of_the_same_name(tmp_path, monkeypatch):
+    """A folder that is no release does not hide the zoo's."""
+    (tmp_path / 'trees').mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert releases.find_release('trees').resolve() == TREES
+
+
+@pytest.mark.parametrize('place', [
+    'http://localhost:{port}/other', 'http://127.0.0.1:1/', 'ftp://127.0.0.1/',
+    'file:///etc/passwd'
+])
+def test_redirect(place, server, cache, monkeypatch):
+    """Only to https://, and on the same server."""
+    handler = server.RequestHandlerClass.func
+
+    def get(self):
+        self.send_response(302)
+        self.send_header('Location', place.format(port=server.server_port))
+        self.end_headers()
+
+    monkeypatch.setattr(handler, 'do_GET', get)
+    with pytest.raises(ValueError, match='redirect'):
+        releases.find_release(server.address)
+    assert not list(cache.rglob('*.json'))
+
+
+def test_redirect_of_the_same_server(server, cache, monkeypatch):
+    handler = server.RequestHandlerClass.func
+    send = handler.do_GET
+
+    def get(self):
+        if 'moved' in self.path:
+            return send(self)
+        self.send_response(302)
+        self.send_header('Location', f'/moved{self.path}')
+        self.end_headers()
+
+    monkeypatch.setattr(handler, 'do_GET', get)
+    assert (releases.find_release(server.address) / CONFIG).is_file()

@@ -89,6 +89,25 @@ def test_unknown_name(name, near, tmp_path):
 
 
 @pytest.mark.slow
+def test_without_mmdetection(tmp_path):
+    """A tool that needs it says so, and what to do."""
+    source = """
+import sys
+sys.modules['mmengine'] = None  # as where it is not installed
+from mmdet_efficientdet.__main__ import main
+sys.argv = ['', 'report', 'config.py', 'work_dir']
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, '-c', source],
+                          cwd=tmp_path,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                          capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'mmengine' in done.stderr and 'doctor' in done.stderr
+
+
+@pytest.mark.slow
 def test_wheel(tmp_path, tmp_path_factory):
     """The tools are in the wheel, find their modules, and are found there."""
     source = tmp_path / 'source'

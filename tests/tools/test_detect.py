@@ -91,3 +91,23 @@ def test_own_folder(tmp_path, monkeypatch):
     assert tool.main() == 0
     assert photo.read_bytes() == PHOTO.read_bytes()
     assert Image.open('a_2.jpg').size == Image.open(photo).size
+
+
+@pytest.mark.slow
+def test_nothing_can_be_written(tmp_path, monkeypatch):
+    """One line says how much is done."""
+    (tmp_path / 'detections.json').mkdir()
+    monkeypatch.setattr(
+        sys, 'argv',
+        ['detect',
+         str(PHOTO), '--model', 'trees', '--out',
+         str(tmp_path)])
+    with pytest.raises(SystemExit, match='1 of 1 pictures are done'):
+        tool.main()
+
+
+@pytest.mark.parametrize('threshold', ['30', 'nan', '-1'])
+def test_threshold(threshold, capsys):
+    with pytest.raises(SystemExit):
+        tool.parse_args(['a', '--model', 'b', '--threshold', threshold])
+    assert 'from 0 to 1' in capsys.readouterr().err
