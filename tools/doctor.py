@@ -196,7 +196,19 @@ class Doctor:
         lines += [f'PROBLEM: {text}' for text in self.problems]
         lines.append(f'{len(self.problems)} problems to fix.' if self.problems
                      else f'OK: no problems, {len(self.warnings)} warnings.')
+        if self.problems and not find_spec('mmdet') and detects():
+            lines.append('Training needs MMDetection. To find objects with '
+                         'load_detector and detect, all is there.')
         return '\n'.join(lines)
+
+
+def detects():
+    """Whether what finds objects without MMDetection can be imported."""
+    try:
+        from mmdet_efficientdet import load_detector
+    except ImportError:
+        return False
+    return callable(load_detector)
 
 
 def nms_fault(torch, device):

@@ -8,6 +8,7 @@ import doctor
 import pytest
 
 TOOL = Path(doctor.__file__)
+ROOT = TOOL.resolve().parents[1]
 
 
 def plant_distribution(folder, name, number):
@@ -78,6 +79,26 @@ def test_broken_libraries(tmp_path):
     assert error in problems[1] and 'opencv-python-headless' in problems[1]
     assert 'MMDET_EFFICIENTDET_WEIGHTS' in problems[2]
     assert done.stdout.splitlines()[-1] == '3 problems to fix.'
+
+
+@pytest.mark.slow
+def test_without_mmdetection(tmp_path):
+    """Where only PyTorch is installed, the doctor says what works."""
+    source = f"""
+import runpy, sys
+for name in ('mmcv', 'mmdet', 'mmengine', 'mmpretrain'):
+    sys.modules[name] = None
+sys.argv = ['doctor']
+runpy.run_path({str(TOOL)!r}, run_name='__main__')
+"""
+    done = subprocess.run([sys.executable, '-c', source],
+                          cwd=tmp_path,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                          capture_output=True,
+                          text=True)
+    *_, verdict, last = done.stdout.splitlines()
+    assert done.returncode == 1 and 'problems to fix' in verdict, done.stderr
+    assert 'MMDetection' in last and 'load_detector' in last
 
 
 def test_folders(tmp_path, monkeypatch):
