@@ -82,11 +82,19 @@ def select(logits: Tensor, num: int) -> Tuple[Tensor, Tensor, Tensor]:
         best first.
     """
     num_anchors, num_classes = logits.shape[1:]
+    anchors: Optional[Tensor] = None
+    if num_classes > 1 and 0 < num < num_anchors:
+        # The best pairs are of the best anchors, which are far fewer.
+        anchors = logits.amax(2).topk(num)[1]
+        each = anchors[..., None].expand(-1, -1, num_classes)
+        logits = logits.gather(1, each)
     logits = logits.flatten(1)
     if not 0 < num < logits.shape[1]:
         num = logits.shape[1]
     logits, index = logits.topk(num)
     index, labels = index // num_classes, index % num_classes
+    if anchors is not None:
+        index = anchors.gather(1, index)
     # The rank of a logit among the different ones. ONNX sums no booleans.
     rank = (logits != logits.roll(1, 1)).long().cumsum(1)
     order = ((rank * num_classes + labels) * num_anchors + index).argsort(1)

@@ -43,13 +43,17 @@ def tensors(*arrays):
     return [torch.as_tensor(x.copy())[None] for x in arrays]
 
 
-def test_select_is_global():
-    """The strongest pairs of anchor and class of the whole image."""
+@pytest.mark.parametrize('num', [60, 30])
+def test_select_is_global(num):
+    """The strongest pairs of anchor and class of the whole image.
+
+    Fewer pairs than anchors are looked for among the best anchors.
+    """
     logits = torch.randn(3, 50, 7)
     logits[0, 11] = 9.0 + torch.arange(7.)
-    values, index, labels = select(logits, 60)
+    values, index, labels = select(logits, num)
     for image, v, i, label in zip(logits, values, index, labels):
-        order = np.argsort(-image.numpy().ravel(), kind='stable')[:60]
+        order = np.argsort(-image.numpy().ravel(), kind='stable')[:num]
         np.testing.assert_array_equal(v, image.numpy().ravel()[order])
         np.testing.assert_array_equal(i, order // 7)
         np.testing.assert_array_equal(label, order % 7)
@@ -58,11 +62,13 @@ def test_select_is_global():
     assert labels[0, :7].tolist() == [6, 5, 4, 3, 2, 1, 0]
 
 
-def test_select_orders_equal_logits():
+@pytest.mark.parametrize('least', [0, 2])
+def test_select_orders_equal_logits(least):
     """By class and then by anchor, as they stand after the official code."""
     logits = torch.randint(-3, 4, (2, 40, 5)).float()
     logits[1] = 0.5
-    num = int((logits[0] > 0).sum())
+    num = int((logits[0] > least).sum())
+    assert (num < 40) == (least == 2)
     values, index, labels = select(logits, num)
     flat = logits[0].numpy().ravel()
     anchor, label = np.divmod(np.arange(len(flat)), 5)
