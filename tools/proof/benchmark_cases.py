@@ -20,8 +20,10 @@ from timm.utils import ModelEmaV2
 from verify_training import build_bench, build_ours
 
 from mmdet_efficientdet import ForeachEMA, plain_network
-from mmdet_efficientdet.models.anchors import AnchorGenerator, anchor_targets
+from mmdet_efficientdet.models.anchors import (AnchorGenerator, anchor_targets,
+                                               match_anchors)
 from mmdet_efficientdet.models.loss_guard import check_finite
+from mmdet_efficientdet.models.window_matching import match_in_windows
 
 PHOTO = (480, 640)  # height and width of the image in memory
 
@@ -105,6 +107,7 @@ def targets(args, size, side, networks):
     corners = torch.rand(100, 2, 2).sort(1).values * side
     truth = corners.flatten(1)
     labels = torch.zeros(100, dtype=torch.long)
+    valid = torch.ones(1, 100, dtype=torch.bool)
     assigner = TASK_UTILS.build(
         dict(
             type='mmdet.MaxIoUAssigner',
@@ -117,8 +120,10 @@ def targets(args, size, side, networks):
     return {
         f'{size} targets, {len(anchors):,} anchors, 100 boxes': {
             'MaxIoUAssigner': lambda: assigner.assign(priors, instances),
-            'matrix': lambda: anchor_targets(*ours),
-            'windows': lambda: anchor_targets(*ours, sizes)
+            'matrix': lambda: match_anchors(anchors, truth[None], valid),
+            'windows':
+            lambda: match_in_windows(anchors, sizes, truth[None], valid),
+            'windows, and deltas of all': lambda: anchor_targets(*ours, sizes)
         }
     }
 
