@@ -14,10 +14,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
-from mmdet_efficientdet.datasets.transforms import scaled_size
-from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
+from mmdet_efficientdet.deploy.pictures import scaled_size
+from mmdet_efficientdet.deploy.postprocess import (NMS_PRE, decode, select,
+                                                   suppress)
 from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
+from mmdet_efficientdet.scaling import MAX_PER_IMG
 
 LEAST_CALIBRATION = 16  # images; fewer do not show the ranges of the maps
 Rows = Tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes, scores, labels
@@ -185,12 +187,13 @@ def detect(deltas: np.ndarray, logits: np.ndarray, anchors: torch.Tensor,
             type='nms', iou_threshold=0.5, class_agnostic=tail == 'one_class')
     if tail == 'one_class':
         logits, best = logits.max(2, keepdim=True)
-    logits, index, labels = select(logits, config.get('nms_pre', 5000))
+    logits, index, labels = select(logits, config.get('nms_pre', NMS_PRE))
     if best is not None:
         labels = best[..., 0].gather(1, index)
     boxes = decode(deltas, anchors, index, AnchorBoxCoder())
     boxes, scores, labels = suppress(boxes, logits.sigmoid(), labels,
-                                     config.get('max_per_img', 100), **nms)
+                                     config.get('max_per_img', MAX_PER_IMG),
+                                     **nms)
     keep = scores[0] > 0
     return tuple(x[0][keep].numpy() for x in (boxes, scores, labels))
 

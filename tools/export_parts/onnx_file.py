@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_efficientdet.deploy.network import PlainNetwork
-from mmdet_efficientdet.deploy.postprocess import decode, select, suppress
+from mmdet_efficientdet.deploy.postprocess import (NMS_PRE, decode, select,
+                                                   suppress)
 from mmdet_efficientdet.deploy.settings import DetectorSettings
 from mmdet_efficientdet.models.anchors import AnchorBoxCoder
+from mmdet_efficientdet.scaling import MAX_PER_IMG
 from mmdet_efficientdet.utils import import_package
 
 from .heads import Heads, freeze
@@ -65,7 +67,7 @@ class Detections(RawHeads):
         super().__init__(heads)
         self.register_buffer('anchors', anchors)
         self.nms = dict(config.get('nms', {}))
-        self.limit = config.get('max_per_img', 100)
+        self.limit = config.get('max_per_img', MAX_PER_IMG)
         self.candidates = candidates
         self.script = torch.jit.script(suppress) if soft else None
 
@@ -138,7 +140,7 @@ def write(network,
     if nms == 'none':
         module, names = RawHeads(heads), ['deltas', 'logits']
     else:
-        number = candidates or config.get('nms_pre', 5000)
+        number = candidates or config.get('nms_pre', NMS_PRE)
         pairs = len(anchors) * len(settings.classes)
         number = min(number, pairs) if number > 0 else pairs
         module = Detections(heads, anchors, config, nms == 'soft', number)
