@@ -6,22 +6,10 @@ Every registry of MMDetection has a child here, so that a config with
 Nothing is registered into MMDetection's own scope, where names such as
 ``EfficientNet`` are taken.
 """
-import sys
-import warnings
-
 import mmdet.registry as mmdet_registry
 from mmengine.registry import Registry
 
 from .utils import WINGS
-
-PYTHONS = ('3.10', '3.11', '3.12')  # as the classifiers in setup.cfg
-
-if '{}.{}'.format(*sys.version_info) not in PYTHONS or \
-        sys.platform != 'linux':
-    warnings.warn(
-        f'mmdet_efficientdet is meant for Python {PYTHONS[0]}-{PYTHONS[-1]} '
-        'on Linux; this environment is untested',
-        stacklevel=2)
 
 _wings = [f'{__package__}.{wing}' for wing in WINGS]
 for _name, _parent in vars(mmdet_registry).items():

@@ -17,6 +17,7 @@ Writes DST, and prints what was converted and the checksum of the source.
 import argparse
 import os
 from pathlib import Path
+from typing import Optional
 
 
 def parse_args():
@@ -61,10 +62,31 @@ if __name__ == '__main__':
 from mmdet_efficientdet.utils import printable, read_config
 from mmdet_efficientdet.weights.class_transfer import transfer_file
 from mmdet_efficientdet.weights.convert import convert_file, save
-from mmdet_efficientdet.weights.published import (check_named_file, fetch,
-                                                  find, find_by_file)
+from mmdet_efficientdet.weights.published import (PublishedFile, fetch, find,
+                                                  find_problem, manifest)
 from mmdet_efficientdet.weights.schemes import config_of, log_differences
 from mmdet_efficientdet.weights.sources import PART
+
+
+def find_named(path: Path) -> Optional[PublishedFile]:
+    """The published file that a local one claims by its name to be, if any.
+
+    Prints that it cannot be checked if no hash is published.
+
+    Raises:
+        ValueError: If it is not the published file.
+    """
+    entry = next((x for x in manifest().values()
+                  if path.absolute().as_posix().endswith(f'/{x.file}')), None)
+    problem = find_problem(path, entry) if entry and path.is_file() else ''
+    if problem:
+        raise ValueError(
+            f'{path} has the name of {entry.path}, but is not that file: '
+            f'{problem}. If you mean another file, rename it')
+    if entry and not entry.known_hash:
+        print(f'No hash of {entry.file} is published, so that {path} is not '
+              'verified to be that file')
+    return entry
 
 
 def main():
@@ -79,14 +101,14 @@ def main():
             raise ValueError('DST is SRC itself or a part of it; give another '
                              'name')
         config = read_config(args.config) if args.config else None
-        path, entry = args.src, find_by_file(args.src)
+        path = args.src
         if '://' in path:
             entry = find(path)
             path = str(fetch(entry))
-        elif not (os.path.exists(src) or os.path.exists(parts[0])):
+        elif os.path.exists(src) or os.path.exists(parts[0]):
+            entry = find_named(Path(path))
+        else:
             raise ValueError(f'{path} does not exist')
-        elif entry:
-            check_named_file(Path(path), entry)
         if config and entry:
             log_differences(entry)
         elif entry:

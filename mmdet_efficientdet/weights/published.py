@@ -107,15 +107,6 @@ def _similar(path: str) -> List[str]:
     ]
 
 
-def find_by_file(path: str) -> Optional[PublishedFile]:
-    """The published file with the name at the end of a path, if any."""
-    place = Path(path).absolute().as_posix()
-    return next(
-        (entry
-         for entry in manifest().values() if place.endswith(f'/{entry.file}')),
-        None)
-
-
 @lru_cache(maxsize=None)
 def manifest() -> Dict[str, PublishedFile]:
     """All published files by ``scheme://name``."""
@@ -234,22 +225,3 @@ def find_problem(path: Path, entry: PublishedFile) -> str:
         except ValueError as error:
             return str(error)
     return ''
-
-
-def check_named_file(path: Path, entry: PublishedFile) -> None:
-    """Checks a local file that has the name of a published one.
-
-    Logs that it cannot be checked if no hash is published.
-
-    Raises:
-        ValueError: If it is not the published file.
-    """
-    problem = find_problem(path, entry)
-    if problem and path.is_file():
-        raise ValueError(
-            f'{path} has the name of {entry.path}, but is not that file: '
-            f'{problem}. If you mean another file, rename it')
-    if not entry.known_hash:
-        print_log(
-            f'No hash of {entry.file} is published, so that {path} is not '
-            'verified to be that file', 'current')
