@@ -520,6 +520,19 @@ def test_pin(publish, weights, log):
             load(f'{LITE0}#sha256={pin}')
 
 
+def test_converter_checks_files_with_published_names(run_converter, tmp_path):
+    """A local file that is not what its name says is refused."""
+    entry = published.find('effdet://tf_efficientdet_d0')
+    path = tmp_path / entry.file
+    path.write_bytes(b'PK\x03\x04 of somebody else')
+    code, output = run_converter(path, tmp_path / 'out.pth')
+    assert code and entry.path in output and 'rename it' in output
+    assert not (tmp_path / 'out.pth').exists()
+    path.rename(tmp_path / 'mine.pth')
+    code, output = run_converter(tmp_path / 'mine.pth', tmp_path / 'out.pth')
+    assert code and 'give the config' in output
+
+
 @pytest.mark.slow
 def test_wrong_weights_in_the_file(publish, weights):
     """What does not fit the size of the name is refused, naming the file."""
