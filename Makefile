@@ -1,14 +1,18 @@
 # Every target prepares .venv by itself; a finished set-up costs nothing.
 #   make PYTHON=... setup  another interpreter
+#   make STACK=onedl ...   the fork of MMDetection, in .venv-onedl
 
 PYTHON ?= python3.11
+STACK ?= upstream
+$(if $(filter upstream onedl,$(STACK)),,$(error STACK is upstream or onedl))
+FORK := $(filter onedl-,$(STACK)-)
 # One compiler per core: compiling mmcv is the long part of the set-up.
 MAX_JOBS ?= $(shell nproc)
 # Small tensors gain nothing from a second OpenMP thread, and a waiting thread
 # spins in the way of the data loaders: tests and demo are faster with one.
 export OMP_NUM_THREADS ?= 1
 
-VENV := .venv
+VENV := .venv$(FORK:%-=-%)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 # Two processes take half the time of one on two cores. Each holds up to 3 GB.
@@ -16,7 +20,7 @@ PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 # Written last, and only when tools/doctor.py has passed.
 STAMP := $(VENV)/.ready
 pin = $(shell grep -o '^[\# ]*$(1)==[0-9.]*' requirements.txt | tr -d '\# ')
-MMCV := $(call pin,mmcv)
+MMCV := $(call pin,$(FORK)mmcv)
 MMCV_SRC := $(VENV)/$(MMCV)-$(call pin,torch)
 MMCV_LOG := $(VENV)/mmcv-build.log
 SOURCES := $(wildcard mmdet_efficientdet configs examples tools tests setup.py)
@@ -149,10 +153,12 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	        die "Python.h is missing, mmcv cannot be compiled; on Debian run:" \
 	            "apt-get install $(notdir $(PYTHON))-dev"
 	}
-	install --only-binary mmcv $(MMCV) >/dev/null 2>&1 || need_compiler
+	install --only-binary $(FORK)mmcv $(MMCV) >/dev/null 2>&1 || need_compiler
 
 	# 4. All but mmcv.
-	install -r requirements.txt
+	sed '$(if $(FORK),/^mm/d; s/^# onedl: //)' requirements.txt \
+	    > $(VENV)/requirements.txt
+	install -r $(VENV)/requirements.txt
 
 	# 5. mmcv, unless it came in step 3 and fits this torch. The sources stay
 	# where they are unpacked, so that ninja keeps what is compiled.
@@ -163,7 +169,7 @@ $(STAMP): requirements.txt setup.cfg setup.py pyproject.toml
 	    test -e $(MMCV_SRC) || {
 	        rm -rf $(MMCV_SRC).part && mkdir $(MMCV_SRC).part &&
 	            $(PIP) download --no-deps --no-build-isolation \
-	                --no-binary mmcv -d $(MMCV_SRC).part $(MMCV) &&
+	                --no-binary $(FORK)mmcv -d $(MMCV_SRC).part $(MMCV) &&
 	            tar -xzf $(MMCV_SRC).part/*.gz -C $(MMCV_SRC).part \
 	                --strip-components 1 && mv $(MMCV_SRC).part $(MMCV_SRC)
 	    } && cd $(MMCV_SRC) && python -u setup.py build_ext --force bdist_wheel
