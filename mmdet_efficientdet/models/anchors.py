@@ -139,22 +139,29 @@ def anchor_targets(
     counts = anchors.new_tensor([len(bboxes) for bboxes in batch_bboxes])
     bboxes = [get_box_tensor(bboxes).to(anchors) for bboxes in batch_bboxes]
     bboxes = pad_sequence(bboxes, True)
-    labels = pad_sequence(list(batch_labels), True, num_classes)
-    num_gts = bboxes.shape[1]
+    num_images, num_gts = bboxes.shape[:2]
     valid = torch.arange(num_gts, device=anchors.device) < counts[:, None]
-    if featmap_sizes and anchors.device.type == 'cpu':
+    in_windows = featmap_sizes and anchors.device.type == 'cpu'
+    if in_windows:
         matches = match_in_windows(anchors, featmap_sizes, bboxes, valid)
     else:
         matches = match_anchors(anchors, bboxes, valid)
     positive = matches >= 0
-    # One more slot of each image stands for the background.
-    matches = torch.where(positive, matches, num_gts)
-    labels = F.pad(labels, (0, 1), value=num_classes).gather(1, matches)
+    # The last slot of each image stands for the background, index -1.
+    labels = F.pad(
+        pad_sequence(list(batch_labels), True, num_classes), (0, 1),
+        value=num_classes)
     bboxes = F.pad(bboxes, (0, 0, 0, 1))
-    matched = bboxes.gather(1, matches[..., None].expand(-1, -1, 4))
-    deltas = coder.encode(anchors, matched)
-    deltas = torch.where(positive[..., None], deltas, deltas.new_zeros(()))
-    return labels, deltas, positive.sum()
+    image = torch.arange(num_images, device=anchors.device)[:, None]
+    if in_windows:
+        row, anchor = positive.nonzero(as_tuple=True)
+        deltas = anchors.new_zeros(*matches.shape, 4)
+        deltas[row, anchor] = coder.encode(anchors[anchor],
+                                           bboxes[row, matches[row, anchor]])
+    else:  # To select the positive anchors would wait for the GPU.
+        deltas = coder.encode(anchors, bboxes[image, matches])
+        deltas.masked_fill_(~positive[..., None], 0)
+    return labels[image, matches], deltas, positive.sum()
 
 
 def background_weights(anchors: Tensor, background: Tensor,

@@ -78,10 +78,15 @@ def test_equal_to_the_official_loop():
 
 @pytest.mark.parametrize('num', [0, 3])
 def test_targets(num):
-    """The same with and without the sizes of the levels."""
+    """The same with the sizes of the levels, when few anchors are encoded."""
     anchors, sizes = grid((96, 64))
-    boxes = [boxes_of('random', num, (96, 64), anchors), torch.zeros(0, 4)]
-    labels = [torch.arange(num), torch.zeros(0, dtype=torch.long)]
+    boxes = [
+        boxes_of('random', count, (96, 64), anchors)
+        for count in (num, 0, 2 * num)
+    ]
+    labels = [torch.arange(len(x)) % 5 for x in boxes]
     args = anchors, boxes, labels, 5, AnchorBoxCoder()
-    for a, b in zip(anchor_targets(*args), anchor_targets(*args, sizes)):
+    expected = anchor_targets(*args)
+    for a, b in zip(expected, anchor_targets(*args, sizes), strict=True):
         assert torch.equal(a, b)
+    assert (expected[1][2] != 0).any() == (num > 0)
