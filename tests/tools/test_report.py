@@ -551,8 +551,54 @@ def test_wrong_results(name, make_page, tmp_path):
     assert not list(tmp_path.glob('a.*'))
 
 
+VOC = """
+voc = dict(
+    type='VOCDataset',
+    ann_file='ids.txt',
+    data_prefix=dict(_delete_=True, sub_data_root=''))
+test_dataloader['dataset'] = dict(dataset, **voc)
+test_evaluator = dict(_delete_=True, type='VOCMetric')
+"""
+RESULTS_OF_VOC = """
+_base_ = {!r}
+pipeline = _base_.test_dataloader.dataset.pipeline
+pipeline[-1].meta_keys += ('instances', )
+test_dataloader = dict(dataset=dict(pipeline=pipeline))
+test_evaluator = dict(
+    _delete_=True, type='CocoMetric', outfile_prefix='results')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('difficult', [0, 1])
+def test_voc(difficult, run, make_page, tmp_path):
+    """Results by the config in docs/training.md have the host's AP.
+
+    The second green box, which the host ignores if it is difficult, is not
+    found.
+    """
+    root = make_dataset(tmp_path / 'data')
+    file = root / 'Annotations' / '000005.xml'
+    start, _, end = file.read_text().rpartition('<difficult>0')
+    file.write_text(f'{start}<difficult>{difficult}{end}')
+    config = write_config(tmp_path / 'mine.py', root, extra=VOC)
+    results = tmp_path / 'results.py'
+    results.write_text(RESULTS_OF_VOC.format(str(config)))
+    done = run_tool(
+        'test.py', results, run.work_dir / 'epoch_2.pth', cwd=tmp_path)
+    assert done.code == 0, done.output
+    page = make_page((tmp_path / 'results.bbox.json').read_bytes(), config)
+    logged, = re.findall('bbox_mAP_copypaste: (.*)', done.output)
+    logged = tuple('-' if x == '-1.000' else x for x in logged.split())
+    assert logged[1] != '0.000'
+    assert rows(page)[1] == logged
+    assert {line[:10] for line in captions(page)} >= {'000001.jpg'}
+    counts = {row[0]: row[1] for row in table(page, 'AP of each class')[1:]}
+    assert counts == dict(red='3', green=str(3 - difficult), blue='3')
+
+
 @pytest.mark.parametrize('extra, words', [
-    ("test_evaluator = dict(_delete_=True, type='VOCMetric')", 'ann_file'),
+    ("test_evaluator = [dict(type='VOCMetric')] * 2", 'one CocoMetric or'),
     ('test_dataloader = dict(dataset=dict(dataset, indices=3))',
      'has 3 images'),
 ])

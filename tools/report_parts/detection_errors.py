@@ -3,6 +3,7 @@
 For report.py.
 """
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import mmcv
 import numpy as np
 import torch
 from mmdet.datasets.api_wrappers import COCO, COCOeval
+from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
@@ -52,6 +54,39 @@ def read_results(file: Path, known: dict) -> list:
     return results
 
 
+def read_truth(metric: dict, dataset) -> COCO:
+    """The boxes to find; each image has an 'img_path'.
+
+    Args:
+        metric (dict): The evaluator of the config. Without an ``ann_file``,
+            as VOC's, the boxes are those of the data set, and category_id is
+            the index of the class.
+        dataset (BaseDetDataset): Has the images.
+
+    Raises:
+        ValueError: If the two have other images.
+    """
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    if metric.get('ann_file'):
+        truth = COCO(metric['ann_file'])
+    else:
+        host = CocoMetric()
+        host.dataset_meta = dataset.metainfo
+        with tempfile.TemporaryDirectory() as folder:
+            boxes = [dict(info, anns=info['instances']) for info in infos]
+            truth = COCO(host.gt_to_coco_json(boxes, f'{folder}/truth'))
+    paths = {info['img_id']: info['img_path'] for info in infos}
+    if set(paths) != set(truth.imgs):
+        raise ValueError(
+            f'test_dataloader.dataset has {len(paths)} images, but not those '
+            f'{len(truth.imgs)} of test_evaluator, {metric["ann_file"]}')
+    for id_, path in paths.items():
+        image = truth.imgs[id_]
+        image.update(
+            img_path=path, file_name=image['file_name'] or Path(path).name)
+    return truth
+
+
 def evaluate(cfg: Config, file: Path) -> COCOeval:
     """Evaluates as MMDetection's CocoMetric does, and prints the table.
 
@@ -59,23 +94,15 @@ def evaluate(cfg: Config, file: Path) -> COCOeval:
         COCOeval: Evaluated; each image of its ``cocoGt`` has an 'img_path'.
 
     Raises:
-        ValueError: If the config's annotations are not of COCO's format, or
-            the results do not fit.
+        ValueError: If the config has several evaluators, or the results do
+            not fit.
     """
     metric = cfg.get('test_evaluator')
-    if not isinstance(metric, dict) or not metric.get('ann_file'):
-        raise ValueError('test_evaluator must be one CocoMetric with an '
-                         f'ann_file; here it is {metric}')
+    if not isinstance(metric, dict):
+        raise ValueError('test_evaluator must be one CocoMetric or VOCMetric; '
+                         f'here it is {metric}')
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, pipeline=[]))
-    truth = COCO(metric['ann_file'])
-    infos = map(dataset.get_data_info, range(len(dataset)))
-    paths = {info['img_id']: info['img_path'] for info in infos}
-    if set(paths) != set(truth.imgs):
-        raise ValueError(
-            f'test_dataloader.dataset has {len(paths)} images, but not those '
-            f'{len(truth.imgs)} of test_evaluator, {metric["ann_file"]}')
-    for id_, path in paths.items():
-        truth.imgs[id_]['img_path'] = path
+    truth = read_truth(metric, dataset)
     category_ids = truth.get_cat_ids(cat_names=dataset.metainfo['classes'])
     known = dict(image_id=truth.imgs, category_id=category_ids)
     found = truth.loadRes(read_results(file, known))
