@@ -53,7 +53,6 @@ from mmengine.registry import init_default_scope
 from release_parts.scores import score_detector, score_in_host
 
 from mmdet_efficientdet import load_detector
-from mmdet_efficientdet.deploy.releases import CONFIG, find_release
 from mmdet_efficientdet.utils import read_config, write_file
 from mmdet_efficientdet.weights.published import find
 from mmdet_efficientdet.weights.schemes import config_of
@@ -80,12 +79,11 @@ def evaluate(args: argparse.Namespace) -> dict:
         return dict(AP=ap, published=entry.ap)
     if args.name.endswith('.pth'):
         raise ValueError(f'the checkpoint {args.name} needs its --config')
-    folder = find_release(args.name)
-    found = score_detector(
-        load_detector(folder, args.device), args.data, args.images)
-    settings = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    results = settings.get('provenance', {}).get('results', {})
-    return dict(found, published=results.get('AP'))
+    detector = load_detector(args.name, args.device)
+    results = detector.settings.provenance.get('results')
+    published = results.get('AP') if isinstance(results, dict) else None
+    found = score_detector(detector, args.data, args.images)
+    return dict(found, published=published)
 
 
 def main() -> None:

@@ -57,9 +57,14 @@ def parse_args(arguments=None) -> argparse.Namespace:
             '%(default)s)')
     add('--max-difference',
         type=float,
-        default=0.1,
         metavar='POINTS',
-        help='of the AP, of 100, for few photographs (default: %(default)s)')
+        help='of the AP, of 100 (default: 0.1, and 10 divided by the number '
+        'of boxes)')
+    add('--hub-dataset',
+        nargs=2,
+        metavar=('OWNER/NAME', 'TASK'),
+        help='the data of the AP as a benchmark of Hugging Face, for its '
+        'leaderboard: writes .eval_results')
     add('--limits',
         action='append',
         default=[],

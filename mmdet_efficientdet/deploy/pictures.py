@@ -33,6 +33,8 @@ def read_picture(path: str) -> np.ndarray:
 def to_rgb(picture: Union[np.ndarray, Image.Image]) -> np.ndarray:
     """RGB ``(H, W, 3)`` uint8 of a picture of Pillow or an array.
 
+    Of 32-bit integers, values of more than 255 are read as 16 bits.
+
     Raises:
         ValueError: If an array is not uint8 ``(H, W)`` or ``(H, W, 3)``, or a
             picture has float values, whose range is unknown.
@@ -43,7 +45,9 @@ def to_rgb(picture: Union[np.ndarray, Image.Image]) -> np.ndarray:
             raise ValueError('it has float values; convert it to 8 bits')
         if picture.mode.startswith('I'):
             wide = np.asarray(picture).astype(np.int64)
-            picture = Image.fromarray((wide >> 8).clip(0, 255).astype('uint8'))
+            if picture.mode != 'I' or wide.max(initial=0) > 255:
+                wide >>= 8
+            picture = Image.fromarray(wide.clip(0, 255).astype('uint8'))
         picture = np.array(picture.convert('RGB'))
     if not isinstance(picture, np.ndarray):
         raise ValueError(f'{type(picture).__name__} is no picture; give a '

@@ -74,7 +74,8 @@ def read_sums(folder: Path) -> Dict[str, str]:
     if not path.is_file():
         raise ValueError(f'{folder} is no release, since {SUMS} is missing')
     lines = path.read_text(errors='replace').splitlines()
-    found = [re.fullmatch(r'([0-9a-f]{64})  ([\w.-]+)', x) for x in lines]
+    name = r'(?:\.eval_results/)?[\w.-]+'
+    found = [re.fullmatch(rf'([0-9a-f]{{64}})  ({name})', x) for x in lines]
     if not all(found) or not {*FILES} <= {match[2] for match in found}:
         raise ValueError(f'{path} must have lines of a SHA-256, two spaces '
                          f'and a file name, among them {", ".join(FILES)}')

@@ -227,6 +227,18 @@ def test_kinds_of_pictures(tmp_path):
         assert difference.max() <= limit, path
 
 
+@pytest.mark.parametrize('mode', ['I', 'I;16'])
+def test_integers(mode):
+    """Of 32 bits, values up to 255 are 8 bits; else the upper 8 of 16 stay."""
+    values = np.array([[0, 99, 255]], np.int32 if mode == 'I' else np.uint16)
+    narrow, wide = (
+        pictures.to_rgb(Image.fromarray(x))[0, :, 0].tolist()
+        for x in (values, values * 257))
+    assert Image.fromarray(values).mode == mode
+    assert narrow == ([0, 99, 255] if mode == 'I' else [0, 0, 0])
+    assert wide == [0, 99, 255]
+
+
 def test_cmyk(tmp_path):
     """Red stays red."""
     red = Image.new('RGB', (8, 8), (255, 0, 0)).convert('CMYK')

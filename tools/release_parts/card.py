@@ -72,7 +72,8 @@ def write(folder: Path, source: dict, config: Config,
         folder (Path): Of the release.
         source (dict): Provenance with results.
         config (Config): Of the training.
-        args (Namespace): Of tools/release.py.
+        args (Namespace): Of tools/release.py; with ``hub_dataset``, it also
+            writes .eval_results/results.yaml, which Hugging Face reads.
     """
     results, data = source['results'], source['data']
     records = read_scalars(args.work_dir)
@@ -119,6 +120,14 @@ def write(folder: Path, source: dict, config: Config,
             Metrics={'box AP': results['AP']})],
         Weights=source['checkpoint'])  # yapf: disable
     write_file(folder / 'metafile.yml', dump(dict(Models=[entry])).encode())
+    if args.hub_dataset:
+        folder = folder / '.eval_results'
+        folder.mkdir()
+        entry = dict(
+            dataset=dict(zip(('id', 'task_id'), args.hub_dataset)),
+            value=results['AP'],
+            notes=f'box AP in points of 100 on {data["evaluated_on"]}')
+        write_file(folder / 'results.yaml', dump([entry]).encode())
 
 
 def header(source: dict) -> str:
