@@ -92,8 +92,8 @@ def make(training, out, *options):
 @pytest.fixture(scope='module')
 def made(training, tmp_path_factory):
     out = tmp_path_factory.mktemp('out')
-    (out / '.mine').mkdir()  # what a killed run has left
-    (out / '.mine' / 'draft.pth').touch()
+    (out / '.mine.partial').mkdir()  # what a killed run has left
+    (out / '.mine.partial' / 'draft.pth').touch()
     return make(training, out, '--limits', 'Has <b>never</b> | seen\nsnow.',
                 '--data-licence', 'CC0-1.0', '--hub-dataset', 'owner/data',
                 'detection')

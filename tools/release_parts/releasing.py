@@ -55,7 +55,7 @@ def release(args: argparse.Namespace) -> Path:
         config, 'test_dataloader')
     print(f'Evaluating {checkpoint} with MMDetection')
     expected = score_in_host(config, str(checkpoint), *data)
-    folder = args.out / f'.{name}'
+    folder = args.out / f'.{name}.partial'
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
