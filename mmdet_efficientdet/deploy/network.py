@@ -50,14 +50,9 @@ class Conv(Part):
                  act: Optional[str] = None,
                  group_norm: Optional[Sequence] = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            kernel_size // 2,
-            groups=in_channels if depthwise else 1,
-            bias=bias)
+        groups = in_channels if depthwise else 1
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride,
+                              kernel_size // 2, 1, groups, bias)
         self.act = ACTIVATIONS[act] if act else None
         if group_norm:
             groups, eps = group_norm
@@ -201,23 +196,18 @@ class Node(Part):
             feats (Sequence[Tensor]): Features ``(N, C_i, H_i, W_i)``.
             sizes (Sequence): Height and width of each level.
         """
-        fused = None
+        fused, add = None, torch.add if self.even else Tensor.add_
         for (index, (level, _,
                      weight)), resample in zip(self.inputs.items(),
                                                self.resample):
             x = resample(feats[index])
             if level < self.level:
                 x = pool(x, self.even)
-            elif level > self.level and self.even:
-                x = F.interpolate(x, scale_factor=2.0)
             elif level > self.level:
-                x = F.interpolate(x, sizes[self.level])
-            if fused is None:
-                fused = x * weight
-            elif self.even:
-                fused = fused + x * weight
-            else:
-                fused.add_(x, alpha=weight)
+                size = (None, 2.0) if self.even else (sizes[self.level], )
+                x = F.interpolate(x, *size)
+            fused = x * weight if fused is None else add(
+                fused, x, alpha=weight)
         if self.act:
             fused = self.act(fused, inplace=not self.even)
         return self.pointwise(self.depthwise(fused))

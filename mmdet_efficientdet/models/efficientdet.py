@@ -92,10 +92,8 @@ class EfficientDet(PlainPredictMixin, StrictLoading, NormEvalMixin,
         The arguments are those of MMDetection's ``SingleStageDetector``.
         """
         _note_shape(batch_inputs, batch_data_samples)
-        network = None
-        if min(batch_inputs.shape[-2:]) >= MIN_SIDE:
-            network = self.current_plain_network()
-        if network is None:
+        network = self.current_plain_network()
+        if network is None or min(batch_inputs.shape[-2:]) < MIN_SIDE:
             return super().predict(batch_inputs, batch_data_samples, rescale)
         results = self.bbox_head.predict_by_feat(
             *network(batch_inputs),

@@ -24,18 +24,11 @@ STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40),
 LEVELS = (1, 2, 3, 4, 5)
 SAME_CONV = dict(type='Conv2dAdaptivePadding')  # TensorFlow's SAME padding
 
-# Width and depth coefficients. Lite0-Lite4 have those of B0-B4.
-ARCHS = {
-    'b0': (1.0, 1.0),
-    'b1': (1.0, 1.1),
-    'b2': (1.1, 1.2),
-    'b3': (1.2, 1.4),
-    'b4': (1.4, 1.8),
-    'b5': (1.6, 2.2),
-    'b6': (1.8, 2.6),
-    'b7': (2.0, 3.1)
-}
-ARCHS.update({f'lite{i}': ARCHS[f'b{i}'] for i in range(5)})
+# Width and depth coefficients of B0-B7. Lite0-Lite4 have those of B0-B4.
+COEFFICIENTS = ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8),
+                (1.6, 2.2), (1.8, 2.6), (2.0, 3.1))
+ARCHS = {f'b{i}': pair for i, pair in enumerate(COEFFICIENTS)}
+ARCHS |= {f'lite{i}': ARCHS[f'b{i}'] for i in range(5)}
 
 
 def _round_channels(channels: float) -> int:

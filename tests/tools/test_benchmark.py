@@ -6,6 +6,7 @@ import benchmark
 import benchmark_facts
 import pytest
 import torch
+from effdet_bridge import effdet_network
 
 
 def test_ratio_and_turns(capsys):
@@ -36,7 +37,7 @@ def test_all_parts(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr('sys.argv', [
         'benchmark.py', '--size', 'lite0', '--side', '128', '--repeats', '1',
         '--half', '--work', 'forward', 'runtimes', 'boxes', 'train', 'targets',
-        'resize', 'facts', '--out',
+        'resize', 'sizes', 'facts', '--out',
         str(tmp_path)
     ])
     benchmark.main()
@@ -54,7 +55,11 @@ def test_all_parts(monkeypatch, tmp_path, capsys):
         (row['what'], row['network']): row['value']
         for row in csv.DictReader((tmp_path / 'facts.csv').open())
     }
-    assert 0 < float(facts['multiply-adds', 'plain'].split()[0]) < 0.3
+    expected = benchmark_facts.multiply_adds(
+        effdet_network('lite0', (128, 128)), torch.empty(1, 3, 128, 128)) / 1e9
+    found = float(facts['multiply-adds', 'plain'].split()[0])
+    assert 0.1 < found == pytest.approx(expected, abs=0.006)
+    assert facts['share of the GEMM peak', 'plain network, ONNX Runtime']
     calls = 'operators of a pass'
     assert (int(facts[calls, 'plain']) < int(facts[calls, 'detector']) / 1.5)
     stages = ('forward', 'loss', 'backward', 'optimizer', 'EMA')
@@ -83,6 +88,7 @@ def test_what_is_counted():
     conv = torch.nn.Conv2d(2, 3, 3, bias=False)
     x = torch.zeros(1, 2, 6, 6)
     assert benchmark_facts.multiply_adds(conv, x) == 16 * 27 * 2
+    assert conv.weight.device == x.device  # a copy was counted
     assert benchmark_facts.operator_calls(
         lambda: x.view(-1).add(1).mul(2)) == 2
     # larger than any free block that malloc may have kept

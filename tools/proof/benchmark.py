@@ -23,6 +23,7 @@ from mmdet_efficientdet.scaling import SCALING
 
 WORK = ('forward', 'runtimes', 'boxes', 'train', 'targets', 'resize', 'facts',
         'graphs')
+NETWORKS = ('forward', 'runtimes', 'sizes')  # whose times are compared
 
 
 def parse_args(argv=None):
@@ -41,12 +42,13 @@ def parse_args(argv=None):
         '--work',
         nargs='+',
         default=WORK,
-        choices=WORK,
+        choices=(*WORK, 'sizes'),
         help='parts to measure: the network, the network in other runtimes, '
         'an image in memory to its boxes, a training step, targets of the '
-        'losses, ResizeCrop; and to count: operators, memory and multiply-'
-        'adds of a pass and, with "train", of a training step; graph breaks '
-        'and recompilations, which take minutes (default: all)')
+        'losses, ResizeCrop; and to count: operators and memory of a pass '
+        'and, with "train", of a training step; graph breaks and '
+        'recompilations, which take minutes (default: all of these); and '
+        '"sizes", the few networks that are worth their time at large sizes')
     parser.add_argument(
         '--side',
         type=int,
@@ -228,12 +230,15 @@ def main():
             for title, functions in cases.items():
                 with torch.set_grad_enabled(name == 'train'):
                     found = compare(title, functions, args.repeats, on_gpu)
-                if name == 'forward' and args.batch_size == 1:
-                    times = {row['what']: row['median'] for row in found}
+                if name in NETWORKS and args.batch_size == 1:
+                    times |= {row['what']: row['median'] for row in found}
                 rows += found
+        if times:
+            facts += benchmark_facts.peak_facts(size, side, networks['plain'],
+                                                times, device)
         if 'facts' in args.work:
             with torch.no_grad():
-                facts += benchmark_facts.facts(size, side, networks, times)
+                facts += benchmark_facts.facts(size, side, networks)
             if 'train' in args.work:
                 facts += benchmark_facts.training_facts(size, side, device)
         # After each size: a later one may take hours.

@@ -65,6 +65,23 @@ def runtimes(args, size, side, networks):
     return {f'{size} runtimes, {side} px, batch {args.batch_size}': functions}
 
 
+def sizes(args, size, side, networks):
+    """effdet and ours, as used in PyTorch and in ONNX Runtime."""
+    device = networks['detector'].data_preprocessor.device
+    images = torch.randn(args.batch_size, 3, side, side, device=device)
+    data = onnx_file(networks['plain'], images)
+    return {
+        f'{size} sizes, {side} px, batch {args.batch_size}': {
+            'effdet':
+            lambda: networks['effdet'](images),
+            'plain network':
+            lambda: networks['plain'](images),
+            'plain network, ONNX Runtime':
+            in_onnxruntime(data, images, args.threads)
+        }
+    }
+
+
 def boxes(args, size, side, networks):
     """From an image in memory to boxes, by hard and by soft suppression."""
     photo = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), np.uint8)
@@ -123,7 +140,7 @@ def targets(args, size, side, networks):
             'matrix': lambda: match_anchors(anchors, truth[None], valid),
             'windows':
             lambda: match_in_windows(anchors, sizes, truth[None], valid),
-            'windows, and deltas of all': lambda: anchor_targets(*ours, sizes)
+            'windows, and deltas': lambda: anchor_targets(*ours, sizes)
         }
     }
 

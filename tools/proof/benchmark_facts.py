@@ -2,6 +2,7 @@
 
 :func:`facts` returns all rows; the other functions count one thing.
 """
+import copy
 import ctypes
 import time
 from collections import Counter
@@ -65,9 +66,13 @@ def top_operators(function, number=10):
 
 
 def multiply_adds(network, images):
-    """Multiply-adds of one pass."""
+    """Multiply-adds of one pass, counted without computing it.
+
+    oneDNN's operators, which a pass on a CPU may call, would not be counted.
+    """
+    network = copy.deepcopy(network).to('meta')
     with FlopCounterMode(display=False) as counter:
-        network(images)
+        network(images.to('meta'))
     return counter.get_total_flops() / 2
 
 
@@ -139,14 +144,35 @@ def graph_breaks(function, *args):
     return torch._dynamo.explain(function)(*args).graph_break_count
 
 
-def facts(size, side, networks, times):
-    """Rows ``(size, what, network, value)`` of text about the networks.
+def peak_facts(size, side, plain, times, device):
+    """Rows ``(size, what, network, value)`` of text about speed.
+
+    Args:
+        size (str): A key of ``SCALING``.
+        side (int): Height and width of the input.
+        plain (PlainNetwork): Whose multiply-adds are counted.
+        times (dict): Name of a network to seconds of a forward pass.
+        device (str): 'cpu' or 'cuda'.
+    """
+    work = multiply_adds(plain, torch.empty(1, 3, side, side))
+    peak = gemm_peak(device)
+    found = [('GEMM peak', 'torch', f'{peak / 1e9:.0f} GMAC/s'),
+             ('multiply-adds', 'plain', f'{work / 1e9:.2f} G')]
+    for name, seconds in times.items():
+        found.append(('time of a multiply-add', name,
+                      f'{seconds / work * 1e12:.1f} ps'))
+        found.append(
+            ('share of the GEMM peak', name, f'{work / seconds / peak:.1%}'))
+    return [(size, *row) for row in found]
+
+
+def facts(size, side, networks):
+    """Rows as those of :func:`peak_facts` about what a pass needs.
 
     Args:
         size (str): A key of ``SCALING``.
         side (int): Height and width of the input.
         networks (dict): ``effdet``, ``detector`` and ``plain``.
-        times (dict): Name of a network to seconds of a forward pass.
     """
     detector, plain = networks['detector'], networks['plain']
     device = detector.data_preprocessor.device.type
@@ -155,21 +181,14 @@ def facts(size, side, networks, times):
         effdet=partial(networks['effdet'], images),
         detector=partial(detector, images, mode='tensor'),
         plain=partial(plain, images))
-    found, work, peak = [], multiply_adds(plain, images), gemm_peak(device)
-    found.append(('GEMM peak', 'torch', f'{peak / 1e9:.0f} GMAC/s'))
-    found.append(('multiply-adds', 'plain', f'{work / 1e9:.2f} G'))
-    for name, seconds in times.items():
-        found.append(('time of a multiply-add', name,
-                      f'{seconds / work * 1e12:.1f} ps'))
-        found.append(
-            ('share of the GEMM peak', name, f'{work / seconds / peak:.1%}'))
+    found = []
     for name, run in passes.items():
         found.append(('operators of a pass', name, operator_calls(run)))
         found.append(
             ('memory of a pass', name, f'{peak_memory(run) / 2**20:.0f} MiB'))
-    for row in top_operators(passes['plain']):
-        found.append(('operator {operator}'.format_map(row), 'plain',
-                      '{calls} calls, {share:.1%}'.format_map(row)))
+        for row in top_operators(run):
+            found.append(('operator {operator}'.format_map(row), name,
+                          '{calls} calls, {share:.1%}'.format_map(row)))
     return [(size, *row) for row in found]
 
 
