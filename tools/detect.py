@@ -1,12 +1,13 @@
-"""Find objects in pictures, draw them, and write them as JSON.
+"""Find objects in pictures and videos, draw them, and write them as JSON.
 
 Example:
     python -m mmdet_efficientdet detect street.jpg --model trees --out found
 
-Takes pictures and folders of pictures. Needs PyTorch, but neither MMDetection
-nor MMCV. For each picture, --out gets a copy with the boxes; detections.json
-there has the boxes of all. Pictures that cannot be read are left out and
-listed at the end; the exit status is 1 then.
+Takes pictures, folders of pictures, and videos (with PyAV). Needs PyTorch, but
+neither MMDetection nor MMCV. For each picture, --out gets a copy with the
+boxes; detections.json there has the boxes of all, also of each frame of a
+video. Files that cannot be read are left out and listed at the end; the exit
+status is 1 then.
 """
 import argparse
 import json
@@ -48,7 +49,7 @@ from torch.hub import tqdm  # a plain one if tqdm is not installed
 
 from mmdet_efficientdet import Detections, load_detector
 from mmdet_efficientdet.deploy.detector import pictures_in
-from mmdet_efficientdet.deploy.pictures import read_picture
+from mmdet_efficientdet.deploy.pictures import is_video, read_picture
 
 COLOURS = ('#ffd24d', '#4da6ff', '#ff6b6b', '#4dff88', '#e07bff', '#4dffff')
 
@@ -70,10 +71,13 @@ def draw(found: Detections) -> Image.Image:
 
 def as_json(found: Detections) -> dict:
     """What was found in a picture, as plain data."""
+    place = dict(path=found.path)
+    if found.frame is not None:
+        place['frame'] = found.frame
     if found.error:
-        return dict(path=found.path, error=found.error)
+        return dict(place, error=found.error)
     return dict(
-        path=found.path,
+        place,
         boxes=[[round(x, 2) for x in box] for box in found.boxes.tolist()],
         scores=[round(x, 4) for x in found.scores.tolist()],
         labels=found.labels.tolist(),
@@ -109,9 +113,10 @@ def main() -> int:
         if path.resolve().parent == out or path.absolute().parent == out
     }
     try:
-        with tqdm(total=len(paths), unit='picture', disable=None) as bar:
+        total = None if any(map(is_video, paths)) else len(paths)
+        with tqdm(total=total, unit='picture', disable=None) as bar:
             for found in detector.each(paths, args.threshold):
-                if not found.error:
+                if not found.error and found.frame is None:
                     draw(found).save(
                         free_name(args.out, found.path, taken), quality=90)
                 results.append(found)

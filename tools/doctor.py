@@ -24,8 +24,8 @@ PYTHONS = ('3.10', '3.11', '3.12')
 # What the tests ran with: the pins of requirements.txt, then the onedl-* ones.
 TESTED = dict(
     setuptools=['80.9.0'],
-    torch=['2.9.1'],
-    torchvision=['0.24.1'],
+    torch=['2.9.1', '2.12.1'],
+    torchvision=['0.24.1', '0.27.1'],
     numpy=['2.4.6'],
     cv2=['5.0.0'],
     pycocotools=['2.0.11'],

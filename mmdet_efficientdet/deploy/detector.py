@@ -1,7 +1,8 @@
 """Boxes in pictures by a released detector, without MMDetection and MMCV."""
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from .anchors import AnchorGenerator, decode_boxes
 from .network import PlainNetwork, load_plain
-from .pictures import (SUFFIXES, enlarged_size, read_picture, resize,
-                       scaled_size, to_rgb)
+from .pictures import (SUFFIXES, enlarged_size, is_video, read_picture,
+                       read_video, resize, scaled_size, to_rgb)
 from .postprocess import detect, join
 from .releases import CONFIG, WEIGHTS, find_release
 from .settings import DetectorSettings
@@ -39,6 +40,7 @@ class Detections:
         names (list[str]): Class name of each box.
         path (str): Of the picture; '' if it was not read from a file.
         error (str): Why a picture among several could not be read, or ''.
+        frame (int): Of a video, from 0; else None.
     """
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), 'f4'))
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0, 'f4'))
@@ -46,6 +48,7 @@ class Detections:
     names: List[str] = field(default_factory=list)
     path: str = ''
     error: str = ''
+    frame: Optional[int] = None
 
 
 class Detector:
@@ -75,15 +78,11 @@ class Detector:
         try:
             self.generator = AnchorGenerator(**settings.anchors)
             self.least = float(settings.test_cfg.get('score_thr', 0))
-            if network.settings['num_classes'] != len(self.classes):
-                raise ValueError(
-                    f'the network has {network.settings["num_classes"]} '
-                    f'classes, the settings name {len(self.classes)}')
-            number, = self.generator.num_base_priors
-            if network.settings['num_anchors'] != number:
-                raise ValueError(
-                    f'the network has {network.settings["num_anchors"]} '
-                    f'anchors for a cell, the settings {number}')
+            wanted = len(self.classes), *self.generator.num_base_priors
+            given = itemgetter('num_classes', 'num_anchors')(network.settings)
+            if given != wanted:
+                raise ValueError(f'classes, and anchors for a cell: {given} '
+                                 f'of the network, {wanted} of the settings')
             found = self._predict(
                 torch.zeros(1, 3, 128, 128, device=self.device))
             if not all(x.isfinite().all() for x in found):
@@ -102,13 +101,14 @@ class Detector:
 
         Args:
             pictures: A file, an array uint8 ``(H, W, 3)``, RGB, or ``(H,
-                W)``, or a picture of Pillow; a list of such; or a folder.
+                W)``, or a picture of Pillow; a list of such; a folder; or a
+                video file, also in a list.
             threshold (float): The lowest score of a box. Defaults to 0.3.
 
         Returns:
-            Detections | list[Detections]: A list for a list or a folder, whose
-            pictures are sorted by name. A picture that cannot be read has an
-            ``error`` there.
+            Detections | list[Detections]: A list for a list, a video, or a
+            folder, whose pictures are sorted by name. A picture of a list or
+            folder that cannot be read has an ``error`` there.
 
         Raises:
             ValueError: If a single picture cannot be read, or a folder has
@@ -117,6 +117,8 @@ class Detector:
         if isinstance(pictures,
                       (str, os.PathLike)) and Path(pictures).is_dir():
             pictures = pictures_in(pictures)
+        if is_video(_path(pictures)):
+            return list(self._frames(pictures, threshold))
         if isinstance(pictures, _PICTURE):
             return self._detect(pictures, threshold)
         return list(self.each(pictures, threshold))
@@ -124,12 +126,20 @@ class Detector:
     def each(self,
              pictures: Sequence[Picture],
              threshold: float = THRESHOLD) -> Iterator[Detections]:
-        """As a call with a list, one by one."""
+        """As a call with a list, one by one; a video frame by frame."""
         for picture in pictures:
             try:
-                yield self._detect(picture, threshold)
+                if is_video(_path(picture)):
+                    yield from self._frames(picture, threshold)
+                else:
+                    yield self._detect(picture, threshold)
             except (OSError, ValueError) as error:
                 yield Detections(path=_path(picture), error=str(error))
+
+    def _frames(self, path: str, threshold: float) -> Iterator[Detections]:
+        for number, frame in enumerate(read_video(path)):
+            found = self._detect(frame, threshold)
+            yield replace(found, path=_path(path), frame=number)
 
     @torch.no_grad()
     def _detect(self, picture: Picture, threshold: float) -> Detections:

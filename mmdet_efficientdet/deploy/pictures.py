@@ -1,5 +1,7 @@
-"""Reads pictures of any kind and resizes them as a detector's config does."""
-from typing import Sequence, Tuple, Union
+"""Reads pictures and videos; resizes them as a detector's config does."""
+import os
+from pathlib import Path
+from typing import Iterator, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
 Image.init()  # else Pillow does not know all of them
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+# Names of FFmpeg's readers by suffix. One is given, because others, such as
+# that of playlists, open further files and addresses.
+VIDEOS = dict(avi='avi', mkv='matroska', mov='mov', mp4='mp4', webm='webm')
 
 
 def read_picture(path: str) -> np.ndarray:
@@ -28,6 +33,37 @@ def read_picture(path: str) -> np.ndarray:
     except Exception as error:  # Pillow's readers raise anything
         raise ValueError(
             f'{path} cannot be read as a picture: {error}') from error
+
+
+def is_video(path: str) -> bool:
+    """Whether a path is that of a video, by its suffix."""
+    return _suffix(path) in VIDEOS
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix.lower()[1:]
+
+
+def read_video(path: str) -> Iterator[np.ndarray]:
+    """Reads a video frame by frame as RGB, ``(H, W, 3)`` uint8.
+
+    Frames are turned as the file says.
+
+    Raises:
+        ValueError: If it cannot be read, or PyAV is not installed.
+    """
+    try:
+        import av
+        with av.open(os.fspath(path), format=VIDEOS[_suffix(path)]) as video:
+            for frame in video.decode(video=0):
+                turns = frame.rotation // 90
+                yield np.rot90(frame.to_ndarray(format='rgb24'), turns)
+    except ImportError as error:
+        raise ValueError(f'{path} is a video, which PyAV reads. Install it: '
+                         'pip install av') from error
+    except (OSError, IndexError, ValueError) as error:
+        raise ValueError(
+            f'{path} cannot be read as a video: {error}') from error
 
 
 def to_rgb(picture: Union[np.ndarray, Image.Image]) -> np.ndarray:

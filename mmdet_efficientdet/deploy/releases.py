@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 from http.client import HTTPException
 from multiprocessing import ProcessError
 from pathlib import Path
@@ -131,6 +132,4 @@ def _download(address: str, folder: Path) -> None:
         for name in (*FILES, SUMS):
             os.replace(partial / name, folder / name)
     finally:
-        for path in partial.iterdir():
-            path.unlink()
-        partial.rmdir()
+        shutil.rmtree(partial)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -361,3 +362,47 @@ def test_no_picture(trees):
     bad = [None, 3, b'', [grey], broken]
     *found, last = trees([*bad, grey])
     assert all(x.error for x in found) and not last.error
+
+
+@pytest.fixture
+def video(tmp_path):
+    """A video without loss, turned by 90 degrees, and its three frames."""
+    with Image.open(PHOTO) as photo:
+        frames = [np.asarray(photo)[:256, x:x + 200] for x in (0, 100, 200)]
+    path = tmp_path / 'clip.mkv'
+    with av.open(str(path), 'w') as file:
+        stream = file.add_stream('ffv1', rate=5)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = 'bgr0'
+        stream.set_display_rotation(90)
+        for frame in frames:
+            frame = av.VideoFrame.from_ndarray(frame, format='rgb24')
+            file.mux(stream.encode(frame.reformat(format='bgr0')))
+        file.mux(stream.encode())
+    return path, [np.rot90(frame) for frame in frames]
+
+
+def test_video(video, trees):
+    """The boxes of each frame; a list goes on behind a video that is none."""
+    path, frames = video
+    found = trees(path)
+    assert [(x.path, x.frame) for x in found] == [(str(path), i)
+                                                  for i in range(3)]
+    for one, frame in zip(found, frames):
+        expected = trees(frame)
+        assert len(expected.scores) > 3
+        np.testing.assert_array_equal(one.boxes, expected.boxes)
+        np.testing.assert_array_equal(one.scores, expected.scores)
+    bad = path.with_name('bad.mp4')
+    bad.write_text('#EXTM3U\n#EXTINF:1,\nclip.mkv\n#EXT-X-ENDLIST\n')
+    with pytest.raises(ValueError, match='bad.mp4'):
+        trees(bad)
+    first, *rest = trees.each([bad, str(path), frames[0]])
+    assert 'bad.mp4' in first.error and not len(first.boxes)
+    assert [x.frame for x in rest] == [0, 1, 2, None]
+
+
+def test_video_without_pyav(video, trees, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'av', None)
+    with pytest.raises(ValueError, match='pip install av'):
+        trees(video[0])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import detect as tool
 import numpy as np
 import pytest
@@ -111,3 +112,24 @@ def test_threshold(threshold, capsys):
     with pytest.raises(SystemExit):
         tool.parse_args(['a', '--model', 'b', '--threshold', threshold])
     assert 'from 0 to 1' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_video(tmp_path):
+    """The boxes of each frame are in the JSON, beside those of a picture."""
+    with Image.open(PHOTO) as photo, av.open(str(tmp_path / 'a.mp4'),
+                                             'w') as file:
+        stream = file.add_stream('mpeg4', rate=5)
+        stream.width, stream.height = photo.size
+        for frame in [av.VideoFrame.from_image(photo)] * 2 + [None]:
+            file.mux(stream.encode(frame))
+    run = detect(
+        'a.mp4', str(PHOTO), '--model', 'trees', '--out', 'out', cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert [x.name for x in sorted((tmp_path / 'out').iterdir())
+            ] == ['detections.json', 'forest.jpg']
+    found = json.loads((tmp_path / 'out' / 'detections.json').read_text())
+    assert [(Path(x['path']).name, x.get('frame'))
+            for x in found] == [('a.mp4', 0), ('a.mp4', 1),
+                                ('forest.jpg', None)]
+    assert all(len(x['boxes']) > 10 for x in found)
