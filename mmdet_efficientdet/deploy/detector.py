@@ -114,8 +114,7 @@ class Detector:
             ValueError: If a single picture cannot be read, or a folder has
                 none.
         """
-        if isinstance(pictures,
-                      (str, os.PathLike)) and Path(pictures).is_dir():
+        if os.path.isdir(_path(pictures)):
             pictures = pictures_in(pictures)
         if is_video(_path(pictures)):
             return list(self._frames(pictures, threshold))
