@@ -132,8 +132,8 @@ def test(work_dir: Path, checkpoint: Path, name: str) -> dict:
             or result.stat().st_mtime < checkpoint.stat().st_mtime):
         out = work_dir / name
         run(f'test on {name}', work_dir / f'{name}.log',
-            str(SCRIPTS / 'test.py'), CONFIG, str(checkpoint), '--work-dir',
-            str(out), '--cfg-options',
+            str(SCRIPTS / 'test.py'), CONFIG, str(checkpoint), '--tta',
+            '--work-dir', str(out), '--cfg-options',
             f'test_dataloader.dataset.ann_file={name}.json',
             f'test_evaluator.ann_file={DATA}/{name}.json')
         newest = max(out.glob('*/*.json'), key=os.path.getmtime)

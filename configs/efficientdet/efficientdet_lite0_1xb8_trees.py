@@ -36,6 +36,26 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
                    'scale_factor'))
 ]
+# With --tta: from above, a tree may be seen mirrored in both axes.
+tta_model = dict(
+    type='DetTTAModel',
+    tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=300))
+tta_pipeline = [
+    *test_pipeline[:2],
+    dict(
+        type='TestTimeAug',
+        transforms=[[
+            dict(type='RandomFlip', prob=0.0),
+            *(dict(type='RandomFlip', prob=1.0, direction=direction)
+              for direction in ('horizontal', 'vertical', 'diagonal'))
+        ],
+                    [
+                        dict(
+                            type='PackDetInputs',
+                            meta_keys=(*test_pipeline[-1]['meta_keys'], 'flip',
+                                       'flip_direction'))
+                    ]])
+]
 images = dict(data_root=data_root, data_prefix=dict(img='images/'))
 train_dataloader = dict(
     num_workers=1,
@@ -47,6 +67,6 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'test.json')
 test_evaluator = val_evaluator
 
-# The held-out part is looked at once, at the end.
-train_cfg = dict(val_interval=1000)
+# The held-out part is looked at once, at the end, and then by test --tta.
+train_cfg = dict(max_iters=1200, val_interval=1200)
 default_hooks = dict(checkpoint=dict(save_best=None))

@@ -17,15 +17,17 @@ from ..registry import HOOKS, PARAM_SCHEDULERS
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
-    """Linear warm-up, then a cosine that counts steps from the start.
+    """Linear warm-up, perhaps the peak, then a cosine.
 
     With ``W`` steps of warm-up of ``T`` in all, the rate at step ``s`` is the
     peak times ``start_factor + (1 - start_factor) * s / W`` before ``W``, then
     times ``(1 + cos(pi * s / (T - W))) / 2``. Unlike mmengine's ``LinearLR``
     followed by ``CosineAnnealingLR``, the cosine does not restart after the
     warm-up. It begins slightly below the peak and turns shortly before the
-    end. All rates are relative to the optimizer's ``lr``, so that scaling
-    ``lr`` for another batch size scales the whole schedule.
+    end. With ``hold``, the rate stays at the peak until step ``H = hold * T``,
+    and is then ``(1 + cos(pi * (s - H) / (T - H))) / 2`` of it. All rates are
+    relative to the optimizer's ``lr``, so that scaling ``lr`` for another
+    batch size scales the whole schedule.
 
     Args:
         optimizer (Optimizer | OptimWrapper): Its learning rate is scheduled.
@@ -33,6 +35,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             to 1.
         start_factor (float): Rate of step 0 divided by the peak. Defaults to
             0.05, which is the official 0.008 for batches of 128.
+        hold (float): Share of the training that ends before the cosine begins.
+            Defaults to 0, the official cosine.
         end (int): Length of the training. The runner sets it to that of its
             loop.
         by_epoch (bool): Whether a step is an epoch. Defaults to True; with
@@ -42,22 +46,25 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         verbose (bool): Prints each rate. Defaults to False.
 
     Raises:
-        ValueError: If ``warmup`` is negative or ``start_factor`` is not in
-            [0, 1].
+        ValueError: If ``warmup`` is negative, ``start_factor`` is not in
+            [0, 1] or ``hold`` is not in [0, 1).
     """
 
     def __init__(self,
                  optimizer,
                  warmup: int = 1,
                  start_factor: float = 0.05,
+                 hold: float = 0.0,
                  end: int = 10**9,
                  by_epoch: bool = True,
                  verbose: bool = False) -> None:
-        if warmup < 0 or not 0 <= start_factor <= 1:
+        if warmup < 0 or not 0 <= start_factor <= 1 or not 0 <= hold < 1:
             raise ValueError(
-                f'warmup={warmup} must be at least 0, and start_factor='
-                f'{start_factor} must be between 0 and 1')
+                f'warmup={warmup} must be at least 0, start_factor='
+                f'{start_factor} from 0 to 1, and hold={hold} at least 0 and '
+                'less than 1')
         self.warmup = warmup
+        self.hold = hold
         self.start_factor = start_factor
         super().__init__(optimizer, 0, end, -1, by_epoch, verbose)
 
@@ -105,7 +112,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
                 'has changed (batch size, processes, data), the schedule '
                 'continues at another point of its curve', 'current',
                 logging.WARNING)
-        ours = ('end', 'warmup', 'start_factor')
+        ours = ('end', 'warmup', 'start_factor', 'hold')
         super().load_state_dict({
             k: v
             for k, v in state_dict.items() if k not in ours
@@ -122,7 +129,9 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             rise = (1 - self.start_factor) * step / self.warmup
             factor = self.start_factor + rise
         else:
-            angle = math.pi * step / max(self.end - self.warmup, 1)
+            start = self.hold * self.end
+            length = self.end - (start or self.warmup)
+            angle = math.pi * max(step - start, 0) / max(length, 1)
             factor = (1 + math.cos(angle)) / 2
         return [base * factor for base in self.base_values]
 

@@ -59,6 +59,24 @@ def test_rate_of_each_step():
     assert rates[12] == rates[11]  # after the end it stays
 
 
+def test_hold():
+    """Until half of the steps the peak, then what torch's cosine gives."""
+    held = WarmupCosineLR(
+        sgd(), warmup=2, end=12, hold=0.5, start_factor=0.1, by_epoch=False)
+    optimizer = sgd()
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    rates = []
+    for _ in range(12):
+        rates += held.get_last_value()
+        held.step()
+    expected = [0.016, 0.088, 0.16, 0.16, 0.16, 0.16]
+    for _ in range(6):
+        expected += cosine.get_last_lr()
+        optimizer.step()
+        cosine.step()
+    assert rates == pytest.approx(expected)
+
+
 @pytest.mark.parametrize('warmup, end', [(2, 10), (3, 3)])
 def test_resumed_beyond_the_end(warmup, end):
     """The rate stays, with and without a checkpoint in between."""
@@ -114,6 +132,8 @@ def test_all_rates_follow_the_peak():
 
 
 @pytest.mark.parametrize('wrong', [
+    dict(hold=1.0),
+    dict(hold=-0.1),
     dict(warmup=-1),
     dict(start_factor=1.5),
 ])

@@ -20,41 +20,31 @@ import argparse
 import json
 from pathlib import Path
 
-OURS = dict(
-    trainer='ours',
-    transform='ResizeCrop',
-    start='official',  # of neck and head
-    norms='fixed',  # those of the backbone that are not frozen
-    drop_path=0.0,
-    momentum=0.1,  # of the norms of neck and head
-    warmup=0.1,  # of the steps
-    decay='kernels',
-    clip=10.0,
-    average='ramp',  # decay (1 + n) / (10 + n)
-    jitter=(0.5, 1.5))
+# What each changes of the recipe, see training_runs.our_settings.
+EFFDET = dict(
+    trainer='effdet',
+    transform='RandomResizePad',
+    start='effdet',
+    norms='batch',
+    drop_path=0.2,
+    decay='all')
 VARIANTS = dict(
     ours={},
-    effdet=dict(
-        trainer='effdet',
-        transform='RandomResizePad',
-        start='effdet',
-        norms='batch',
-        drop_path=0.2,
-        decay='all',
-        average=0.95),
-    effdet_ramp=dict(
-        trainer='effdet',
-        transform='RandomResizePad',
-        start='effdet',
-        norms='batch',
-        drop_path=0.2,
-        decay='all'),
+    effdet=dict(EFFDET, average=0.95, hold=0.0),
+    effdet_hold=dict(EFFDET, average=0.95),
+    effdet_ramp=dict(EFFDET, hold=0.0),
+    cosine=dict(hold=0.0),
     transform=dict(transform='RandomResizePad'),
     start=dict(start='effdet'),
     network=dict(trainer='effdet'),
     norms=dict(norms='batch'),
     drop_path=dict(norms='batch', drop_path=0.2),
     momentum=dict(momentum=0.01),
+    fast_momentum=dict(momentum=0.3),
+    betas=dict(betas=(0.9, 0.99)),
+    backbone=dict(backbone=0.3),
+    depthwise=dict(depthwise=2.0),
+    box_loss=dict(box_loss=2.0),
     no_warmup=dict(warmup=0.0),
     long_warmup=dict(warmup=0.3),
     decay=dict(decay='all'),
@@ -62,6 +52,7 @@ VARIANTS = dict(
     clip=dict(clip=1.0),
     average=dict(average=0.95),
     jitter=dict(jitter=(0.1, 2.0)),
+    narrow_jitter=dict(jitter=(0.8, 1.25)),
     no_jitter=dict(jitter=(1.0, 1.0)))
 
 
@@ -94,8 +85,7 @@ def parse_args(argv=None):
         '--rates',
         nargs='+',
         type=float,
-        default=[6e-3],
-        help='peak learning rates (default: 6e-3)')
+        help="peak learning rates (default: the recipe's)")
     parser.add_argument(
         '--seeds',
         nargs='+',
@@ -122,7 +112,7 @@ import torch
 from mmengine.logging import MMLogger
 from training_data import read_data
 from training_report import write_results
-from training_runs import run
+from training_runs import our_settings, run
 
 from mmdet_efficientdet.utils import register_all_modules, write_file
 
@@ -136,23 +126,20 @@ def main():
     runs = args.out / 'runs'
     runs.mkdir(parents=True, exist_ok=True)
     data, pool = read_data(args.data[0]), {}
+    ours = our_settings()
+    variants = {name: {**ours, **VARIANTS[name]} for name in args.variants}
     by_pool = sorted(
-        args.variants,
-        key=lambda name: str([{
-            **OURS,
-            **VARIANTS[name]
-        }[key] for key in ('transform', 'jitter')]))
+        variants,
+        key=lambda name: str(
+            [variants[name][key] for key in ('transform', 'jitter')]))
     for seed in args.seeds:
         for name in by_pool:
-            for rate in args.rates:
+            for rate in args.rates or [ours['rate']]:
                 file = runs / f'{name}_{rate:g}_seed{seed}.json'
                 if not file.is_file():
                     row = dict(variant=name, rate=rate, seed=seed)
                     row.update(
-                        run(args, data, {
-                            **OURS,
-                            **VARIANTS[name]
-                        }, rate, seed, pool))
+                        run(args, data, variants[name], rate, seed, pool))
                     write_file(file, json.dumps(row).encode())
                     print(file.stem, row, flush=True)
     write_results(args.out, list(VARIANTS), args)

@@ -22,11 +22,38 @@ RECIPE = ROOT / 'configs/efficientdet/efficientdet_d0_1xb8-adamw-1k_coco.py'
 SIZE = 'lite0'
 
 
+def our_settings():
+    """What the recipe says of everything that VARIANTS may change."""
+    cfg = Config.fromfile(RECIPE)
+    optimizer = cfg.optim_wrapper.optimizer
+    parts = cfg.optim_wrapper.paramwise_cfg.custom_keys
+    return dict(
+        trainer='ours',
+        rate=optimizer.lr,
+        transform='ResizeCrop',
+        start='official',  # of neck and head
+        norms='fixed',  # those of the backbone that are not frozen
+        drop_path=cfg.model.backbone.drop_path_rate,
+        momentum=cfg.norm_cfg.momentum,  # of the norms of neck and head
+        backbone=parts.backbone.lr_mult,  # its rate by that of the rest
+        depthwise=1.0,  # the same of the depthwise kernels of neck and head
+        betas=tuple(optimizer.get('betas', (0.9, 0.999))),
+        warmup=0.1,  # of the steps: a study is shorter than the recipe
+        hold=cfg.param_scheduler[0].hold,
+        weight_decay=optimizer.weight_decay,
+        decay='kernels',
+        clip=float(cfg.optim_wrapper.clip_grad.max_norm),
+        average='ramp',  # decay (1 + n) / (10 + n)
+        box_loss=1.0,  # its weight by the official one
+        jitter=tuple(cfg.train_pipeline[-2].ratio_range))
+
+
 def build(num_classes, side, seed, settings):
     """Our detector with ImageNet weights, perhaps with effdet's start."""
     cfg = Config.fromfile(RECIPE)
     scale_config(cfg, SIZE, side, [str(i) for i in range(num_classes)])
     cfg.model.backbone.drop_path_rate = settings['drop_path']
+    cfg.model.bbox_head.loss_bbox.loss_weight *= settings['box_loss']
     model = MODELS.build(cfg.model)
     torch.manual_seed(seed)
     model.init_weights()
@@ -104,20 +131,24 @@ def effdet_losses(model, num_classes, side, drop_path):
     return network, losses
 
 
-def make_optimizer(network, decay):
-    """AdamW; the backbone learns at a tenth of the rate."""
+def make_optimizer(network, settings):
+    """AdamW; ``part`` of a group is its rate by that of the schedule."""
     groups = {}
     for name, parameter in network.named_parameters():
-        backbone = name.startswith('backbone')
-        decays = decay == 'all' or parameter.ndim > 1
-        groups.setdefault((backbone, decays), []).append(parameter)
-    return torch.optim.AdamW([
+        part = 1.0
+        if name.startswith('backbone'):
+            part = settings['backbone']
+        elif parameter.ndim == 4 and parameter.shape[1] == 1:
+            part = settings['depthwise']
+        decays = settings['decay'] == 'all' or parameter.ndim > 1
+        groups.setdefault((part, decays), []).append(parameter)
+    groups = [
         dict(
             params=parameters,
-            weight_decay=1e-2 * decays,
-            part=0.1 if backbone else 1.0)
-        for (backbone, decays), parameters in groups.items()
-    ])
+            weight_decay=settings['weight_decay'] * decays,
+            part=part) for (part, decays), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(groups, betas=settings['betas'])
 
 
 def train(network, losses, batches, settings, rate):
@@ -129,13 +160,14 @@ def train(network, losses, batches, settings, rate):
             module.train(not backbone or settings['norms'] == 'batch')
         elif not list(module.children()):
             module.train()
-    optimizer = make_optimizer(network, settings['decay'])
+    optimizer = make_optimizer(network, settings)
     averages = {k: v.clone() for k, v in network.state_dict().items()}
     steps, history = len(batches), []
     warmup = max(settings['warmup'] * steps, 1)
+    hold = settings['hold'] * steps
     for step, batch in enumerate(batches):
-        factor = min(
-            (step + 1) / warmup, 1) * (1 + np.cos(np.pi * step / steps)) / 2
+        angle = np.pi * max(step - hold, 0) / (steps - hold)
+        factor = min((step + 1) / warmup, 1) * (1 + np.cos(angle)) / 2
         for group in optimizer.param_groups:
             group['lr'] = rate * factor * group['part']
         loss = losses(*batch)
@@ -160,7 +192,7 @@ def run(args, data, settings, rate, seed, pool):
     Args:
         args (Namespace): Of compare_training.py.
         data (tuple): What ``read_data`` returns.
-        settings (dict): All of ``compare_training.OURS``, perhaps changed.
+        settings (dict): All of ``our_settings``, perhaps changed.
         rate (float): Peak learning rate.
         seed (int): Of the data's order and transforms and of the start.
         pool (dict): Keeps the batches of one run for the next.
