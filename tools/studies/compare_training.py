@@ -2,10 +2,10 @@
 
 Both train Lite0 for a few steps from the same ImageNet weights, frozen up to
 stride 16, on the same pictures in the same order, and the averaged weights of
-both are evaluated by pycocotools. `ours` is the network, loss and transforms
-of efficientdet_d0_1xb8-adamw-1k_coco.py; `effdet` is effdet's DetBenchTrain
-with its RandomResizePad, in a plain loop. The other variants change one thing
-of `ours` each.
+both are evaluated by pycocotools. `ours` is the network, loss, transforms and
+settings of efficientdet_d0_1xb8-adamw-1k_coco.py; `effdet` is effdet's
+DetBenchTrain with its RandomResizePad and a cosine, in a plain loop. The other
+variants change one thing of `ours` or `effdet` each.
 
 Example:
     python tools/studies/compare_training.py --rates 3e-3 6e-3 --seeds 0 1 \\
