@@ -38,7 +38,7 @@ param_scheduler = [
         type='mmdet_efficientdet.WarmupCosineLR',
         by_epoch=False,
         warmup=30,
-        hold=0.5,  # more is learned at the peak than on the way down
+        hold=0.5,  # the official cosine ends with a larger loss
         start_factor=0.01)
 ]
 # The averages need no other number: they span a tenth of the steps so far.

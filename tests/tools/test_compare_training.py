@@ -3,11 +3,14 @@ import json
 import shutil
 import sys
 from argparse import Namespace
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from helpers.tiny_data import CONFIGS, make_dataset
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 
 sys.path.append(str(CONFIGS.parents[1] / 'tools' / 'studies'))
 import compare_training as study  # noqa: E402
@@ -63,6 +66,29 @@ def test_both_trainers_compute_the_same_loss(batch):
         sum(p.numel() for p in part.parameters() if p.requires_grad)
         for part in (network, bench)
     } == {sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def test_optimizer_is_that_of_the_recipe(batch):
+    """Rates, decay and elements are what mmengine makes of the config."""
+    _, model = batch
+    wrapper = build_optim_wrapper(
+        model,
+        Config.fromfile(training_runs.RECIPE).optim_wrapper)
+    optimizer = training_runs.make_optimizer(
+        training_runs.our_losses(model)[0], OURS)
+    for group in optimizer.param_groups:
+        group['lr'] = OURS['rate'] * group['part']
+
+    def groups_of(optimizer):
+        found = Counter()
+        for group in optimizer.param_groups:
+            key = round(group['lr'], 9), group['weight_decay'], group['betas']
+            found[key] += sum(p.numel() for p in group['params']
+                              if p.requires_grad)
+        return +found
+
+    assert groups_of(optimizer) == groups_of(wrapper.optimizer)
+    assert len(groups_of(optimizer)) == 4
 
 
 def test_features_are_those_of_the_backbone(batch):
