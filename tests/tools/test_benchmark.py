@@ -126,5 +126,6 @@ def test_startup():
     seconds = {key: float(value) for key, value in rows.items()}
     assert done.returncode == 0, done.stderr
     assert seconds['first step'] > 0.1 < seconds['runner and model']
+    assert len(seconds) == 10  # a negative one would not be found
     total = seconds.pop('all')
     assert sum(seconds.values()) == pytest.approx(total, abs=0.06)

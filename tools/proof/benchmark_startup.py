@@ -135,15 +135,21 @@ def use_data(cfg, folder):
 
 
 def timed(times, name, owner, attribute):
-    """Adds the time of a function, as a replacement for it, to ``times``."""
+    """Replaces a function by one that adds its time to ``times``.
+
+    What runs inside another such function counts as that one's.
+    """
     function = getattr(owner, attribute)
 
     def run(*args, **kwargs):
         start = time.perf_counter()
+        times['depth'] += 1
         try:
             return function(*args, **kwargs)
         finally:
-            times[name] += time.perf_counter() - start
+            times['depth'] -= 1
+            if not times['depth']:
+                times[name] += time.perf_counter() - start
 
     setattr(owner, attribute, run)
 
