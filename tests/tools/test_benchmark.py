@@ -1,5 +1,8 @@
 """The tool that times this package beside others."""
 import csv
+import re
+import subprocess
+import sys
 import time
 
 import benchmark
@@ -7,6 +10,7 @@ import benchmark_facts
 import pytest
 import torch
 from effdet_bridge import effdet_network
+from helpers.tiny_data import LITE0
 
 
 def test_ratio_and_turns(capsys):
@@ -108,3 +112,20 @@ def test_what_is_counted():
     first = benchmark_facts.top_operators(
         lambda: torch.mm(*torch.ones(2, 512, 512)))[0]
     assert first['operator'] == 'mm' and first['share'] > 0.5
+
+
+@pytest.mark.slow
+def test_startup():
+    """The parts of a made-up training, to the end of its first step."""
+    tool = LITE0.parents[2] / 'tools' / 'proof' / 'benchmark_startup.py'
+    done = subprocess.run(
+        [sys.executable, tool, LITE0, '--images', '24', '--boxes', '2'],
+        capture_output=True,
+        text=True)
+    rows = dict(re.findall(r'^\| (\D+) \| ([\d.]+) \|$', done.stdout, re.M))
+    seconds = {key: float(value) for key, value in rows.items()}
+    assert done.returncode == 0, done.stderr
+    assert seconds['first step'] > 0.1 < seconds['runner and model']
+    assert len(seconds) == 10  # a negative one would not be found
+    total = seconds.pop('all')
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.06)

@@ -15,7 +15,6 @@ import argparse
 import csv
 import platform
 import statistics
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,18 +101,6 @@ from mmdet_efficientdet import plain_network
 from mmdet_efficientdet.utils import write_file
 
 
-def seconds(function, on_gpu):
-    """Time of one call: of the process, or until the GPU is ready."""
-    clock = time.perf_counter if on_gpu else time.process_time
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = clock()
-    function()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def compare(title, functions, repeats, on_gpu):
     """Rows of a table, of functions that are run in turn.
 
@@ -126,7 +113,7 @@ def compare(title, functions, repeats, on_gpu):
     times = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():
-            times[name].append(seconds(function, on_gpu))
+            times[name].append(benchmark_facts.seconds(function, on_gpu))
     times = {name: sorted(values[1:]) for name, values in times.items()}
     unit = statistics.median(next(iter(times.values())))
     rows = []
