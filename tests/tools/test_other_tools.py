@@ -1,4 +1,6 @@
 """Tools of others that take a config, a detector or its boxes."""
+import re
+
 import numpy as np
 import pytest
 import supervision
@@ -98,13 +100,13 @@ def run(tmp_path_factory):
     return run
 
 
-# Arguments of the host's scripts, and the files that they write
+# Arguments of the host's scripts, and what they print or the files they write
 SCRIPTS = dict(
-    analyze_logs=(['plot_curve', '{scalars}', '--keys', 'loss', '--out',
-                   'loss.png'], ['loss.png']),
-    analyze_results=(['{config}', 'dump.pkl', 'drawn', '--topk', '1'],
+    analyze_logs=(['cal_train_time', '{scalars}'],
+                  r'average iter time: \d+\.\d+ s/iter', []),
+    analyze_results=(['{config}', 'dump.pkl', 'drawn', '--topk', '1'], '',
                      ['drawn/good/*.jpg', 'drawn/bad/*.jpg']),
-    confusion_matrix=(['{config}', 'dump.pkl', '.'],
+    confusion_matrix=(['{config}', 'dump.pkl', '.'], '',
                       ['confusion_matrix.png']))  # yapf: disable
 
 
@@ -112,13 +114,13 @@ SCRIPTS = dict(
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_analysis_tools(name, run):
     """The host's scripts read a log and what test.py has written."""
-    arguments, written = SCRIPTS[name]
+    arguments, printed, written = SCRIPTS[name]
     scalars, = run.work_dir.glob('*/vis_data/scalars.json')
     arguments = [
         x.format(scalars=scalars, config=run.config) for x in arguments
     ]
     done = run_tool(f'analysis_tools/{name}.py', *arguments, cwd=run.folder)
-    assert done.code == 0, done.output
+    assert done.code == 0 and re.search(printed, done.output), done.output
     for pattern in written:
         path, = run.folder.glob(pattern)
         assert np.asarray(Image.open(path).convert('L')).std() > 5
