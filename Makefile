@@ -4,7 +4,7 @@
 
 PYTHON ?= python3.11
 STACK ?= upstream
-$(if $(filter upstream onedl,$(STACK)),,$(error STACK is upstream or onedl))
+$(if $(filter upstream onedl,$(STACK)),,$(error STACK=$(STACK) must be upstream or onedl))
 FORK := $(filter onedl-,$(STACK)-)
 # One compiler per core: compiling mmcv is the long part of the set-up.
 MAX_JOBS ?= $(shell nproc)
@@ -75,7 +75,8 @@ format: $(STAMP)  ## let isort and yapf rewrite the sources
 	$(PY) -m yapf --in-place --recursive --parallel $(SOURCES)
 
 clean:  ## remove .venv and whatever was built in the tree
-	@rm -rf $(VENV) build dist *.egg-info mmdet_efficientdet/.mim .pytest_cache
+	@rm -rf $(VENV) .venv*/.ready build dist *.egg-info mmdet_efficientdet/.mim \
+	    .pytest_cache
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
 
 # Each step may be interrupted and repeated.

@@ -80,8 +80,11 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.name.endswith('.pth'):
         raise ValueError(f'the checkpoint {args.name} needs its --config')
     detector = load_detector(args.name, args.device)
-    results = detector.settings.provenance.get('results')
-    published = results.get('AP') if isinstance(results, dict) else None
+    published = detector.settings.provenance  # may hold anything
+    for key in ('results', 'AP'):
+        published = published.get(key) if isinstance(published, dict) else None
+    if type(published) is not float:
+        published = None
     found = score_detector(detector, args.data, args.images)
     return dict(found, published=published)
 

@@ -58,7 +58,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     add('--max-difference',
         type=float,
         metavar='POINTS',
-        help='of the AP, of 100 (default: 0.1, and 10 divided by the number '
+        help='of the AP, of 100 (default: 0.1 plus 10 divided by the number '
         'of boxes)')
     add('--hub-dataset',
         nargs=2,

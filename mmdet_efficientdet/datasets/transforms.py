@@ -162,9 +162,11 @@ def resize_part(image: np.ndarray, size: Tuple[int, int],
     if image.shape[:2] == size:
         return image[part].astype(np.float32)
     factors = [new / old for old, new in zip(image.shape, size)]
-    image = image[tuple(
+    cut = image[tuple(
         slice(int((kept.stop - 0.5) / factor - 0.5) + 3)
         for kept, factor in zip(part, factors))]
+    if any(round(n * f) != n for n, f in zip(cut.shape, factors)):
+        image = cut  # else OpenCV would copy it
     source = np.empty(image.shape, np.float32)
     rows = slice(None)
     if factors[0] < 0.25:  # some rows are left out and may have any value

@@ -202,7 +202,7 @@ def pictures_in(folder: str) -> List[str]:
     """
     found = sorted(
         str(path) for path in Path(folder).iterdir()
-        if path.suffix.lower() in SUFFIXES)
+        if path.suffix.lower() in SUFFIXES or is_video(path))
     if not found:
         raise ValueError(f'the folder {folder} has no pictures '
                          f'({", ".join(SUFFIXES)})')

@@ -1,5 +1,4 @@
 """Reads pictures and videos; resizes them as a detector's config does."""
-import os
 from pathlib import Path
 from typing import Iterator, Sequence, Tuple, Union
 
@@ -13,8 +12,8 @@ from torch import Tensor
 FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
 Image.init()  # else Pillow does not know all of them
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
-# Names of FFmpeg's readers by suffix. One is given, because others, such as
-# that of playlists, open further files and addresses.
+# Names of FFmpeg's readers by suffix. One is given, and the protocol of files,
+# because others, such as that of playlists, open further files and addresses.
 VIDEOS = dict(avi='avi', mkv='matroska', mov='mov', mp4='mp4', webm='webm')
 
 
@@ -54,14 +53,14 @@ def read_video(path: str) -> Iterator[np.ndarray]:
     """
     try:
         import av
-        with av.open(os.fspath(path), format=VIDEOS[_suffix(path)]) as video:
+        with av.open(f'file:{path}', format=VIDEOS[_suffix(path)]) as video:
             for frame in video.decode(video=0):
-                turns = frame.rotation // 90
+                turns = round(frame.rotation / 90)
                 yield np.rot90(frame.to_ndarray(format='rgb24'), turns)
     except ImportError as error:
         raise ValueError(f'{path} is a video, which PyAV reads. Install it: '
                          'pip install av') from error
-    except (OSError, IndexError, ValueError) as error:
+    except Exception as error:  # PyAV has dozens
         raise ValueError(
             f'{path} cannot be read as a video: {error}') from error
 
@@ -76,12 +75,13 @@ def to_rgb(picture: Union[np.ndarray, Image.Image]) -> np.ndarray:
             picture has float values, whose range is unknown.
     """
     if isinstance(picture, Image.Image):
+        deep = picture.format == 'PPM' or picture.mode != 'I'
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == 'F':
             raise ValueError('it has float values; convert it to 8 bits')
         if picture.mode.startswith('I'):
             wide = np.asarray(picture).astype(np.int64)
-            if picture.mode != 'I' or wide.max(initial=0) > 255:
+            if deep or wide.max(initial=0) > 255:
                 wide >>= 8
             picture = Image.fromarray(wide.clip(0, 255).astype('uint8'))
         picture = np.array(picture.convert('RGB'))

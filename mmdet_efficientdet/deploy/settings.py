@@ -35,7 +35,7 @@ class DetectorSettings:
         factor (float): Defaults to 1.
         test_cfg (BoxSettings): As of ``EfficientDetHead``. Defaults to its
             defaults.
-        provenance (dict): Where a release comes from, with its results.
+        provenance: Where a release comes from, with its results; not checked.
     """
     image_size: Annotated[List[_Side], Meta(min_length=2, max_length=2)]
     mean: Annotated[List[float], _THREE]
@@ -45,7 +45,7 @@ class DetectorSettings:
     anchors: Dict[str, Any]
     factor: _Positive = 1.0
     test_cfg: BoxSettings = field(default_factory=dict)
-    provenance: Dict[str, Any] = field(default_factory=dict)
+    provenance: Any = None
 
     def save(self, path: str) -> None:
         """Writes a JSON file."""

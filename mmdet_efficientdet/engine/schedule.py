@@ -35,8 +35,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             to 1.
         start_factor (float): Rate of step 0 divided by the peak. Defaults to
             0.05, which is the official 0.008 for batches of 128.
-        hold (float): Share of the training that ends before the cosine begins.
-            Defaults to 0, the official cosine.
+        hold (float): Share of the training after which the cosine begins, if
+            the warm-up has ended. Defaults to 0, the official cosine.
         end (int): Length of the training. The runner sets it to that of its
             loop.
         by_epoch (bool): Whether a step is an epoch. Defaults to True; with
@@ -104,14 +104,15 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
                 f'{not self.by_epoch}, but that of the config has by_epoch='
                 f'{self.by_epoch}. Resume with the same setting, or start a '
                 'new training with load_from')
-        before = state_dict.get('warmup', self.warmup)
-        if before != self.warmup:
+        before = state_dict.get('warmup',
+                                self.warmup), state_dict.get('hold', 0.0)
+        if before != (self.warmup, self.hold):
             print_log(
-                f'The warm-up of the checkpoint has {before} steps, but that '
-                f'of the config has {self.warmup}. If the length of an epoch '
-                'has changed (batch size, processes, data), the schedule '
-                'continues at another point of its curve', 'current',
-                logging.WARNING)
+                f'(warmup, hold) of the checkpoint is {before}, but that of '
+                f'the config is {(self.warmup, self.hold)}. The schedule '
+                'continues at another point of its curve. The warm-up changes '
+                'with the length of an epoch (batch size, processes, data)',
+                'current', logging.WARNING)
         ours = ('end', 'warmup', 'start_factor', 'hold')
         super().load_state_dict({
             k: v

@@ -14,7 +14,7 @@ from oracles import official_numpy as official
 from mmdet_efficientdet.datasets.transforms import (UINT8, ResizeCrop,
                                                     misreading,
                                                     resize_from_corner,
-                                                    scaled_size)
+                                                    resize_part, scaled_size)
 
 FIT = (1.0, 1.0)
 # An image and what TensorFlow 2.15 makes of it, half-pixel and legacy:
@@ -196,6 +196,15 @@ def test_only_the_crop_is_resized(half_pixel_centers, ipp):
         assert out.shape == expected.shape and out.dtype == np.float32
         np.testing.assert_allclose(out, expected, 0,
                                    1e-4 * (half_pixel_centers and ipp))
+
+
+def test_crop_at_a_ratio_near_one():
+    """OpenCV copies what keeps its size, although the whole image does not."""
+    image = np.random.default_rng(0).random((1000, 1000, 3), np.float32)
+    part = (slice(0, 400), ) * 2
+    expected = cv2.resize(image, (1001, 1001))[part]
+    found = resize_part(image, (1001, 1001), part)
+    np.testing.assert_allclose(found, expected, 0, 1e-6)
 
 
 def test_crop_is_a_part_of_the_resized_image():

@@ -240,6 +240,14 @@ def test_integers(mode):
     assert wide == [0, 99, 255]
 
 
+def test_dark_pgm(tmp_path):
+    """Its 16 bits are read as such, like OpenCV's."""
+    path = tmp_path / 'dark.pgm'
+    path.write_bytes(b'P5 3 1 65535 ' + bytes([0, 0, 0, 99, 0, 255]))
+    expected = cv2.imread(str(path))
+    assert np.array_equal(pictures.read_picture(path), expected)
+
+
 def test_cmyk(tmp_path):
     """Red stays red."""
     red = Image.new('RGB', (8, 8), (255, 0, 0)).convert('CMYK')
@@ -394,12 +402,30 @@ def test_video(video, trees):
         np.testing.assert_array_equal(one.boxes, expected.boxes)
         np.testing.assert_array_equal(one.scores, expected.scores)
     bad = path.with_name('bad.mp4')
-    bad.write_text('#EXTM3U\n#EXTINF:1,\nclip.mkv\n#EXT-X-ENDLIST\n')
+    bad.write_text(f'ffconcat version 1.0\nfile {path.name}\n')  # a list
     with pytest.raises(ValueError, match='bad.mp4'):
         trees(bad)
     first, *rest = trees.each([bad, str(path), frames[0]])
     assert 'bad.mp4' in first.error and not len(first.boxes)
     assert [x.frame for x in rest] == [0, 1, 2, None]
+
+
+def test_videos_that_end_nothing(video, trees, monkeypatch):
+    """Addresses are not opened; a folder and other files are done."""
+    path, _ = video
+    monkeypatch.chdir(path.parent)
+    path.rename('10:00.mkv')
+    data = path.with_name('10:00.mkv').read_bytes()
+    path.with_name('cut.mkv').write_bytes(data[:50])
+    names = [
+        'cut.mkv', 'http://127.0.0.1:9/x.mp4', 'concat:10:00.mkv|10:00.mkv'
+    ]
+    *bad, first, _, last = trees.each([*names, '10:00.mkv'])
+    assert [x.path for x in bad] == names
+    assert 'refused' not in ''.join(x.error for x in bad)
+    assert (first.error, last.frame) == ('', 2)
+    found = trees(path.parent)
+    assert [bool(x.error) for x in found] == [False] * 3 + [True]
 
 
 def test_video_without_pyav(video, trees, monkeypatch):

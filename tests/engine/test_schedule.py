@@ -116,7 +116,19 @@ def test_resumed_with_other_steps(log):
     for warmup in (2, 3):
         WarmupCosineLR(sgd(), warmup=warmup, end=50).load_state_dict(saved)
     message, = log
-    assert 'checkpoint has 2 steps, but that of the config has 3' in message
+    assert '(2, 0.0)' in message and '(3, 0.0)' in message
+
+
+def test_resumed_from_before_hold(log):
+    """The config's value is used, and its change is named."""
+    saved = WarmupCosineLR(sgd(), warmup=2, end=50).state_dict()
+    held = dict(warmup=2, end=50, hold=0.5)
+    for name in ('hold', None):
+        scheduler = WarmupCosineLR(sgd(), **held)
+        scheduler.load_state_dict(saved)
+        assert scheduler.hold == 0.5
+        saved.pop(name, None)
+    assert len(log) == 2 and all('(2, 0.5)' in message for message in log)
 
 
 def test_all_rates_follow_the_peak():

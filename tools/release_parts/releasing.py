@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,11 @@ def release(args: argparse.Namespace) -> Path:
     config = read_config(path)
     check_model(config)
     init_default_scope('mmdet')
-    name = args.name or Path(path).stem
+    stem = Path(path).stem
+    if not re.fullmatch(r'\w[\w.-]*', stem):
+        raise ValueError(f'the config {path} gives the checkpoint its name: '
+                         'rename it to letters, digits, dots and hyphens')
+    name = args.name or stem
     target = args.out / name
     if target.exists():
         raise ValueError(f'{target} exists; remove it, or give another --name '
@@ -60,7 +65,7 @@ def release(args: argparse.Namespace) -> Path:
     folder.mkdir(parents=True)
     try:
         public = publishable(config)
-        file = write_weights(folder, checkpoint, Path(path).stem, public, args)
+        file = write_weights(folder, checkpoint, stem, public, args)
         source = dict(
             provenance_of(args, config, checkpoint, data, folder, file),
             name=name)
@@ -206,7 +211,7 @@ def judge(name: str, found: float, expected: float, limit: float) -> None:
     if not abs(found - expected) <= limit + 1e-9:  # also NaN
         raise ValueError(
             f'the {name} has AP {found:.2f}, the trained checkpoint '
-            f'{expected:.2f}; they may differ by {limit:.2f}. Without --half, '
+            f'{expected:.2f}; they may differ by {limit:.3g}. Without --half, '
             'weights are not rounded; more photographs make the AP less '
             'random; --max-difference POINTS allows more')
 
