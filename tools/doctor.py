@@ -21,7 +21,8 @@ from pathlib import Path
 
 PIP = f'{sys.executable} -m pip'
 PYTHONS = ('3.10', '3.11', '3.12')
-# What the tests ran with: the pins of requirements.txt, then the onedl-* ones.
+# What the tests ran with: the pins of requirements.txt, then those of onedl-*
+# and the newest PyTorch that the wheels of mmcv run with.
 TESTED = dict(
     setuptools=['80.9.0'],
     torch=['2.9.1', '2.12.1'],

@@ -193,8 +193,10 @@ def test_paths_are_refused(training, tmp_path):
 def test_judge():
     releasing.judge('release', 13.9, 14.0, 0.1)
     for found in (13.89, 14.11, float('nan')):
-        with pytest.raises(ValueError, match='14.00.*0.10'):
+        with pytest.raises(ValueError, match=r'14\.00.*by 0\.1\. '):
             releasing.judge('release', found, 14.0, 0.1)
+    with pytest.raises(ValueError, match=r'by 0\.004\. '):
+        releasing.judge('release', 13.9, 14.0, 0.004)
 
 
 def test_publishable():
