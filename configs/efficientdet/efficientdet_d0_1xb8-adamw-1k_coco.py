@@ -11,8 +11,9 @@ norm_cfg = dict(type='BN', momentum=0.1, eps=1e-3)
 model = dict(
     # What ImageNet has taught up to stride 16 stays, with all statistics.
     backbone=dict(frozen_stages=4, norm_eval=True, drop_path_rate=0.0),
-    neck=dict(norm_cfg=norm_cfg),
-    bbox_head=dict(norm_cfg=norm_cfg))
+    # Channels that keep their meaning through neck and head learn faster.
+    neck=dict(norm_cfg=norm_cfg, identity_init=True),
+    bbox_head=dict(norm_cfg=norm_cfg, identity_init=True))
 
 train_pipeline = _base_.train_pipeline
 train_pipeline[-2].ratio_range = (0.5, 1.5)

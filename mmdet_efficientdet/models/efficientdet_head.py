@@ -61,6 +61,10 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
             code.
         with_cp (bool): Recomputes each net, level by level, in the backward
             pass to save memory. Defaults to False.
+        identity_init (bool): Starts the pointwise convolutions before the
+            predictors as the identity, with which short trainings learn
+            faster. ``init_cfg`` takes its place. Defaults to False, the
+            official start.
         train_cfg (dict, optional): Must be empty.
         test_cfg (dict, optional): ``nms_pre`` (5000), the number of pairs of
             anchor and class to select from an image. ``nms``, arguments of
@@ -97,6 +101,7 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
                  sync_num_pos: bool = False,
                  ignore_iof_thr: Optional[float] = None,
                  with_cp: bool = False,
+                 identity_init: bool = False,
                  train_cfg: Optional[dict] = None,
                  test_cfg: Optional[dict] = None,
                  init_cfg: Optional[dict] = None,
@@ -110,6 +115,7 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         self.sync_num_pos = sync_num_pos
         self.ignore_iof_thr = ignore_iof_thr
         self.with_cp = with_cp
+        self.identity_init = identity_init
         super().__init__(
             num_classes,
             in_channels,
@@ -152,6 +158,10 @@ class EfficientDetHead(ConvInitMixin, AnchorHead):
         # Truncation at two deviations leaves 0.8796 of one.
         std = 1 / math.sqrt(fan_in) / .87962566
         nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+
+    def hidden_convs(self) -> List[nn.Module]:
+        """Those before both predictors."""
+        return [*self.cls_convs, *self.reg_convs]
 
     def init_weights(self) -> None:
         """Follows ``init_cfg``, or also sets the prior of the classes."""

@@ -1,6 +1,6 @@
 """Layers of TensorFlow as EfficientDet uses them, and mixins of modules."""
 from contextlib import contextmanager, nullcontext
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,17 @@ class NormEvalMixin:
 
 
 class ConvInitMixin:
-    """Mixin of modules with their own initialiser of convolutions."""
+    """Mixin of modules with their own initialiser of convolutions.
+
+    With ``identity_init=True``, a pointwise convolution of ``hidden_convs``
+    begins as the identity: a channel keeps its meaning through all layers.
+    """
+
+    identity_init = False
+
+    def hidden_convs(self) -> Sequence['SeparableConv2d']:
+        """Those from features to features of the same width."""
+        return ()
 
     def init_kernel(self, conv: nn.Conv2d) -> None:
         """Draws the kernel of a convolution."""
@@ -56,6 +66,9 @@ class ConvInitMixin:
                 self.init_kernel(module)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.identity_init:
+            for conv in self.hidden_convs():
+                nn.init.dirac_(conv.pointwise.weight)
         self._is_init = True
 
 

@@ -613,6 +613,23 @@ def test_initialisers(width):
             assert (value == 1).all(), key
 
 
+def test_identity_init():
+    """Only what is between features of the same width changes."""
+    start = {}
+    for flag in (False, True):
+        torch.manual_seed(0)
+        neck = BiFPN([40, 8], 8, 4, stack_times=2, identity_init=flag)
+        neck.init_weights()
+        start[flag] = neck.state_dict()
+    for key, value in start[True].items():
+        if key.endswith('pointwise.weight'):
+            assert torch.equal(value[..., 0, 0], torch.eye(8)), key
+        else:
+            assert torch.equal(value, start[False][key]), key
+    with pytest.raises(ValueError, match='identity_init=True.*separable_conv'):
+        BiFPN([40, 8], 8, 4, separable_conv=False, identity_init=True)
+
+
 def test_init_cfg():
     """What a config asks for takes the place of the official initialisers."""
     neck = BiFPN([40, 112], 8, 3, stack_times=1,

@@ -554,6 +554,22 @@ def test_initialisers(width):
             assert (value == 1).all(), key
 
 
+@pytest.mark.parametrize('num_classes', (1, 2))  # 9 * 2 is the width, too
+def test_identity_init(num_classes):
+    """Only what is between features of the same width changes."""
+    start = {}
+    for flag in (False, True):
+        torch.manual_seed(0)
+        head = EfficientDetHead(num_classes, 18, identity_init=flag)
+        head.init_weights()
+        start[flag] = head.state_dict()
+    for key, value in start[True].items():
+        if 'convs' in key and key.endswith('pointwise.weight'):
+            assert torch.equal(value[..., 0, 0], torch.eye(18)), key
+        else:
+            assert torch.equal(value, start[False][key]), key
+
+
 def test_without_norm():
     """norm_cfg=None leaves the norms out."""
     head = EfficientDetHead(2, 4, num_levels=2, norm_cfg=None)

@@ -50,6 +50,7 @@ def test_one_thing_at_a_time():
             'effdet': 8,
             'effdet_hold': 7,
             'effdet_ramp': 7,
+            'effdet_jitter': 9,
             'drop_path': 2  # without statistics of the batch it does nothing
         }.get(name, 1)
 

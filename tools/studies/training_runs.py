@@ -31,7 +31,7 @@ def our_settings():
         trainer='ours',
         rate=optimizer.lr,
         transform='ResizeCrop',
-        start='official',  # of neck and head
+        start=cfg.model.neck.identity_init and 'identity' or 'official',
         norms='fixed',  # those of the backbone that are not frozen
         drop_path=cfg.model.backbone.drop_path_rate,
         momentum=cfg.norm_cfg.momentum,  # of the norms of neck and head
@@ -49,11 +49,13 @@ def our_settings():
 
 
 def build(num_classes, side, seed, settings):
-    """Our detector with ImageNet weights, perhaps with effdet's start."""
+    """Our detector with ImageNet weights and one start of neck and head."""
     cfg = Config.fromfile(RECIPE)
     scale_config(cfg, SIZE, side, [str(i) for i in range(num_classes)])
     cfg.model.backbone.drop_path_rate = settings['drop_path']
     cfg.model.bbox_head.loss_bbox.loss_weight *= settings['box_loss']
+    for part in (cfg.model.neck, cfg.model.bbox_head):
+        part.identity_init = settings['start'] == 'identity'
     model = MODELS.build(cfg.model)
     torch.manual_seed(seed)
     model.init_weights()
