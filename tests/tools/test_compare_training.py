@@ -55,6 +55,31 @@ def test_one_thing_at_a_time():
         }.get(name, 1)
 
 
+@pytest.mark.parametrize('start', ['identity', 'official'])
+def test_start(start):
+    """Neck and head start as the recipe, or as its variant, says."""
+    cfg = Config.fromfile(training_runs.RECIPE).model
+    assert cfg.neck.identity_init == cfg.bbox_head.identity_init
+    model = training_runs.build(3, SIDE, 0, {**OURS, 'start': start})
+    for conv in (model.neck.layers[1].nodes[2].conv,
+                 model.bbox_head.cls_convs[1]):
+        kernel = conv.pointwise.weight[..., 0, 0]
+        identity = torch.equal(kernel, torch.eye(len(kernel)))
+        assert identity == (start == 'identity')
+
+
+def test_folder_of_other_runs_is_refused(tmp_path):
+    """Results of other conditions are not taken for these."""
+    args = Namespace(out=tmp_path, data=('a', 'b'), steps=5, side=SIDE)
+    study.check_out(args, OURS)
+    study.check_out(args, OURS)
+    with pytest.raises(SystemExit, match='give another --out'):
+        study.check_out(args, {**OURS, 'start': 'official'})
+    args.steps = 6
+    with pytest.raises(SystemExit, match='conditions.json'):
+        study.check_out(args, OURS)
+
+
 def test_both_trainers_compute_the_same_loss(batch):
     """Without effdet's deviations only rounding is left."""
     data, model = batch

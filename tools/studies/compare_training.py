@@ -119,16 +119,34 @@ from training_runs import our_settings, run
 from mmdet_efficientdet.utils import register_all_modules, write_file
 
 
+def check_out(args, ours):
+    """Refuses a folder that has runs of other data, lengths or settings."""
+    conditions = dict(
+        data=[str(file) for file in args.data],
+        steps=args.steps,
+        side=args.side,
+        ours=ours)
+    text = json.dumps(conditions, indent=1).encode()
+    file = args.out / 'conditions.json'
+    if file.is_file() and file.read_bytes() != text:
+        raise SystemExit(f'{args.out} has runs with other data, --steps, '
+                         f'--side or settings of the recipe, see {file}; '
+                         'give another --out, or remove it')
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_file(file, text)
+
+
 def main():
     """Makes the runs that are missing, then table and picture."""
     args = parse_args()
     MMLogger.get_instance('mmengine', log_level='ERROR')
     register_all_modules()
     torch.set_num_threads(1)
+    ours = our_settings()
+    check_out(args, ours)
     runs = args.out / 'runs'
     runs.mkdir(parents=True, exist_ok=True)
     data, pool = read_data(args.data[0]), {}
-    ours = our_settings()
     variants = {name: {**ours, **VARIANTS[name]} for name in args.variants}
     by_pool = sorted(
         variants,
