@@ -50,7 +50,6 @@ def test_one_thing_at_a_time():
             'effdet': 8,
             'effdet_hold': 7,
             'effdet_ramp': 7,
-            'effdet_jitter': 9,
             'drop_path': 2  # without statistics of the batch it does nothing
         }.get(name, 1)
 
@@ -70,14 +69,14 @@ def test_start(start):
 
 def test_folder_of_other_runs_is_refused(tmp_path):
     """Results of other conditions are not taken for these."""
-    args = Namespace(out=tmp_path, data=('a', 'b'), steps=5, side=SIDE)
-    study.check_out(args, OURS)
-    study.check_out(args, OURS)
-    with pytest.raises(SystemExit, match='give another --out'):
-        study.check_out(args, {**OURS, 'start': 'official'})
-    args.steps = 6
-    with pytest.raises(SystemExit, match='conditions.json'):
-        study.check_out(args, OURS)
+    settings = dict(steps=5, ours=OURS)
+    study.check_settings(tmp_path, settings)
+    study.check_settings(tmp_path, settings)
+    changed = dict(settings, ours={**OURS, 'start': 'official'})
+    with pytest.raises(SystemExit, match="'official'.*another --out"):
+        study.check_settings(tmp_path, changed)
+    with pytest.raises(SystemExit, match='steps 5 there and 6 now'):
+        study.check_settings(tmp_path, dict(settings, steps=6))
 
 
 def test_both_trainers_compute_the_same_loss(batch):

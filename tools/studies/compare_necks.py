@@ -88,9 +88,8 @@ if __name__ == '__main__':
 
 import tree_folds
 from comparison_report import write_results
-from study_runs import LAST, log_file, measure, result_file, run
-
-from mmdet_efficientdet.utils import write_file
+from study_runs import (LAST, check_settings, log_file, measure, result_file,
+                        run)
 
 REPEATS = 15  # measurements, whose median is a time
 
@@ -159,23 +158,6 @@ def run_all(study, tasks, steps, out, jobs):
         if code:
             failed.append(f'measuring costs ended with {code}, see {log}')
     return failed
-
-
-def check_settings(out, settings):
-    """Refuses to mix runs of different settings in one folder."""
-    file = out / 'settings.json'
-    if not file.is_file():
-        write_file(file, json.dumps(settings).encode())
-    there = json.loads(file.read_text())
-    if there != settings:
-        differ = ', '.join(
-            f'{key} {there.get(key)!r} there and {settings.get(key)!r} now'
-            for key in {
-                **there,
-                **settings
-            } if there.get(key) != settings.get(key))
-        raise SystemExit(f'compare_necks.py: {out} has runs of other settings '
-                         f'({differ}); give these, or another --out')
 
 
 def main(argv=None):

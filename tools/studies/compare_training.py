@@ -33,7 +33,6 @@ VARIANTS = dict(
     effdet=dict(EFFDET, average=0.95, hold=0.0),
     effdet_hold=dict(EFFDET, average=0.95),
     effdet_ramp=dict(EFFDET, hold=0.0),
-    effdet_jitter=dict(EFFDET, average=0.95, hold=0.0, jitter=(0.1, 2.0)),
     cosine=dict(hold=0.0),
     transform=dict(transform='RandomResizePad'),
     official_start=dict(start='official'),
@@ -112,28 +111,12 @@ if __name__ == '__main__':
 
 import torch
 from mmengine.logging import MMLogger
+from study_runs import check_settings
 from training_data import read_data
 from training_report import write_results
 from training_runs import our_settings, run
 
 from mmdet_efficientdet.utils import register_all_modules, write_file
-
-
-def check_out(args, ours):
-    """Refuses a folder that has runs of other data, lengths or settings."""
-    conditions = dict(
-        data=[str(file) for file in args.data],
-        steps=args.steps,
-        side=args.side,
-        ours=ours)
-    text = json.dumps(conditions, indent=1).encode()
-    file = args.out / 'conditions.json'
-    if file.is_file() and file.read_bytes() != text:
-        raise SystemExit(f'{args.out} has runs with other data, --steps, '
-                         f'--side or settings of the recipe, see {file}; '
-                         'give another --out, or remove it')
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_file(file, text)
 
 
 def main():
@@ -143,9 +126,12 @@ def main():
     register_all_modules()
     torch.set_num_threads(1)
     ours = our_settings()
-    check_out(args, ours)
     runs = args.out / 'runs'
     runs.mkdir(parents=True, exist_ok=True)
+    data_files = [str(file) for file in args.data]
+    check_settings(
+        args.out,
+        dict(data=data_files, steps=args.steps, side=args.side, ours=ours))
     data, pool = read_data(args.data[0]), {}
     variants = {name: {**ours, **VARIANTS[name]} for name in args.variants}
     by_pool = sorted(

@@ -75,7 +75,7 @@ def make_config(study, variant, seed, fold, steps, folder):
     cfg.test_evaluator.ann_file = f'{folder}/test_{fold}.json'
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     cfg.train_cfg.max_iters = steps
-    # The official start and cosine, as in the tables of docs/studies.md.
+    # The official start and cosine, as in both studies of docs/studies.md.
     cfg.model.bbox_head.identity_init = False
     cfg.param_scheduler[0].update(warmup=max(steps // 20, 1), hold=0.0)
     cfg.default_hooks.checkpoint = None

@@ -1,4 +1,7 @@
-"""What the processes of compare_necks.py do: a run, or measuring the costs."""
+"""What the processes of compare_necks.py do: a run, or measuring the costs.
+
+Also what both studies ask of the folder of their results.
+"""
 import json
 import os
 import resource
@@ -12,6 +15,24 @@ from study_configs import BATCH_SIZE, make_config
 from mmdet_efficientdet.utils import write_file
 
 LAST = 20  # steps over which the loss is averaged
+
+
+def check_settings(out, settings):
+    """Refuses to mix runs of different settings in one folder."""
+    settings = json.loads(json.dumps(settings))  # tuples are lists there
+    file = out / 'settings.json'
+    if not file.is_file():
+        write_file(file, json.dumps(settings).encode())
+    there = json.loads(file.read_text())
+    if there != settings:
+        differ = ', '.join(
+            f'{key} {there.get(key)!r} there and {settings.get(key)!r} now'
+            for key in {
+                **there,
+                **settings
+            } if there.get(key) != settings.get(key))
+        raise SystemExit(f'{out} has runs of other settings '
+                         f'({differ}); give these, or another --out')
 
 
 def start_process(log):

@@ -31,7 +31,7 @@ def our_settings():
         trainer='ours',
         rate=optimizer.lr,
         transform='ResizeCrop',
-        start=cfg.model.neck.identity_init and 'identity' or 'official',
+        start='identity' if cfg.model.neck.identity_init else 'official',
         norms='fixed',  # those of the backbone that are not frozen
         drop_path=cfg.model.backbone.drop_path_rate,
         momentum=cfg.norm_cfg.momentum,  # of the norms of neck and head
